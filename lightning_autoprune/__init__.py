@@ -1,0 +1,22 @@
+"""Prune a PyTorch Lightning model while it trains: one callback, every layer's curve, plain checkpoints."""
+
+from lightning_autoprune.auxiliary import AuxiliaryParameters
+from lightning_autoprune.callback import AutoPruneCallback
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.pruner import Pruner, Settings
+from lightning_autoprune.sparsity import Sparsity, layer_sparsity, sparsity
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoPruneCallback",
+    "AutoPruneError",
+    "AuxiliaryParameters",
+    "Pruner",
+    "Settings",
+    "Sparsity",
+    "layer_sparsity",
+    "prunable_weights",
+    "sparsity",
+]

@@ -1,0 +1,317 @@
+r"""The method: auxiliary parameters M beside weights whose storage holds T = W ⊙ h(M). Torch only.
+
+======== ================ ===========================================================================
+symbol   shape            meaning
+======== ================ ===========================================================================
+W        as the weight    latent weights; what the user's optimiser trains
+M        as the weight    auxiliary parameters; m > 0 keeps a weight, m <= 0 prunes it
+h(M)     as the weight    the mask: 1 where m > 0, else 0; a hard step forward and backward
+T        as the weight    W ⊙ h(M): all that the network ever computes with
+======== ================ ===========================================================================
+
+Weight step:      dL/dW = dL/dT ⊙ h(M), so that a pruned weight keeps its value and can come back.
+Auxiliary step:   m ← m − η · h'(m) · (dL/dT · sgn(w) / s + μ)
+
+The source is Xiao, Wang, Rajasekaran, "AutoPrune: Automatic Network Pruning by Regularizing Auxiliary
+Parameters", NeurIPS 2019; the division by s, a running root mean square, is ours (see ``pressure``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
+from lightning_autoprune.estimators import Estimator, straight_through
+from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep_best, pack, unpack
+from lightning_autoprune.pressure import GradientScale
+
+__all__ = [
+    "INITIAL_M",
+    "UPDATE_RULES",
+    "AuxiliaryParameters",
+    "InitialM",
+    "UpdateRule",
+    "sensitivity",
+]
+
+UpdateRule = Literal["autoprune", "vanilla"]
+UPDATE_RULES: tuple[UpdateRule, ...] = get_args(UpdateRule)
+InitialM = Literal["magnitude", "constant"]
+INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
+
+
+def sensitivity(dL_dT: Sequence[Tensor], W: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
+    """The loss's part of dL/dm, without h'(m): how much the loss wants each weight's magnitude to shrink.
+
+    * ``"autoprune"``: dL/dT · sgn(w) = dL/d|w|. It does not scale with |w| (sensitivity consistency), and m
+      moves as |w| wants to move (correlation consistency). A weight of exactly 0 has no direction: 0.
+    * ``"vanilla"``: dL/dT · w, the plain chain rule.
+
+    Args:
+        dL_dT: gradients with respect to the effective weights, pruned entries included.
+        W: latent weights, same shapes.
+        rule: one of :data:`UPDATE_RULES`.
+
+    Returns:
+        One tensor a weight, in at least float32.
+
+    Example:
+        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "autoprune")
+        [tensor([-2.,  2.])]
+        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "vanilla")
+        [tensor([-1.,  8.])]
+    """
+    factors = torch._foreach_sign(list(W)) if rule == "autoprune" else W
+    return list(torch._foreach_mul([_wide(g) for g in dL_dT], [_wide(f) for f in factors]))
+
+
+class AuxiliaryParameters:
+    """Auxiliary parameters M for a set of weights, trained to decide which weights to keep.
+
+    Creating it attaches: from then on each weight's storage holds T = W ⊙ h(M), in place, so that the
+    network, its ``state_dict`` and its optimiser see plain parameters. Each training step is then::
+
+        aux.mask_gradients()          # after backward, before clipping
+        optimizer.step()
+        aux.after_weight_step()       # pruned weights are 0 again, their values dormant
+        aux.step(dL_dT, lr, mu)       # gradients on a held-out batch
+        aux.update_masks()
+
+    Args:
+        weights: parameters by layer name; floating point, any shapes.
+        initial: ``"magnitude"``: m = ``scale`` · abs(w) / std(w) of its layer (it matters: small weights are
+            the first to go); ``"constant"``: m = ``scale``. A weight of exactly 0 starts pruned under the former.
+        scale: size of the initial m, > 0.
+        rule: one of :data:`UPDATE_RULES`.
+        estimator: the straight-through estimator h'(m), one of :data:`~lightning_autoprune.estimators.ESTIMATORS`.
+        leaky_slope: slope of ``"leaky_relu"`` at m <= 0, in [0, 1].
+        layer_floor: share of its weights that each layer keeps whatever happens, in [0, 1); at least one.
+
+    Attributes:
+        weights: the parameters, by layer name; their storage holds T.
+        W: latent weights with the dormant values of pruned ones (valid where pruned; empty once frozen).
+        M: auxiliary parameters in at least float32 (empty once frozen).
+        kept: number of weights kept in each layer.
+        scale: the running root mean square of the sensitivities.
+        frozen: whether the masks are final.
+
+    Raises:
+        AutoPruneError: for an unknown rule, estimator or initial m, or a number out of its range.
+
+    Example:
+        >>> layer = torch.nn.Linear(3, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -2.0, 3.0]]))
+        >>> aux = AuxiliaryParameters({"layer": layer.weight})
+        >>> aux.step([torch.tensor([[1.0, 1.0, -1.0]])], lr=0.1, mu=0.5)  # the loss wants the first smaller
+        True
+        >>> aux.update_masks()
+        >>> layer.weight.data, aux.sparsity
+        (tensor([[ 0., -2.,  3.]]), 0.3333333333333333)
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        initial: InitialM = "magnitude",
+        scale: float = 0.1,
+        rule: UpdateRule = "autoprune",
+        estimator: Estimator = "linear",
+        leaky_slope: float = 0.1,
+        layer_floor: float = 0.001,
+    ) -> None:
+        check_choice("initial", initial, INITIAL_M)
+        check_choice("update_rule", rule, UPDATE_RULES)
+        straight_through(estimator, torch.zeros(()))  # raises for an unknown one
+        check_range("scale", scale, 0, low_open=True)
+        check_range("leaky_slope", leaky_slope, 0, 1)
+        check_range("layer_floor", layer_floor, 0, 1, high_open=True)
+        self.weights = dict(weights)
+        self.rule, self.estimator, self.leaky_slope = rule, estimator, leaky_slope
+        self.scale = GradientScale()
+        self.frozen = False
+        self.totals = [weight.numel() for weight in self.weights.values()]
+        self.floors = floors(self.totals, layer_floor)
+        self._layer_floor = layer_floor
+        T = self._effective()
+        self.W = [t.clone() for t in T]
+        self.M = [_initial(t, initial, scale) for t in T]
+        self._bits = [torch.zeros_like(as_bits(t)) for t in T]
+        self.kept = list(self.totals)
+        self.update_masks()
+
+    # Sizes
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights."""
+        return sum(self.totals)
+
+    @property
+    def density(self) -> float:
+        """Fraction of prunable weights kept, in (0, 1]."""
+        return sum(self.kept) / self.total
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of prunable weights that are pruned, in [0, 1)."""
+        return (self.total - sum(self.kept)) / self.total
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
+        return {name: (n - k) / n for name, k, n in zip(self.weights, self.kept, self.totals, strict=True)}
+
+    def masks(self) -> list[Tensor]:
+        """h(M) as bool tensors, True where a weight is kept."""
+        return [bits.bool() for bits in self._bits]
+
+    # The weight step
+
+    def mask_gradients(self) -> None:
+        """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
+        for weight, bits in zip(self.weights.values(), self._bits, strict=True):
+            if weight.grad is not None:
+                as_bits(weight.grad).bitwise_and_(bits)
+
+    def after_weight_step(self) -> None:
+        """Takes in what an optimiser did to T: kept weights move, pruned ones are 0 and dormant as before.
+
+        Momentum and decay may have moved a pruned entry of T; it is set back, and W has its value bit for bit.
+        """
+        for i, (T, bits) in enumerate(zip(self._effective(), self._bits, strict=True)):
+            t = as_bits(T).bitwise_and_(bits)
+            if not self.frozen:  # W ← T where kept, W where pruned, on the bits
+                as_bits(self.W[i]).bitwise_and_(~bits).bitwise_or_(t)
+
+    # The auxiliary step
+
+    def step(self, dL_dT: Sequence[Tensor], lr: float, mu: float) -> bool:
+        """One auxiliary step, m ← m − η · h'(m) · (dL/dT · sgn(w) / s + μ). The masks are not updated.
+
+        Args:
+            dL_dT: one gradient a weight, in order, pruned entries included.
+            lr: η, > 0.
+            mu: the pressure μ, >= 0.
+
+        Returns:
+            Whether a step was taken: it is not where a gradient is not finite.
+        """
+        D = sensitivity(dL_dT, self.W, self.rule)
+        mean_square = float(torch.stack(torch._foreach_norm(D)).square().sum()) / self.total
+        if not math.isfinite(mean_square):
+            return False
+        s = self.scale.update(mean_square) or 1.0
+        torch._foreach_add_(D, s * mu)
+        for d, m in zip(D, self.M, strict=True):
+            slope = straight_through(self.estimator, m, self.leaky_slope)
+            if slope is not None:
+                d.mul_(slope)
+        torch._foreach_add_(self.M, D, alpha=-lr / s)
+        return True
+
+    def update_masks(self) -> None:
+        """Decides anew which weights are kept, and writes T = W ⊙ h(M) into them.
+
+        A layer that would keep fewer than its floor keeps the weights of largest m: they are lifted just above 0.
+        """
+        for i, (T, W, M, bits) in enumerate(zip(self._effective(), self.W, self.M, self._bits, strict=True)):
+            self.kept[i] = decide(M, bits)
+            if self.kept[i] < self.floors[i]:
+                keep_best([M], [self.floors[i]], self.floors[i], prune=False)
+                self.kept[i] = decide(M, bits)
+            torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
+
+    def keep(self, count: int) -> None:
+        """Moves M so that exactly ``count`` weights are kept: those of largest m, each layer's floor first.
+
+        Equal to one auxiliary step with the pressure that the target asks for.
+
+        Raises:
+            AutoPruneError: if ``count`` is less than the layers' floors together, or more than all weights.
+        """
+        check_count(count, self.totals, self._layer_floor)
+        keep_best(self.M, self.floors, count)
+        self.update_masks()
+
+    # The end
+
+    def freeze(self) -> None:
+        """Makes the masks final and forgets W and M: pruned weights stay 0, kept ones train on."""
+        self.W, self.M, self.frozen = [], [], True
+
+    def detach(self) -> None:
+        """Leaves plain weights T, and no trace of this object in them."""
+        self.freeze()
+        self.weights, self._bits, self.totals, self.floors, self.kept = {}, [], [], [], []
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs beside the weights T: packed masks, M, dormant weights, the scale."""
+        state: dict[str, Any] = {
+            "shapes": {name: tuple(weight.shape) for name, weight in self.weights.items()},
+            "frozen": self.frozen,
+            "scale": (self.scale.mean_square, self.scale.updates),
+            "masks": [pack(mask) for mask in self.masks()],
+        }
+        if not self.frozen:
+            state["M"] = [M.clone() for M in self.M]
+            state["dormant"] = [W[~mask] for W, mask in zip(self.W, self.masks(), strict=True)]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment.
+
+        Raises:
+            AutoPruneError: if the state was made for other layers or shapes; names them.
+        """
+        _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
+        self.scale.mean_square, self.scale.updates = state["scale"]
+        T = self._effective()
+        masks = [unpack(packed, t.shape).to(t.device) for packed, t in zip(state["masks"], T, strict=True)]
+        for bits, mask in zip(self._bits, masks, strict=True):
+            bits.copy_(mask).neg_()
+        self.kept = [int(mask.sum()) for mask in masks]
+        if state["frozen"]:
+            self.freeze()
+        else:
+            self.M = [m.to(t.device, copy=True) for m, t in zip(state["M"], T, strict=True)]
+            self.W = [t.clone() for t in T]
+            for W, mask, dormant in zip(self.W, masks, state["dormant"], strict=True):
+                W[~mask] = dormant.to(W.device, W.dtype)
+        self.after_weight_step()
+
+    def _effective(self) -> list[Tensor]:
+        return [weight.detach() for weight in self.weights.values()]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
+    wide = _wide(T)
+    if initial == "constant":
+        return torch.full_like(wide, scale)
+    std = wide.std() if wide.numel() > 1 else wide.abs().max()
+    return wide.abs() * (scale / std.clamp_min(torch.finfo(wide.dtype).tiny))
+
+
+def _check_shapes(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"layer {name!r} of the checkpoint is missing" for name in saved if name not in here]
+    problems += [f"layer {name!r} is not in the checkpoint" for name in here if name not in saved]
+    problems += [
+        f"layer {name!r} has shape {here[name]} and {tuple(saved[name])} in the checkpoint"
+        for name in saved
+        if name in here and tuple(saved[name]) != here[name]
+    ]
+    if problems:
+        raise AutoPruneError(
+            f"The checkpoint's pruning state is for other layers: {'; '.join(problems)}. Build the same model with the"
+            " same `include` and `exclude`, or start from its weights alone."
+        )

@@ -1,0 +1,164 @@
+"""Images of handwritten digits, as tensors in memory: MNIST, or the small set that scikit-learn ships."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["DataError", "Images", "Split", "load_digits", "load_mnist", "loader"]
+
+MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+# SHA-256 of the files once decompressed, so that it does not matter how they were compressed.
+MNIST_FILES = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+
+
+class DataError(RuntimeError):
+    """Data that can't be had or is not what it should be."""
+
+
+@dataclass
+class Split(Dataset[tuple[Tensor, Tensor]]):
+    """Images and labels in memory, which a loader takes a batch at a time.
+
+    Attributes:
+        images: float32, shape (rows, 1, height, width), normalised to mean 0 and standard deviation 1.
+        labels: int64, shape (rows,), 0 to 9.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once; DataLoader calls this where it is there."""
+        return self.images[indices], self.labels[indices]
+
+
+@dataclass
+class Images:
+    """A data set: its training part and its test part."""
+
+    name: str
+    train: Split
+    test: Split
+
+
+def loader(split: Split, batch_size: int, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A plain loader of batches (images, labels)."""
+    return DataLoader(split, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_it_is)
+
+
+def load_digits() -> Images:
+    """1,797 digits of 8×8 pixels that scikit-learn ships (UCI, Alpaydin and Kaynak): 1,437 to train on, 360 to test.
+
+    Raises:
+        ImportError: without scikit-learn; the ``demo`` extra has it.
+    """
+    from sklearn.datasets import load_digits as load
+
+    data, target = load(return_X_y=True)
+    images = torch.tensor(data, dtype=torch.float32).view(-1, 1, 8, 8)
+    labels = torch.tensor(target, dtype=torch.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1437], order[1437:]
+    return _normalised("digits", images[train], labels[train], images[test], labels[test])
+
+
+def load_mnist(directory: str | Path) -> Images:
+    """MNIST, 60,000 and 10,000 digits of 28×28 pixels, from IDX files (gzip or not) or downloaded into a directory.
+
+    Args:
+        directory: where the four files are, or are put.
+
+    Raises:
+        DataError: if a file can't be downloaded, or is not the file that MNIST has.
+    """
+    folder = Path(directory)
+    arrays = [_idx(_mnist_file(folder, name), name) for name in MNIST_FILES]
+    images, labels, test_images, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
+    return _normalised(
+        "mnist",
+        images.float().unsqueeze(1),
+        labels.long(),
+        test_images.float().unsqueeze(1),
+        test_labels.long(),
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _normalised(name: str, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Images:
+    mean, std = images.mean(), images.std()
+    return Images(name, Split((images - mean) / std, labels), Split((test_images - mean) / std, test_labels))
+
+
+def _mnist_file(folder: Path, name: str) -> bytes:
+    for path in (folder / f"{name}.gz", folder / name):
+        if path.exists():
+            return _checked(path.read_bytes(), name, str(path))
+    packed = _download(f"{name}.gz", folder)
+    content = _checked(packed, name, "the download")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.gz").write_bytes(packed)
+    return content
+
+
+def _checked(raw: bytes, name: str, where: str) -> bytes:
+    try:
+        content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (OSError, EOFError) as error:
+        raise DataError(f"{where} is not a whole gzip file ({error}): delete it and try again.") from error
+    if hashlib.sha256(content).hexdigest() != MNIST_FILES[name]:
+        raise DataError(f"{where} is not MNIST's {name}: its SHA-256 differs. Delete it and try again.")
+    return content
+
+
+def _download(file: str, folder: Path) -> bytes:
+    errors = []
+    for mirror in MNIST_MIRRORS:
+        try:
+            with urllib.request.urlopen(mirror + file, timeout=60) as response:
+                content: bytes = response.read()
+                return content
+        except (urllib.error.URLError, OSError) as error:
+            errors.append(f"{mirror + file}: {error}")
+    raise DataError(
+        f"{file} is not in {folder} and could not be downloaded ({'; '.join(errors)}). Put MNIST's four IDX files"
+        " there, or name the directory that has them (`--data-dir`)."
+    )
+
+
+def _idx(content: bytes, name: str) -> np.ndarray:
+    """An IDX file as an array: two zero bytes, type 8 (unsigned byte), number of dimensions, sizes, data."""
+    dims = content[3]
+    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
+    data = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
+    if content[:3] != b"\0\0\x08" or data.size != math.prod(shape):
+        raise DataError(f"{name} is not an IDX file of unsigned bytes.")
+    return data.reshape(shape)

@@ -1,0 +1,76 @@
+"""LeNet-300-100 and LeNet-5 as plain modules, and the LightningModule that trains them."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+__all__ = ["Classifier", "lenet5", "lenet_300_100"]
+
+
+def lenet_300_100(pixels: int = 784) -> nn.Sequential:
+    """LeNet-300-100: three linear layers; 266,200 weights for 784 pixels."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(pixels, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+
+
+def lenet5() -> nn.Sequential:
+    """LeNet-5 in the form of the pruning literature (20-50-500-10, 430,500 weights), for images of 28×28 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(20, 50, 5),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(800, 500),
+        nn.ReLU(),
+        nn.Linear(500, 10),
+    )
+
+
+class Classifier(LightningModule):
+    """Trains a network on ten classes by Adam with a cosine schedule over the run.
+
+    Args:
+        network: takes images, gives 10 logits.
+        lr: learning rate at the start.
+    """
+
+    def __init__(self, network: nn.Module, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.network, self.lr = network, lr
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (batch, 10)."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross-entropy of a batch."""
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Error in percent, logged as ``val_error``."""
+        self._evaluate(batch, "val_error")
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Error in percent, logged as ``test_error``."""
+        self._evaluate(batch, "test_error")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], name: str) -> None:
+        wrong = (self(batch[0]).argmax(1) != batch[1]).float().mean()
+        self.log(name, 100 * wrong, batch_size=len(batch[1]), on_step=False, on_epoch=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Adam, and a cosine over the steps of the run."""
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler={"scheduler": schedule, "interval": "step"})

@@ -1,0 +1,56 @@
+"""The error of this package, and the two checks that several modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+__all__ = ["AutoPruneError", "check_choice", "check_range"]
+
+
+class AutoPruneError(ValueError):
+    """A setting, a model or a checkpoint that pruning can't work with.
+
+    The message names what was given, what is allowed, and the way out.
+    """
+
+
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
+    """Raises unless ``value`` is one of ``allowed``.
+
+    Raises:
+        AutoPruneError: naming the argument, the value and all allowed values.
+    """
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise AutoPruneError(f"`{name}` is {value!r}; allowed are {choices}.")
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    hint: str = "",
+) -> None:
+    """Raises unless ``value`` is a number between ``low`` and ``high``.
+
+    Args:
+        name: the argument's name, for the message.
+        value: the number given.
+        low: lower end.
+        high: upper end.
+        low_open: whether ``low`` itself is refused.
+        high_open: whether ``high`` itself is refused.
+        hint: a way out, appended to the message.
+
+    Raises:
+        AutoPruneError: naming the argument, the value and the interval.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    inside = number and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
+    if not inside:
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == float('inf') else ']'}"
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be a number in {interval}.{' ' + hint if hint else ''}")

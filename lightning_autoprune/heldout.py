@@ -1,0 +1,295 @@
+"""Held-out data: where the batches that train M come from. Torch only.
+
+Three sources: part of each training batch, drawn anew (:func:`split_batch`); a part of the training set that is
+fixed for the run (:func:`split_loader`); or any loader (:class:`HeldOutBatches` runs through it again and again).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
+
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = ["FixedSplitSampler", "HeldOutBatches", "isolated_random", "split_batch", "split_loader"]
+
+
+@contextmanager
+def isolated_random(*seeds: int) -> Iterator[None]:
+    """Seeds torch, numpy and Python inside the block and puts their states back after it.
+
+    Args:
+        seeds: integers that together make the seed.
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> with isolated_random(1, 2):
+        ...     _ = torch.rand(3)
+        >>> round(torch.rand(()).item(), 4)  # as if the block had not been
+        0.4963
+    """
+    seed = mix(*seeds)
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+def mix(*seeds: int) -> int:
+    """One 63-bit seed out of several integers, the same on every machine (FNV-1a over their bytes)."""
+    value = 0xCBF29CE484222325
+    for seed in seeds:
+        for byte in (seed % 2**64).to_bytes(8, "little"):
+            value = ((value ^ byte) * 0x100000001B3) % 2**64
+    return value >> 1
+
+
+def split_batch(batch: Any, fraction: float, *seeds: int) -> tuple[Any, Any]:
+    """Splits the rows of a batch at random into a training part and a held-out part.
+
+    Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
+    other lists of as many items are split by item; scalars and strings go to both parts.
+
+    Args:
+        batch: what a data loader gives; all tensors have as many rows.
+        fraction: share of the rows to hold out, in (0, 1), rounded to whole rows.
+        seeds: integers that decide which rows.
+
+    Returns:
+        Training part and held-out part; the whole batch and None where one of them would be empty.
+
+    Raises:
+        AutoPruneError: if the batch has no rows, or parts with different numbers of rows.
+
+    Example:
+        >>> train, held_out = split_batch((torch.arange(4), torch.ones(4, 2)), 0.25, 0)
+        >>> [len(part) for part in train], [len(part) for part in held_out]
+        ([3, 3], [1, 1])
+    """
+    rows = next(_rows(batch), None)
+    if rows is None:
+        raise AutoPruneError(
+            f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: pass"
+            ' `held_out=DataLoader(...)` or `held_out="train"`.'
+        )
+    held = round(fraction * rows)
+    if not 0 < held < rows:
+        return batch, None
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
+    return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
+
+
+class FixedSplitSampler(Sampler[int]):
+    """A sampler without the rows held out, in the order and with the random numbers of the one it wraps.
+
+    Its length never changes, so that an epoch has as many steps in every phase. Once ``finetune`` is set, as many
+    rows sit out, but others each epoch: W trains on all the data.
+
+    Args:
+        sampler: goes once through all rows of a dataset.
+        held_out: indices of the rows held out.
+        seed: decides which rows sit out in the epochs of the last phase.
+    """
+
+    def __init__(self, sampler: Sampler[int], held_out: Sequence[int], seed: int = 0) -> None:
+        self.sampler, self.held_out, self.seed = sampler, frozenset(held_out), seed
+        self.finetune = False
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells which epoch comes next, and passes it on (Lightning calls this)."""
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler) - len(self.held_out)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        out = self.held_out
+        if self.finetune:
+            out = frozenset(_draw(len(self.sampler), len(out), self.seed, self.epoch))  # type: ignore[arg-type]
+        return (index for index in self.sampler if index not in out)
+
+
+def split_loader(
+    loader: Any, fraction: float, seed: int, rebuild: Callable[[DataLoader[Any], Sampler[int]], DataLoader[Any]]
+) -> tuple[DataLoader[Any], DataLoader[Any], FixedSplitSampler]:
+    """Splits a training loader for the whole run into a training part and a held-out part.
+
+    Args:
+        loader: a map-style ``DataLoader``, shuffled or not.
+        fraction: share of the rows to hold out, in (0, 1).
+        seed: decides which rows.
+        rebuild: makes a loader like the given one with another sampler.
+
+    Returns:
+        The training loader over the remaining rows, a shuffled loader over the rows held out, and the sampler of the
+        former.
+
+    Raises:
+        AutoPruneError: if the loader can't be split (iterable dataset, its own sampler, several loaders), or a
+            part would be empty.
+    """
+    way_out = "Pass `held_out=DataLoader(...)` with data of its own, or `redraw_held_out=True`."
+    if not isinstance(loader, DataLoader):
+        raise AutoPruneError(f"A fixed held-out fraction needs one DataLoader, not {type(loader).__name__}. {way_out}")
+    if isinstance(loader.dataset, IterableDataset):
+        raise iterable_error()
+    plain = isinstance(loader.sampler, SequentialSampler) or (
+        isinstance(loader.sampler, RandomSampler)
+        and not loader.sampler.replacement
+        and loader.sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if not plain or type(loader.batch_sampler) is not BatchSampler:
+        raise AutoPruneError(
+            "A fixed held-out fraction needs a loader that goes once through its dataset in batches; this one has the"
+            f" sampler {type(loader.sampler).__name__} and the batch sampler {type(loader.batch_sampler).__name__}."
+            f" {way_out}"
+        )
+    rows = len(loader.dataset)  # type: ignore[arg-type]
+    held = round(fraction * rows)
+    if not 0 < held < rows:
+        raise AutoPruneError(
+            f"`held_out={fraction}` of {rows} training rows holds {held} out and leaves {rows - held} to train on;"
+            " neither may be empty. Choose another fraction, or pass a DataLoader."
+        )
+    indices = _draw(rows, held, seed, -1)
+    held_out = DataLoader(
+        Subset(loader.dataset, sorted(indices)),
+        batch_size=min(held, loader.batch_size or held),
+        shuffle=True,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        persistent_workers=loader.persistent_workers,
+        drop_last=True,
+    )
+    sampler = FixedSplitSampler(loader.sampler, indices, seed)  # type: ignore[arg-type]
+    return rebuild(loader, sampler), held_out, sampler
+
+
+class HeldOutBatches:
+    """An endless stream of batches from a loader, whose position can be saved and restored.
+
+    Each batch is drawn with random numbers of its own, so the user's are untouched and a restored stream goes on
+    as if it had never stopped.
+
+    Args:
+        loader: an iterable of batches that can be gone through again and again.
+        seed: decides the order, together with the number of the pass.
+
+    Example:
+        >>> stream = HeldOutBatches([10, 20, 30])
+        >>> [next(stream) for _ in range(4)]
+        [10, 20, 30, 10]
+        >>> stream.state_dict()
+        {'passes': 1, 'position': 1}
+    """
+
+    def __init__(self, loader: Any, seed: int = 0) -> None:
+        self.loader, self.seed = loader, seed
+        self.passes, self.position = 0, 0
+        self._iterator: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        for _ in range(2):  # the second time from the start of the next pass
+            with isolated_random(self.seed, self.passes, self.position):
+                if self._iterator is None:
+                    self._iterator = iter(self.loader)
+                batch = next(self._iterator, self)
+            if batch is not self:
+                self.position += 1
+                return batch
+            self.passes, self.position, self._iterator = self.passes + 1, 0, None
+        raise AutoPruneError("The held-out loader gives no batches. Pass one that does.")
+
+    def state_dict(self) -> dict[str, int]:
+        """How many passes are over, and how many batches of this one."""
+        return {"passes": self.passes, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes to a saved position, reading the batches of the pass that come before it."""
+        self.passes, self.position, self._iterator = state["passes"], 0, None
+        while self.position < state["position"]:
+            next(self)
+
+
+def iterable_error() -> AutoPruneError:
+    """The refusal of a held-out fraction of an iterable dataset."""
+    return AutoPruneError(
+        "`held_out` is a fraction, but the training data is an IterableDataset, whose rows can't be told apart: pass"
+        ' `held_out=DataLoader(...)` with other rows, or `held_out="train"`.'
+    )
+
+
+def _draw(rows: int, count: int, *seeds: int) -> list[int]:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))[:count].tolist()
+
+
+def _rows(batch: Any) -> Iterator[int]:
+    """Numbers of rows of the tensors in a batch, outermost first."""
+    if isinstance(batch, Tensor):
+        if batch.dim() > 0:
+            yield batch.size(0)
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _rows(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from _rows(value)
+
+
+def _take(batch: Any, index: Tensor, rows: int) -> Any:
+    if isinstance(batch, Tensor):
+        if batch.dim() == 0:
+            return batch
+        if batch.size(0) != rows:
+            raise AutoPruneError(
+                f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its rows"
+                ' can\'t be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
+            )
+        return batch[index.to(batch.device)]
+    if isinstance(batch, Mapping):
+        parts = {key: _take(value, index, rows) for key, value in batch.items()}
+        return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
+    if isinstance(batch, tuple):
+        items = [_take(value, index, rows) for value in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, list):
+        if len(batch) == rows and not all(isinstance(x, Tensor) and x.dim() and x.size(0) == rows for x in batch):
+            return [batch[i] for i in index.tolist()]
+        return [_take(value, index, rows) for value in batch]
+    if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
+        return batch
+    raise AutoPruneError(
+        f"A batch holds a {type(batch).__name__}, whose rows can't be split: pass `held_out=DataLoader(...)` or"
+        ' `held_out="train"`.'
+    )

@@ -1,0 +1,108 @@
+"""Which weights of a model can be pruned, and under which names. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = ["prunable_weights"]
+
+# Layer types and the parameters of theirs that are matrices or kernels. Biases, norms and embeddings are not here.
+_PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Linear, ("weight",)),
+    (_ConvNd, ("weight",)),
+    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
+)
+
+
+def prunable_weights(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Finds the weights of all linear, convolution and attention-projection layers.
+
+    A weight that several layers share is listed once, under the first name; one that is shared with an
+    embedding is an embedding and left out. Weights that are not trained (``requires_grad`` off) are left out.
+
+    Args:
+        model: any module.
+        include: layer-name patterns (``fnmatch``: ``"encoder.*"``); only matching layers. None: all.
+        exclude: layer-name patterns; matching layers are left out. None: none.
+
+    Returns:
+        Parameters by layer name, in the order of the model: the module's qualified name for a ``weight``,
+        else the parameter's (``attention.in_proj_weight``).
+
+    Raises:
+        AutoPruneError: if there is no such layer, a pattern matches none of them, or a chosen layer has
+            no weight to write into (lazy, or computed by a parametrization).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> {name: tuple(weight.shape) for name, weight in prunable_weights(model, exclude=["2"]).items()}
+        {'0': (3, 4)}
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for kind, attributes in _PRUNABLE:
+            if isinstance(module, kind):
+                for attribute in attributes:
+                    if getattr(module, attribute, None) is not None:
+                        name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+                        found[name or "weight"] = (module, attribute)
+    if not found:
+        raise AutoPruneError(
+            f"{type(model).__name__} has no layer to prune: there is no linear, convolution or attention layer in it."
+        )
+    chosen = [name for name in found if _chosen(name, include, exclude)]
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise AutoPruneError(f"`{argument}` has {pattern!r}, which matches no layer; there are {_list(found)}.")
+    if not chosen:
+        raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {_list(found)}.")
+
+    weights: dict[str, nn.Parameter] = {}
+    seen = set(embeddings)
+    for name in chosen:
+        module, attribute = found[name]
+        if is_parametrized(module, attribute):
+            raise AutoPruneError(
+                f"Layer {name!r} computes its {attribute} by a parametrization, so there is no weight to prune in"
+                f" place: remove it with `torch.nn.utils.parametrize.remove_parametrizations`, or exclude the layer."
+            )
+        weight = getattr(module, attribute)
+        if not isinstance(weight, nn.Parameter):
+            raise AutoPruneError(
+                f"Layer {name!r} computes its {attribute} before each forward (weight norm, another pruning tool), so"
+                f" there is no parameter to prune in place: remove that, or exclude the layer."
+            )
+        if is_lazy(weight):
+            raise AutoPruneError(
+                f"Layer {name!r} is lazy and has no shape yet: run one batch through the model before fitting."
+            )
+        if weight.requires_grad and weight.is_floating_point() and id(weight) not in seen:
+            seen.add(id(weight))
+            weights[name] = weight
+    if not weights:
+        raise AutoPruneError(
+            f"None of the layers {_list(chosen)} has a trainable weight of its own: their `requires_grad` is off, or"
+            " they share it with an embedding."
+        )
+    return weights
+
+
+def _chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
+    return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+
+
+def _list(names: Sequence[str] | dict[str, tuple[nn.Module, str]]) -> str:
+    return ", ".join(repr(name) for name in names)

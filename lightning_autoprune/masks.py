@@ -1,0 +1,90 @@
+"""Masks as bits: exact, fast ways to clear, decide, count and pack them. Torch only.
+
+A mask is an integer tensor of the weight's item size, -1 where kept and 0 where pruned. AND on the bits is several
+times faster than ``masked_fill`` or ``where`` on the CPU, and it clears exactly: NaN, infinity and -0.0 become 0.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = ["as_bits", "check_count", "decide", "floors", "keep_best", "pack", "unpack"]
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BARELY_KEPT = 1e-8  # what m is lifted to where it must be kept: the first to go again
+
+
+def as_bits(x: Tensor) -> Tensor:
+    """The same storage as integers. AND with -1 or 0 keeps or clears exactly, NaN and -0.0 included."""
+    return x.view(_INTEGER[x.element_size()])
+
+
+def decide(M: Tensor, bits: Tensor) -> int:
+    """Writes h(M) into ``bits``, -1 where kept and 0 where pruned, and returns the number kept."""
+    torch.gt(M, 0, out=bits).neg_()
+    return int(torch.count_nonzero(bits))
+
+
+def keep_best(M: Sequence[Tensor], floors: Sequence[int], count: int, *, prune: bool = True) -> None:
+    """Moves the entries of M in place so that the ``count`` largest of all are kept, each tensor's floor first.
+
+    Args:
+        M: auxiliary parameters, one tensor a layer.
+        floors: number of entries that each tensor keeps whatever happens.
+        count: number of entries to keep, at least the sum of ``floors``.
+        prune: whether all others are pruned; otherwise they stay as they are.
+
+    Example:
+        >>> M = [torch.tensor([0.3, 0.2]), torch.tensor([-5.0, -4.0])]
+        >>> keep_best(M, floors=[1, 1], count=2)
+        >>> [(m > 0).tolist() for m in M]
+        [[True, False], [False, True]]
+    """
+    scores = []
+    for m, floor in zip(M, floors, strict=True):
+        score = m.flatten().clone()
+        score[score.topk(floor).indices] = math.inf
+        scores.append(score)
+    flat = torch.cat(scores)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[flat.topk(count).indices] = True
+    for m, part in zip(M, torch.split(kept, [len(score) for score in scores]), strict=True):
+        m.copy_(torch.where(part.view_as(m), m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
+
+
+def floors(totals: Sequence[int], layer_floor: float) -> list[int]:
+    """Number of weights that each layer keeps whatever happens: a share of them, at least one."""
+    return [max(1, math.ceil(layer_floor * total)) for total in totals]
+
+
+def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
+    """Raises unless ``count`` weights can be kept in layers of ``totals`` weights.
+
+    Raises:
+        AutoPruneError: naming the numbers, and what to change.
+    """
+    least = sum(floors(totals, layer_floor))
+    if not least <= count <= sum(totals):
+        raise AutoPruneError(
+            f"Keeping {count} of {sum(totals)} weights is not possible: with `layer_floor={layer_floor:g}` the"
+            f" {len(totals)} layers keep at least {least}. Ask for a `target_sparsity` of at most"
+            f" {1 - least / sum(totals):.6g}, or lower `layer_floor`."
+        )
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool tensor as bytes of eight entries each, shape (ceil(numel / 8),), on the CPU."""
+    flat = torch.nn.functional.pad(mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8))
+    return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The bool tensor of ``shape`` that :func:`pack` made ``packed`` of."""
+    flat = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return flat.flatten()[: math.prod(shape)].view(tuple(shape)).bool()

@@ -1,0 +1,85 @@
+"""How hard pruning pushes: the pressure μ, free of the loss's scale. Pure Python.
+
+The auxiliary step is m ← m − η·h'(m)·(ĝ·sgn(w) + μ) with ĝ = (dL/dT) / s. Dividing by s, a running root
+mean square of dL/dT over all prunable weights, makes η and μ plain numbers: multiplying the loss by a
+constant changes neither the masks nor the settings. (How the paper scales its loss is not stated.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["GradientScale", "PressureController", "target_path"]
+
+
+@dataclass
+class GradientScale:
+    """Running root mean square s of dL/dT, as an exponential average without bias.
+
+    Attributes:
+        decay: weight of the past at each update, in [0, 1).
+        mean_square: the average so far, biased towards 0.
+        updates: number of updates so far.
+
+    Example:
+        >>> scale = GradientScale(decay=0.9)
+        >>> scale.update(4.0)  # the first value is taken as it is
+        2.0
+    """
+
+    decay: float = 0.999
+    mean_square: float = 0.0
+    updates: int = 0
+
+    def update(self, mean_square: float) -> float:
+        """Takes the mean square of one gradient and returns the root mean square s so far."""
+        self.updates += 1
+        self.mean_square += (1 - self.decay) * (mean_square - self.mean_square)
+        return math.sqrt(self.mean_square / (1 - self.decay**self.updates))
+
+
+def target_path(progress: float, start: float, target: float, share: float = 0.9) -> float:
+    """Density that pruning should have reached: cubic from ``start`` to ``target``, then flat.
+
+    Steep at first, where weights are many and easy to spare, and flat at the end (the schedule of Zhu
+    and Gupta, "To prune, or not to prune", 2017).
+
+    Args:
+        progress: how much of the pruning phase is over, 0 to 1 (values outside are clamped).
+        start: density when pruning begins, in (0, 1].
+        target: density to reach, in (0, 1].
+        share: part of the phase after which the target is reached, in (0, 1].
+
+    Example:
+        >>> target_path(0.0, 1.0, 0.1), round(target_path(0.45, 1.0, 0.1), 4), target_path(0.95, 1.0, 0.1)
+        (1.0, 0.2125, 0.1)
+    """
+    left = 1 - min(max(progress / share, 0.0), 1.0)
+    return target + (start - target) * left**3
+
+
+@dataclass
+class PressureController:
+    """Moves μ so that the density follows a path; without a target μ stays as it is.
+
+    μ ← μ · exp(gain · clip(5 · ln(density / path), −1, 1)): multiplicative, hence free of scale, and
+    never negative. Too many weights left raise μ, too few lower it, and weights come back.
+
+    Attributes:
+        mu: the pressure, in units of the running root mean square of dL/dT; 0 or more.
+        gain: largest change of ln μ in one update.
+
+    Example:
+        >>> controller = PressureController(mu=0.1)
+        >>> controller.update(density=0.5, path=0.25) > 0.1
+        True
+    """
+
+    mu: float
+    gain: float = 0.05
+
+    def update(self, density: float, path: float) -> float:
+        """Takes the density there is and the one there should be (both > 0), and returns the new μ."""
+        self.mu *= math.exp(self.gain * min(max(5 * math.log(density / path), -1.0), 1.0))
+        return self.mu

@@ -1,0 +1,239 @@
+"""The course of a run: dense, pruning, frozen. Torch only; a training loop of any kind can drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lightning_autoprune.auxiliary import (
+    INITIAL_M,
+    UPDATE_RULES,
+    AuxiliaryParameters,
+    InitialM,
+    UpdateRule,
+)
+from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
+from lightning_autoprune.estimators import ESTIMATORS, Estimator
+from lightning_autoprune.masks import check_count
+from lightning_autoprune.pressure import PressureController, target_path
+
+__all__ = ["Phases", "Pruner", "Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to prune; the arguments of :class:`~lightning_autoprune.AutoPruneCallback` of the same names.
+
+    Raises:
+        AutoPruneError: for a value that is not allowed; names it, and what is.
+    """
+
+    target_sparsity: float | None = None
+    pressure: float = 0.05
+    auxiliary_lr: float = 1e-3
+    estimator: Estimator = "linear"
+    leaky_slope: float = 0.1
+    update_rule: UpdateRule = "autoprune"
+    initial_m: InitialM = "magnitude"
+    initial_scale: float = 0.1
+    mask_every_n_steps: int = 1
+    warmup: float = 0.13
+    finetune: float = 0.34
+    layer_floor: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.target_sparsity is not None:
+            hint = "It is the fraction of weights to prune."
+            check_range("target_sparsity", self.target_sparsity, 0, 1, high_open=True, hint=hint)
+        check_range("pressure", self.pressure, 0, low_open=True)
+        check_range("auxiliary_lr", self.auxiliary_lr, 0, low_open=True)
+        check_choice("estimator", self.estimator, ESTIMATORS)
+        check_range("leaky_slope", self.leaky_slope, 0, 1)
+        check_choice("update_rule", self.update_rule, UPDATE_RULES)
+        check_choice("initial_m", self.initial_m, INITIAL_M)
+        check_range("initial_scale", self.initial_scale, 0, low_open=True)
+        check_range("mask_every_n_steps", self.mask_every_n_steps, 1)
+        check_range("warmup", self.warmup, 0, 1)
+        check_range("finetune", self.finetune, 0, 1, high_open=True)
+        check_range("layer_floor", self.layer_floor, 0, 1, high_open=True)
+        if self.warmup < 1 <= self.warmup + self.finetune:
+            raise AutoPruneError(
+                f"`warmup` {self.warmup:g} and `finetune` {self.finetune:g} leave no time to prune: together they must"
+                " be below 1. To switch pruning off, use `enabled=False`."
+            )
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of a run, in training steps: dense [0, start), pruning [start, end), frozen [end, total).
+
+    Example:
+        >>> Phases.of(100, warmup=0.1, finetune=0.3)
+        Phases(start=10, end=70, total=100)
+    """
+
+    start: int
+    end: int
+    total: int
+
+    @classmethod
+    def of(cls, total: int, warmup: float, finetune: float) -> Phases:
+        """Phases of a run of ``total`` steps, from the fractions of it that are dense and frozen."""
+        start = round(warmup * total)
+        return cls(start, max(start, total - round(finetune * total)), total)
+
+    def progress(self, step: int) -> float:
+        """Share of the pruning phase that is over once ``step`` steps are done, from 0 to 1."""
+        return min(max((step - self.start) / max(self.end - self.start, 1), 0.0), 1.0)
+
+
+class Pruner:
+    """Drives :class:`~lightning_autoprune.auxiliary.AuxiliaryParameters` through the phases of a run.
+
+    Call ``start`` first, after ``load_state_dict`` where a run is resumed. Then, in each training step:
+    ``before_weight_step``, the optimiser's step, ``after_weight_step``, ``auxiliary_step`` where it is ``due`` and
+    there are gradients (or before the weight step, on its own), ``end_step``.
+
+    Args:
+        weights: the parameters to prune, by layer name.
+        settings: how.
+        total_steps: length of the run in training steps.
+        step: number of steps that are over.
+
+    Attributes:
+        step: number of training steps that are over.
+        auxiliary: the auxiliary parameters; None in the dense phase.
+
+    Raises:
+        AutoPruneError: if the target can't be met with what the layers' floors keep.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.Adam(layer.parameters())
+        >>> pruner = Pruner({"layer": layer.weight}, Settings(target_sparsity=0.75), total_steps=100)
+        >>> pruner.start()
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     layer(torch.randn(16, 8)).square().mean().backward()
+        ...     if pruner.due:
+        ...         _ = pruner.auxiliary_step([layer.weight.grad])
+        ...     pruner.before_weight_step()
+        ...     _ = optimizer.step()
+        ...     pruner.after_weight_step()
+        ...     _ = pruner.end_step()
+        >>> pruner.sparsity
+        0.75
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], settings: Settings, total_steps: int, step: int = 0) -> None:
+        self.weights, self.settings, self.step = dict(weights), settings, step
+        self.phases = Phases.of(total_steps, settings.warmup, settings.finetune)
+        self.auxiliary: AuxiliaryParameters | None = None
+        self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
+        self._target: int | None = None
+        totals = [weight.numel() for weight in self.weights.values()]
+        if settings.target_sparsity is not None:
+            self._target = round((1 - settings.target_sparsity) * sum(totals))
+            check_count(self._target, totals, settings.layer_floor)
+
+    def start(self) -> None:
+        """Enters the phase that the run is in."""
+        self._enter_phase()
+
+    @property
+    def mu(self) -> float:
+        """The pressure μ now."""
+        return self._controller.mu
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are final."""
+        return self.auxiliary is not None and self.auxiliary.frozen
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights that are pruned, in [0, 1)."""
+        return self.auxiliary.sparsity if self.auxiliary else 0.0
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
+        return self.auxiliary.layer_sparsity() if self.auxiliary else dict.fromkeys(self.weights, 0.0)
+
+    def masks(self) -> list[Tensor]:
+        """Bool tensors, True where a weight is kept, in the order of the weights; empty in the dense phase."""
+        return self.auxiliary.masks() if self.auxiliary else []
+
+    @property
+    def due(self) -> bool:
+        """Whether an auxiliary step goes with the training step under way."""
+        pruning = self.auxiliary is not None and not self.auxiliary.frozen
+        return pruning and (self.step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
+
+    def before_weight_step(self) -> None:
+        """Masks the gradients; before they are clipped, so that the norm is that of what trains."""
+        if self.auxiliary:
+            self.auxiliary.mask_gradients()
+
+    def after_weight_step(self) -> None:
+        """Sets pruned weights back to 0, after each optimiser step."""
+        if self.auxiliary:
+            self.auxiliary.after_weight_step()
+
+    def auxiliary_step(self, dL_dT: Sequence[Tensor]) -> bool:
+        """Steps M on one gradient a weight, not masked; tells whether it could (all gradients finite)."""
+        assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
+        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr * self.settings.mask_every_n_steps, self.mu)
+
+    def end_step(self) -> bool:
+        """Ends a training step: updates masks and pressure; tells whether the masks were frozen."""
+        if self.due:
+            assert self.auxiliary is not None
+            self.auxiliary.update_masks()
+            if self.settings.target_sparsity is not None:
+                path = target_path(self.phases.progress(self.step + 1), 1.0, 1 - self.settings.target_sparsity)
+                self._controller.update(self.auxiliary.density, path)
+        self.step += 1
+        return self._enter_phase()
+
+    def _enter_phase(self) -> bool:
+        if self.auxiliary is None and self.step >= self.phases.start:
+            self.auxiliary = self._attached()
+        if self.auxiliary is None or self.auxiliary.frozen or self.step < self.phases.end:
+            return False
+        if self._target is not None:
+            self.auxiliary.keep(self._target)
+        self.auxiliary.freeze()
+        return True
+
+    def _attached(self) -> AuxiliaryParameters:
+        s = self.settings
+        return AuxiliaryParameters(
+            self.weights,
+            initial=s.initial_m,
+            scale=s.initial_scale,
+            rule=s.update_rule,
+            estimator=s.estimator,
+            leaky_slope=s.leaky_slope,
+            layer_floor=s.layer_floor,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs beside the weights."""
+        auxiliary = self.auxiliary.state_dict() if self.auxiliary else None
+        return {"step": self.step, "mu": self.mu, "auxiliary": auxiliary}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, on weights of the same moment.
+
+        Raises:
+            AutoPruneError: if the state was made for other layers or shapes; names them.
+        """
+        self.step, self._controller.mu = state["step"], state["mu"]
+        self.auxiliary = None
+        if state["auxiliary"] is not None:
+            self.auxiliary = self._attached()
+            self.auxiliary.load_state_dict(state["auxiliary"])

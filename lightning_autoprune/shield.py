@@ -1,0 +1,136 @@
+"""The shield: one more forward pass inside the training loop that leaves no trace in the user's run."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torchmetrics import Metric
+
+from lightning_autoprune.heldout import isolated_random
+
+__all__ = ["held_out_gradients", "shielded"]
+
+
+@contextmanager
+def shielded(model: LightningModule, *seeds: int) -> Iterator[None]:
+    """Runs a block in which a ``training_step`` can be called without effect on the run.
+
+    Dropout is off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all buffers
+    (BatchNorm statistics among them), random numbers, and the training flags. Gradients are the caller's care: use
+    ``torch.autograd.grad``. Not covered is what plain Python keeps (a list that ``training_step`` appends to, a
+    direct call of ``self.logger.experiment``); who does that passes a ``loss_fn``.
+
+    Args:
+        model: the module being trained, in training mode.
+        seeds: integers that seed the random numbers inside.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(isolated_random(*seeds))
+        for module in model.modules():
+            if isinstance(module, LightningModule):
+                stack.enter_context(_attributes(module, log=_nothing, log_dict=_nothing))
+            elif isinstance(module, Metric):
+                stack.enter_context(_fresh_metric(module))
+            elif isinstance(module, _DropoutNd):
+                stack.enter_context(_attributes(module, training=False))
+            if module._buffers:
+                stack.enter_context(_kept_buffers(module))
+        yield
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of ``self.log`` and ``self.log_dict``."""
+
+
+@contextmanager
+def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
+    """Sets instance attributes, and after the block puts back or deletes them."""
+    saved = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            del module.__dict__[name]
+        module.__dict__.update(saved)
+
+
+@contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Puts back the buffers of one module: the same tensors, with the same values."""
+    saved = [(name, buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None]
+    try:
+        yield
+    finally:
+        for name, buffer, value in saved:
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(value)
+
+
+@contextmanager
+def _fresh_metric(metric: Metric) -> Iterator[None]:
+    """Gives a metric new, empty states, and after the block the old ones."""
+    saved = metric.__dict__.copy()
+    for name, default in metric._defaults.items():
+        fresh: Any = default.detach().clone().to(metric.device) if isinstance(default, Tensor) else []
+        metric.__dict__[name] = fresh
+    try:
+        yield
+    finally:
+        metric.__dict__.clear()
+        metric.__dict__.update(saved)
+
+
+def held_out_gradients(
+    trainer: Trainer,
+    batch: Any,
+    weights: Sequence[Tensor],
+    loss_fn: Callable[[LightningModule, Any], Tensor] | None,
+    *seeds: int,
+) -> tuple[float, list[Tensor]] | str:
+    """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
+
+    Args:
+        trainer: a trainer in its training loop.
+        batch: a batch on the model's device.
+        weights: the prunable parameters.
+        loss_fn: takes the module and the batch and returns the loss; None calls ``training_step``.
+        seeds: integers that seed the random numbers inside.
+
+    Returns:
+        The loss and one gradient a weight (zeros where the loss does not depend on it), or, where the loss is not
+        a finite scalar, a text that says what it is.
+    """
+    module = trainer.lightning_module
+    with shielded(module, *seeds), torch.enable_grad():
+        if loss_fn is not None:
+            with trainer.precision_plugin.train_step_context():
+                output: Any = loss_fn(module, batch)
+        else:
+            output = trainer.strategy.training_step(*_arguments(trainer, batch))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
+        if loss.numel() != 1:
+            return f"of shape {tuple(loss.shape)}, not a scalar"
+        if not math.isfinite(value := loss.item()):
+            return f"{value}, not finite"
+        if not loss.requires_grad:
+            return "without a gradient: it does not depend on the model's weights"
+        gradients = torch.autograd.grad(loss.sum(), list(weights), allow_unused=True)
+    return value, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+
+
+def _arguments(trainer: Trainer, batch: Any) -> list[Any]:
+    """What Lightning passes to ``training_step``: the batch, and its index if it is asked for."""
+    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, trainer.fit_loop.batch_idx)
+    return list(kwargs.values())

@@ -1,0 +1,271 @@
+"""Held-out data under a Trainer: from where ``AutoPruneCallback`` takes the batches that train M.
+
+All that this module touches of Lightning's private parts is in :func:`training_loader_source`,
+:func:`rebuild_loader`, :func:`to_device` and the one method that :class:`RedrawnSource` shadows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from lightning.fabric.utilities.data import _update_dataloader
+from lightning.pytorch import Trainer
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from typing_extensions import override
+
+from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
+from lightning_autoprune.heldout import (
+    FixedSplitSampler,
+    HeldOutBatches,
+    isolated_random,
+    iterable_error,
+    split_batch,
+    split_loader,
+)
+
+__all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "ValidationSource", "make_source"]
+
+
+class Source:
+    """Where held-out batches come from."""
+
+    def setup(self, trainer: Trainer) -> None:
+        """Called before the training data is loaded."""
+
+    def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
+        """Called before the first step.
+
+        Args:
+            trainer: the trainer.
+            due: gives the number of the coming training step if an auxiliary step follows it, else None.
+        """
+
+    def batch(self, trainer: Trainer) -> Any:
+        """The next held-out batch on the model's device, or None if there is none this time."""
+        raise NotImplementedError
+
+    def finetune(self) -> None:
+        """Called when the masks are final and no data needs to be held out any more."""
+
+    def stop(self, trainer: Trainer) -> None:
+        """Takes back all that ``setup`` and ``start`` changed in the trainer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it, after ``start``."""
+
+
+class RedrawnSource(Source):
+    """Holds out a share of each training batch, drawn anew: no row is trained on that M sees in the same epoch.
+
+    W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
+    passed through the network.
+
+    Args:
+        fraction: share of the rows of a batch, in (0, 1).
+        seed: decides which rows.
+    """
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        self.fraction, self.seed = fraction, seed
+        self._held: Any = None
+
+    @override
+    def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
+        if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in _loaders(trainer)):
+            raise iterable_error()
+        original, checked = trainer.strategy.batch_to_device, False
+
+        def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+            nonlocal checked
+            batch = original(batch, device=device, dataloader_idx=dataloader_idx)
+            step = due()
+            if trainer.training and not (checked and step is None):
+                rest, held = split_batch(batch, self.fraction, self.seed, step or 0)
+                if not checked and held is None:
+                    raise AutoPruneError(
+                        f"`held_out={self.fraction}` of a training batch leaves one side empty: choose a fraction that"
+                        " is at least one row and leaves one, or a larger batch."
+                    )
+                checked = True
+                if step is not None:
+                    batch, self._held = rest, held
+            return batch
+
+        trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
+
+    @override
+    def batch(self, trainer: Trainer) -> Any:
+        held, self._held = self._held, None
+        return held
+
+    @override
+    def stop(self, trainer: Trainer) -> None:
+        vars(trainer.strategy).pop("batch_to_device", None)
+
+
+class LoaderSource(Source):
+    """Takes batches from a loader, again and again.
+
+    Args:
+        loader: an iterable of batches like those of training; None where a subclass finds it later.
+        seed: decides their order.
+    """
+
+    def __init__(self, loader: Any, seed: int) -> None:
+        self.loader, self.seed = loader, seed
+        self._stream: HeldOutBatches | None = None
+
+    @override
+    def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
+        self._stream = HeldOutBatches(self.loader, self.seed)
+
+    @override
+    def batch(self, trainer: Trainer) -> Any:
+        assert self._stream is not None
+        batch = next(self._stream)
+        with isolated_random(self.seed, self._stream.passes, self._stream.position):
+            return to_device(trainer, batch)
+
+    @override
+    def finetune(self) -> None:
+        self._stream = None
+
+    @override
+    def stop(self, trainer: Trainer) -> None:
+        self._stream = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._stream.state_dict()) if self._stream else {}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if "passes" in state and self._stream:
+            self._stream.load_state_dict(state)
+
+
+class ValidationSource(LoaderSource):
+    """Takes batches from the user's own validation loaders, one loader after the other."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(None, seed)
+
+    @override
+    def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
+        loaders = tree_leaves(trainer.val_dataloaders, is_leaf=lambda x: isinstance(x, DataLoader))
+        if not loaders or loaders == [None]:
+            raise AutoPruneError(
+                '`held_out="val"` needs validation data, and this fit has none: pass `val_dataloaders` to `fit`, or'
+                " choose a fraction of the training data."
+            )
+        self.loader = _Chain(loaders)
+        super().start(trainer, due)
+
+
+class FixedSource(LoaderSource):
+    """Holds the same rows of the training set out for the whole run, until the masks are frozen.
+
+    Args:
+        fraction: share of the rows, in (0, 1).
+        seed: decides which rows, and the order of their batches.
+    """
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        super().__init__(None, seed)
+        self.fraction = fraction
+        self._sampler: FixedSplitSampler | None = None
+        self._finetune = False
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        source = training_loader_source(trainer)
+        original = source.dataloader
+
+        def dataloader() -> DataLoader[Any]:
+            loader, self.loader, self._sampler = split_loader(original(), self.fraction, self.seed, rebuild_loader)
+            self._sampler.finetune = self._finetune
+            return loader
+
+        source.dataloader = dataloader
+
+    @override
+    def finetune(self) -> None:
+        super().finetune()
+        self._finetune = True
+        if self._sampler:
+            self._sampler.finetune = True
+
+    @override
+    def stop(self, trainer: Trainer) -> None:
+        super().stop(trainer)
+        vars(training_loader_source(trainer)).pop("dataloader", None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "rows": self._rows()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["rows"] != self._rows():
+            raise AutoPruneError(
+                f"The checkpoint's held-out split is of {state['rows']} training rows, and here there are"
+                f" {self._rows()}: resume with the same training data, or start from the checkpoint's weights alone."
+            )
+        super().load_state_dict(state)
+
+    def _rows(self) -> int:
+        return len(self._sampler) + len(self._sampler.held_out) if self._sampler else 0
+
+
+def make_source(held_out: Any, redraw: bool, seed: int) -> Source | None:
+    """The source that ``held_out`` names, or None for ``"train"``, where nothing is held out.
+
+    Raises:
+        AutoPruneError: for anything but a fraction in (0, 1), ``"val"``, ``"train"`` or a ``DataLoader``.
+    """
+    if isinstance(held_out, str):
+        check_choice("held_out", held_out, ("val", "train"))
+        return ValidationSource(seed) if held_out == "val" else None
+    if isinstance(held_out, DataLoader):
+        return LoaderSource(held_out, seed)
+    hint = '`held_out` may also be "val", "train" or a DataLoader.'
+    check_range("held_out", held_out, 0, 1, low_open=True, high_open=True, hint=hint)
+    return RedrawnSource(held_out, seed) if redraw else FixedSource(held_out, seed)
+
+
+def training_loader_source(trainer: Trainer) -> Any:
+    """Lightning's holder of the training loader; its ``dataloader()`` is called whenever one is wanted."""
+    return trainer.fit_loop._data_source
+
+
+def rebuild_loader(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
+    """A loader like the given one, subclasses included, with another sampler."""
+    return _update_dataloader(loader, sampler)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Moves a batch to the model's device as the training loop does, through the user's transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _loaders(trainer: Trainer) -> list[Any]:
+    return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
+
+
+class _Chain:
+    """Several loaders as one iterable."""
+
+    def __init__(self, loaders: list[Any]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from loader
