@@ -1,0 +1,27 @@
+"""Nothing of a test reaches the user's folders or the network; one thread, as the tests are small."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+
+_SCRATCH = tempfile.mkdtemp(prefix="lightning-autoprune-tests-")
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+for _name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+    os.environ[_name] = os.path.join(_SCRATCH, _name.lower())
+    os.makedirs(os.environ[_name])
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_scratch_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)

@@ -1,0 +1,91 @@
+"""The method, slow and obvious: T = W ⊙ h(M) as an autograd function, and all steps entry by entry or by autograd.
+
+Nothing here is shared with the package but the names.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def h_prime(name: str, m: Tensor, slope: float) -> Tensor:
+    if name == "linear":
+        return torch.ones_like(m)
+    if name == "hard_sigmoid":
+        return torch.where((m > -1) & (m < 1), 0.5, 0.0)
+    if name == "leaky_relu":
+        return torch.where(m > 0, 1.0, slope)
+    return 1 / (1 + torch.exp(-m))
+
+
+class Effective(torch.autograd.Function):
+    """T = W ⊙ h(M); backward gives dL/dT ⊙ h(M) to W, and the rule's gradient without μ to M."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, M: Tensor, rule: str, estimator: str, slope: float) -> Tensor:
+        ctx.save_for_backward(W, M)
+        ctx.rule, ctx.estimator, ctx.slope = rule, estimator, slope
+        return torch.where(M > 0, W, torch.zeros_like(W))
+
+    @staticmethod
+    def backward(ctx: Any, dL_dT: Tensor) -> Any:  # type: ignore[override]
+        W, M = ctx.saved_tensors
+        direction = torch.sign(W) if ctx.rule == "autoprune" else W
+        dL_dM = dL_dT * direction * h_prime(ctx.estimator, M, ctx.slope)
+        return torch.where(M > 0, dL_dT, torch.zeros_like(dL_dT)), dL_dM, None, None, None
+
+
+class Reference:
+    """Trains W by any optimiser and M by the rule, on latent weights, with ``functional_call``."""
+
+    def __init__(self, network: torch.nn.Module, rule: str, estimator: str, slope: float = 0.1) -> None:
+        self.network, self.rule, self.estimator, self.slope = network, rule, estimator, slope
+        self.W = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+        self.M = {
+            name: (0.1 * w.detach().abs() / w.detach().std()).requires_grad_()
+            for name, w in self.W.items()
+            if name.endswith("weight")
+        }
+        self.squares: list[float] = []
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        effective = {
+            name: Effective.apply(w, self.M[name], self.rule, self.estimator, self.slope) if name in self.M else w
+            for name, w in self.W.items()
+        }
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(self.network, effective, (x,)), y)
+
+    def weight_step(self, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        before = {name: w.detach().clone() for name, w in self.W.items()}
+        optimizer.zero_grad()
+        self.loss(x, y).backward(inputs=list(self.W.values()))
+        with torch.no_grad():
+            for name, m in self.M.items():  # what the optimiser sees of a pruned weight is 0: nothing to decay
+                self.W[name][m <= 0] = 0
+        optimizer.step()
+        with torch.no_grad():
+            for name, m in self.M.items():  # a pruned weight keeps its value, whatever the optimiser did
+                self.W[name][m <= 0] = before[name][m <= 0]
+
+    def auxiliary_step(self, x: Tensor, y: Tensor, lr: float, mu: float, decay: float = 0.999) -> None:
+        gradients = dict(
+            zip(self.M, torch.autograd.grad(self.loss(x, y), list(self.M.values())), strict=True),
+        )
+        # s² is the average of the mean squares so far, each weighing `decay` times as much as the next;
+        # the part of h' is divided out again, as s is of dL/dT · sgn(w) alone
+        total, count = 0.0, 0
+        for name, g in gradients.items():
+            slope = h_prime(self.estimator, self.M[name], self.slope).detach()
+            total += float((g[slope > 0] / slope[slope > 0]).square().sum())
+            count += g.numel()
+        self.squares.append(total / count)
+        weights = [decay**age for age in reversed(range(len(self.squares)))]
+        s = math.sqrt(sum(w * q for w, q in zip(weights, self.squares, strict=True)) / sum(weights))
+        with torch.no_grad():
+            for name, g in gradients.items():
+                slope = h_prime(self.estimator, self.M[name], self.slope)
+                self.M[name] -= lr * (g / s + mu * slope)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.layers import prunable_weights
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.up = nn.ConvTranspose1d(4, 4, 2)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 10)
+
+
+def test_weights_of_linear_convolution_and_attention_are_found_and_nothing_else():
+    names = list(prunable_weights(Mixed()))
+    assert names == ["conv", "up", "attention.in_proj_weight", "attention.out_proj", "head"]
+
+
+def test_a_single_layer_has_a_name():
+    assert list(prunable_weights(nn.Linear(2, 2))) == ["weight"]
+
+
+def test_include_and_exclude_are_patterns():
+    assert list(prunable_weights(Mixed(), include=["attention.*", "head"])) == [
+        "attention.in_proj_weight",
+        "attention.out_proj",
+        "head",
+    ]
+    assert list(prunable_weights(Mixed(), exclude=["attention*", "up"])) == ["conv", "head"]
+
+
+def test_a_tied_weight_is_listed_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert list(prunable_weights(model)) == ["0"]
+
+
+def test_a_weight_tied_to_an_embedding_is_an_embedding():
+    model = Mixed()
+    model.head.weight = model.embed.weight
+    assert "head" not in prunable_weights(model)
+
+
+def test_a_frozen_weight_is_left_out():
+    model = Mixed()
+    model.conv.weight.requires_grad_(False)
+    assert "conv" not in prunable_weights(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.LayerNorm(3), {}, "LayerNorm has no layer to prune: there is no linear, convolution or attention layer"),
+        (Mixed(), {"include": ["fc*"]}, r"`include` has 'fc\*', which matches no layer; there are 'conv', 'up', 'att"),
+        (Mixed(), {"exclude": ["bias"]}, "`exclude` has 'bias', which matches no layer; there are 'conv', 'up'"),
+        (Mixed(), {"exclude": ["*"]}, "`include` and `exclude` leave no layer to prune; there are 'conv'"),
+        (nn.LazyLinear(3), {}, "Layer 'weight' is lazy and has no shape yet: run one batch through the model"),
+        (weight_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight by a parametrization, .* remove it"),
+        (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),
+        (nn.Linear(2, 2).requires_grad_(False), {}, "None of the layers 'weight' has a trainable weight of its own"),
+    ],
+)
+def test_what_can_not_be_pruned_is_refused_with_the_way_out(model, options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        prunable_weights(model, **options)
+
+
+def test_a_layer_that_can_not_be_pruned_may_be_excluded():
+    model = nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert list(prunable_weights(model, exclude=["0"])) == ["1"]
+
+
+def test_shapes_follow_the_model():
+    assert {name: weight.shape for name, weight in prunable_weights(nn.Sequential(nn.Conv3d(2, 4, 3))).items()} == {
+        "0": torch.Size([4, 2, 3, 3, 3])
+    }

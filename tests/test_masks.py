@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep_best, pack, unpack
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_and_with_a_mask_clears_exactly_even_nan_and_minus_zero(dtype):
+    x = torch.tensor([1.5, -2.0, math.nan, math.inf, -0.0, -3.0], dtype=dtype)
+    kept = torch.tensor([True, True, False, False, False, False])
+    bits = as_bits(torch.zeros_like(x)).copy_(kept).neg_()
+    as_bits(x).bitwise_and_(bits)
+    assert x.tolist() == [1.5, -2.0, 0, 0, 0, 0]
+    assert not torch.signbit(x[2:]).any()
+
+
+def test_zero_is_pruned_and_only_what_is_above_is_kept():
+    M = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 2.0])
+    bits = torch.empty(5, dtype=torch.int32)
+    assert decide(M, bits) == 2
+    assert bits.tolist() == [0, 0, 0, -1, -1]
+
+
+@given(st.lists(st.booleans(), min_size=0, max_size=70))
+def test_packing_is_an_exact_round_trip_of_one_bit_an_entry(values):
+    mask = torch.tensor(values, dtype=torch.bool)
+    packed = pack(mask)
+    assert packed.numel() == math.ceil(len(values) / 8)
+    assert torch.equal(unpack(packed, mask.shape), mask)
+
+
+def test_packing_keeps_the_shape():
+    mask = torch.rand(3, 5, 7) > 0.5
+    assert torch.equal(unpack(pack(mask), mask.shape), mask)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 30), st.integers(1, 40))
+def test_keep_best_keeps_exactly_so_many_and_never_empties_a_tensor(seed, count, size):
+    torch.manual_seed(seed)
+    M = [torch.randn(size), torch.randn(4, 5) - 3]
+    total = size + 20
+    count = min(count, total)
+    keep_best(M, [1, 1], count)
+    assert sum(int((m > 0).sum()) for m in M) == count
+    assert all((m > 0).any() for m in M)
+
+
+def test_keep_best_prefers_the_largest_and_moves_no_sign_that_was_right():
+    M = [torch.tensor([3.0, 2.0, -1.0, 1.0])]
+    keep_best(M, [1], 2)
+    assert M[0].tolist() == [3.0, 2.0, -1.0, 0.0]
+
+
+def test_keep_best_breaks_ties_to_the_exact_count():
+    M = [torch.full((10,), 0.1)]
+    keep_best(M, [1], 4)
+    assert int((M[0] > 0).sum()) == 4
+
+
+def test_keep_best_can_leave_the_others_as_they_are():
+    M = [torch.tensor([-3.0, -2.0, -1.0])]
+    keep_best(M, [1], 1, prune=False)
+    assert M[0][:2].tolist() == [-3.0, -2.0]
+    assert M[0][2] > 0
+
+
+def test_keep_best_works_on_memory_in_any_order():
+    M = [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    best = M[0].flatten().topk(5).indices
+    keep_best(M, [1], 5)
+    assert set((M[0] > 0).flatten().nonzero().flatten().tolist()) == set(best.tolist())
+
+
+def test_a_floor_is_at_least_one_weight():
+    assert floors([10, 5000, 1001], 0.001) == [1, 5, 2]
+
+
+def test_a_count_below_the_floors_names_the_way_out():
+    message = (
+        r"Keeping 3 of 20000 weights is not possible: with `layer_floor=0.001` the 2 layers keep at least 20. Ask for a"
+        r" `target_sparsity` of at most 0.999, or lower `layer_floor`."
+    )
+    with pytest.raises(AutoPruneError, match=message):
+        check_count(3, [10000, 10000], 0.001)
