@@ -181,10 +181,10 @@ class AutoPruneCallback(Callback):
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
         if not self.enabled:
             return
-        weights = prunable_weights(pl_module, self.include, self.exclude)
-        self._pruner = Pruner(weights, self.settings, _total_steps(trainer), _steps_done(trainer))
         if self._source is not None:
             self._source.start(trainer, lambda: self._upcoming(trainer))
+        weights = prunable_weights(pl_module, self.include, self.exclude)
+        self._pruner = Pruner(weights, self.settings, _total_steps(trainer), _steps_done(trainer))
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
             self._report.load_state_dict(self._loaded["report"], weights.values())

@@ -26,7 +26,7 @@ from torch.utils.data import (
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["FixedSplitSampler", "HeldOutBatches", "isolated_random", "split_batch", "split_loader"]
+__all__ = ["FixedSplitSampler", "HeldOutBatches", "batch_rows", "isolated_random", "split_batch", "split_loader"]
 
 
 @contextmanager
@@ -88,17 +88,27 @@ def split_batch(batch: Any, fraction: float, *seeds: int) -> tuple[Any, Any]:
         >>> [len(part) for part in train], [len(part) for part in held_out]
         ([3, 3], [1, 1])
     """
+    rows = batch_rows(batch)
+    held = round(fraction * rows)
+    if not 0 < held < rows:
+        return batch, None
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
+    return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
+
+
+def batch_rows(batch: Any) -> int:
+    """Number of rows of a batch: that of the first tensor in it.
+
+    Raises:
+        AutoPruneError: if there is none.
+    """
     rows = next(_rows(batch), None)
     if rows is None:
         raise AutoPruneError(
             f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: pass"
             ' `held_out=DataLoader(...)` or `held_out="train"`.'
         )
-    held = round(fraction * rows)
-    if not 0 < held < rows:
-        return batch, None
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
-    return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
+    return rows
 
 
 class FixedSplitSampler(Sampler[int]):

@@ -19,6 +19,7 @@ from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.heldout import (
     FixedSplitSampler,
     HeldOutBatches,
+    batch_rows,
     isolated_random,
     iterable_error,
     split_batch,
@@ -64,7 +65,7 @@ class RedrawnSource(Source):
     """Holds out a share of each training batch, drawn anew: no row is trained on that M sees in the same epoch.
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
-    passed through the network.
+    passed through the network. A batch of less than half the usual size (the rest of an epoch) is trained on whole.
 
     Args:
         fraction: share of the rows of a batch, in (0, 1).
@@ -73,31 +74,36 @@ class RedrawnSource(Source):
 
     def __init__(self, fraction: float, seed: int) -> None:
         self.fraction, self.seed = fraction, seed
+        self._usual_rows = 0  # of a batch; 0 until one has been seen
         self._held: Any = None
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
         if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in _loaders(trainer)):
             raise iterable_error()
-        original, checked = trainer.strategy.batch_to_device, False
+        original, self._usual_rows = trainer.strategy.batch_to_device, 0
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-            nonlocal checked
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
-            step = due()
-            if trainer.training and not (checked and step is None):
-                rest, held = split_batch(batch, self.fraction, self.seed, step or 0)
-                if not checked and held is None:
-                    raise AutoPruneError(
-                        f"`held_out={self.fraction}` of a training batch leaves one side empty: choose a fraction that"
-                        " is at least one row and leaves one, or a larger batch."
-                    )
-                checked = True
-                if step is not None:
-                    batch, self._held = rest, held
-            return batch
+            return self._split(batch, due()) if trainer.training else batch
 
         trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
+
+    def _split(self, batch: Any, step: int | None) -> Any:
+        if self._usual_rows and step is None:
+            return batch
+        rest, held = split_batch(batch, self.fraction, self.seed, step or 0)
+        if not self._usual_rows:
+            self._usual_rows = batch_rows(batch)
+            if held is None:
+                raise AutoPruneError(
+                    f"`held_out={self.fraction}` of a training batch of {self._usual_rows} rows leaves one side empty:"
+                    " choose another fraction, or a larger batch."
+                )
+        if step is None or held is None or 2 * batch_rows(batch) < self._usual_rows:
+            return batch
+        self._held = held
+        return rest
 
     @override
     def batch(self, trainer: Trainer) -> Any:
@@ -107,6 +113,14 @@ class RedrawnSource(Source):
     @override
     def stop(self, trainer: Trainer) -> None:
         vars(trainer.strategy).pop("batch_to_device", None)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"usual_rows": self._usual_rows}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._usual_rows = state["usual_rows"]
 
 
 class LoaderSource(Source):

@@ -27,7 +27,7 @@ def loader(rows: int = ROWS, batch: int = BATCH, shuffle: bool = False, seed: in
 
 
 class Net(LightningModule):
-    """Two linear layers. ``noisy`` adds dropout and random input noise; BatchNorm, a metric and logs are always there."""
+    """Two linear layers, BatchNorm, a metric and logs. ``noisy`` adds dropout and random input noise."""
 
     def __init__(self, noisy: bool = False, optimizer: str = "adam", hidden: int = 16) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def fit(
     model = model or Net(**(model_options or {}))
     callbacks = callback if isinstance(callback, list) else [callback] if callback else None
     t = trainer(callbacks=callbacks, **options)
-    t.fit(model, train or loader(), val, ckpt_path=ckpt_path, weights_only=False if ckpt_path else None)
+    t.fit(model, loader() if train is None else train, val, ckpt_path=ckpt_path)
     return model, t
 
 

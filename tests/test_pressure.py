@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ def test_the_path_falls_from_start_to_target_and_stays(a, b):
     path = [target_path(i / 100, start, target) for i in range(101)]
     assert path[0] == pytest.approx(start)
     assert path[90:] == [pytest.approx(target)] * 11
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(path, path[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(path))
 
 
 def test_progress_outside_the_phase_is_clamped():

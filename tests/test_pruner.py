@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import same
@@ -60,7 +62,7 @@ def test_the_controller_is_close_to_the_target_before_the_last_correction_along_
     pruner = started(model, 2000, target_sparsity=0.9, warmup=0, finetune=0)
     curve = list(train(pruner, model, x, y, 1999))
     assert curve[-1] == pytest.approx(0.9, abs=0.01)
-    jumps = [abs(b - a) for a, b in zip(curve, curve[1:], strict=False)]
+    jumps = [abs(b - a) for a, b in pairwise(curve)]
     assert max(jumps) < 0.03
     assert curve[1000] > 0.6
 
@@ -156,5 +158,5 @@ def test_a_wrong_setting_is_refused(settings, message):
 
 def test_a_target_that_the_floors_can_not_meet_is_refused_at_once():
     model, *_ = problem()
-    with pytest.raises(AutoPruneError, match="Keeping 6 of 640 weights is not possible: with `layer_floor=0.05`"):
+    with pytest.raises(AutoPruneError, match=r"Keeping 6 of 640 weights is not possible: with `layer_floor=0.05`"):
         Pruner(prunable_weights(model), Settings(target_sparsity=0.99, layer_floor=0.05), 100)

@@ -64,9 +64,9 @@ def test_counts_of_two_processes_add_up():
 def test_plot_draws_a_value_and_a_curve():
     metric = Sparsity()
     metric.update(torch.tensor([0.0, 1.0]))
-    figure, axes = metric.plot()
+    _, axes = metric.plot()
     assert axes.get_ylim()[1] >= 1
     values = [metric(torch.tensor([0.0, 1.0])), metric(torch.zeros(4))]
-    figure, axes = metric.plot(values)
+    _, axes = metric.plot(values)
     assert axes.lines[0].get_ydata().tolist() == [0.5, 1.0]
     plt.close("all")

@@ -1,0 +1,229 @@
+"""Checkpoints: true zeros in the plain model's own keys, and resuming as if the run had never stopped."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BATCH, Net, csv_logger, data, fit, flat, loader, same
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
+
+
+class Resumable:
+    """A loader that can go on in the middle of an epoch: Lightning asks for these two methods."""
+
+    def __init__(self) -> None:
+        self.batches = list(loader())
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for i in range(self.position, len(self.batches)):
+            self.position = (i + 1) % len(self.batches)
+            yield self.batches[i]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def saving(folder: str = "checkpoints", **options) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **options)
+
+
+# What is in the file
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_a_checkpoint_holds_true_zeros_and_loads_strictly_into_the_plain_model(weights_only):
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    checkpoint = saving(save_weights_only=weights_only)
+    model, _ = fit([callback, checkpoint], epochs=6, enable_checkpointing=True)
+    saved = torch.load(checkpoint.best_model_path, weights_only=True)
+    plain = Net()
+    assert list(saved["state_dict"]) == list(plain.state_dict())
+    plain.load_state_dict(saved["state_dict"], strict=True)
+    assert sparsity(plain) == callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert not any(torch.signbit(value[value == 0]).any() for value in saved["state_dict"].values())
+    x = data(seed=5)[:][0]
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+    assert ("callbacks" in saved) == (not weights_only)
+
+
+def test_lightnings_own_loading_gives_the_pruned_model():
+    checkpoint = saving()
+    model, _ = fit([AutoPruneCallback(target_sparsity=0.8), checkpoint], enable_checkpointing=True)
+    loaded = Net.load_from_checkpoint(checkpoint.best_model_path)
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+def test_every_checkpoint_on_the_way_is_as_sparse_as_the_run_was():
+    seen = {}
+
+    class Watch(AutoPruneCallback):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            seen[trainer.global_step] = self.sparsity
+
+    fit([Watch(target_sparsity=0.8), saving(every_n_train_steps=1)], enable_checkpointing=True)
+    assert len(seen) == 32
+    for path in Path("checkpoints").glob("*.ckpt"):
+        plain = Net()
+        plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert sparsity(plain) == seen[int(path.stem.split("=")[1])]
+
+
+def test_saving_by_hand_after_fitting_keeps_the_masks():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    _, t = fit(callback)
+    t.save_checkpoint("after.ckpt")
+    state = torch.load("after.ckpt", weights_only=True)["callbacks"]["AutoPruneCallback"]
+    assert state["pruner"]["auxiliary"]["frozen"]
+    assert "M" not in state["pruner"]["auxiliary"]
+
+
+def test_averaged_weights_are_saved_and_left_with_true_zeros():
+    class Average(WeightAveraging):
+        def __init__(self) -> None:
+            super().__init__(use_buffers=False)
+
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    fit([Average(), callback, saving(every_n_train_steps=4)], enable_checkpointing=True)
+    last = torch.load("checkpoints/step=32.ckpt", weights_only=True)
+    plain = Net()
+    plain.load_state_dict(last["state_dict"])
+    assert sparsity(plain) >= callback.sparsity
+
+
+# Resuming
+
+SOURCES = {
+    "redrawn": {"held_out": 0.5},
+    "train": {"held_out": "train"},
+    "val": {"held_out": "val"},
+    "loader": {"held_out": loader(seed=9, shuffle=True)},
+    "fixed": {"held_out": 0.25, "redraw_held_out": False},
+}
+
+
+def run(folder: str, callback, optimizer: str, ckpt_path=None, train=None, **options):
+    """Six epochs of eight steps; all that comes out, with the logged curves of the steps after ``ckpt_path``."""
+    callbacks = [saving(f"{folder}-checkpoints", **options), *([callback] if callback else [])]
+    model, t = fit(
+        callbacks,
+        model=Net(optimizer=optimizer),
+        train=train or Resumable(),
+        val=loader(seed=3),
+        epochs=6,
+        enable_checkpointing=True,
+        logger=csv_logger(Path(folder)),
+        ckpt_path=ckpt_path,
+    )
+    return {
+        "weights": dict(model.state_dict()),
+        "optimiser": t.optimizers[0].state_dict(),
+        "callback": callback.state_dict() if callback else None,
+        "global_step": t.global_step,
+    }
+
+
+def curves(folder: str, after: int) -> list[dict[str, str]]:
+    """What was logged from a step on, without the mean over an epoch, whose first half Lightning forgets."""
+    with (Path(folder) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) >= after]
+    return [{k: v for k, v in row.items() if v and k != "train_accuracy_epoch"} for row in rows]
+
+
+def check_resumed(callback, step: int, optimizer: str = "adam", train=None, **options) -> None:
+    path = f"whole-checkpoints/step={step}.ckpt"
+    whole = run("whole", callback(), optimizer, train=train and train(), **options)
+    resumed = run("resumed", callback(), optimizer, path, train and train(), **options)
+    assert same(whole, resumed)
+    assert curves("whole", after=step) == curves("resumed", after=step)
+    assert len(curves("resumed", after=step)) > 2
+
+
+# 48 steps: dense until 6, pruning until 32
+@pytest.mark.parametrize("step", [3, 6, 8, 19, 24, 31, 32, 43])
+@pytest.mark.parametrize("source", ["redrawn", "train", "val", "loader"])
+def test_a_run_resumed_anywhere_is_bit_equal_to_one_that_never_stopped(source, step):
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("step", [3, 19])
+def test_without_the_callback_the_same_run_resumes_bit_equal(step):
+    """What the test above rests on."""
+    check_resumed(lambda: None, step, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"target_sparsity": 0.9, "estimator": "softplus", "mask_every_n_steps": 3}])
+def test_other_optimisers_and_settings_resume_bit_equal(optimizer, options):
+    check_resumed(lambda: AutoPruneCallback(**options), 19, optimizer, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("step", [8, 24, 40])
+def test_a_fixed_split_resumes_bit_equal_from_the_end_of_an_epoch(step):
+    step = step * 6 // 8  # a quarter of the rows is held out, so there are six steps in an epoch
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES["fixed"]), step, train=loader)
+
+
+def test_a_run_resumed_twice_is_bit_equal():
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8)
+
+    whole = run("whole", callback(), "adam", every_n_train_steps=1)
+    run("once", callback(), "adam", ckpt_path="whole-checkpoints/step=10.ckpt", every_n_train_steps=1)
+    resumed = run("twice", callback(), "adam", ckpt_path="once-checkpoints/step=25.ckpt", every_n_train_steps=1)
+    assert same(whole, resumed)
+
+
+def test_training_further_after_the_masks_were_frozen_keeps_them():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, t = fit(callback)
+    t.save_checkpoint("done.ckpt")
+    more = AutoPruneCallback(target_sparsity=0.8)
+    longer, _ = fit(more, epochs=8, ckpt_path="done.ckpt")
+    assert same(more._pruner.masks(), callback._pruner.masks())
+    assert not torch.equal(flat(model), flat(longer))
+
+
+def test_a_dense_checkpoint_can_be_resumed_with_pruning():
+    _, t = fit(epochs=2)
+    t.save_checkpoint("dense.ckpt")
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, _ = fit(callback, epochs=6, ckpt_path="dense.ckpt")
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_checkpoint_of_other_layers_is_refused_by_name():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    message = "layer 'last' of the checkpoint is missing.*Build the same model with the same `include` and `exclude`"
+    with pytest.raises(AutoPruneError, match=message):
+        fit(AutoPruneCallback(target_sparsity=0.8, exclude=["last"]), epochs=8, ckpt_path="one.ckpt")
+
+
+def test_a_fixed_split_of_other_data_is_refused():
+    options = {"held_out": 0.25, "redraw_held_out": False}
+    _, t = fit(AutoPruneCallback(**options))
+    t.save_checkpoint("one.ckpt")
+    message = "held-out split is of 128 training rows, and here there are 64: resume with the same training data"
+    with pytest.raises(AutoPruneError, match=message):
+        fit(AutoPruneCallback(**options), train=loader(rows=64), epochs=8, ckpt_path="one.ckpt")
+
+
+def test_the_state_is_small():
+    """One bit a weight for the masks and M, or the masks alone once they are frozen."""
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    fit(callback, model=Net(hidden=256), train=loader(batch=BATCH))
+    state = callback.state_dict()["pruner"]["auxiliary"]
+    assert sum(mask.numel() for mask in state["masks"]) == 256 * 16 / 8

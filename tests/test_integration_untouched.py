@@ -1,0 +1,63 @@
+"""The user's run is theirs: bit for bit the same weights, logs, metrics, statistics and random numbers."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import csv_logger, csv_rows, fit, loader, same
+
+from lightning_autoprune import AutoPruneCallback
+
+
+def trace(callback, folder: str, **options):
+    """Everything that a run leaves."""
+    model, t = fit(
+        callback,
+        train=loader(shuffle=True),
+        val=loader(seed=3),
+        model_options={"noisy": True},
+        logger=csv_logger(Path(folder)),
+        epochs=3,
+        **options,
+    )
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "optimiser": t.optimizers[0].state_dict(),
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate()[1],
+        "logs": csv_rows(Path(folder)),
+        "metrics": {k: float(v) for k, v in t.callback_metrics.items() if not k.startswith("autoprune")},
+    }
+
+
+@pytest.mark.parametrize("off", [{"enabled": False}, {"warmup": 1.0}], ids=str)
+def test_switched_off_it_is_as_if_there_were_no_callback(off):
+    assert same(trace(None, "without"), trace(AutoPruneCallback(**off), "with"))
+
+
+NEVER = {"pressure": 1e-30, "auxiliary_lr": 1e-30}  # M is trained, and no mask ever changes
+SOURCES = {
+    "loader": {"held_out": loader(seed=9, shuffle=True)},
+    "val": {"held_out": "val"},
+    "train": {"held_out": "train"},
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}], ids=str)
+@pytest.mark.parametrize("source", SOURCES)
+def test_while_nothing_is_pruned_the_held_out_passes_change_nothing(source, options):
+    callback = AutoPruneCallback(**NEVER, **SOURCES[source], warmup=0.2, finetune=0.2)
+    assert same(trace(None, "without", **options), trace(callback, "with", **options))
+    assert callback.sparsity == 0
+    assert callback._pruner.frozen
+    assert callback._pruner.auxiliary.scale.updates > 5
+
+
+def test_the_comparison_can_fail():
+    callback = AutoPruneCallback(held_out="train", target_sparsity=0.1)
+    assert not same(trace(None, "without"), trace(callback, "with"))
