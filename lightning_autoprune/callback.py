@@ -40,7 +40,8 @@ class AutoPruneCallback(Callback):
             None: the pressure alone decides.
         pressure: μ, how strongly M is pushed towards pruning, > 0, in units of the typical gradient of the loss. It
             stays as it is without a target; with one it is where a controller starts.
-        auxiliary_lr: η, the size of an auxiliary step, > 0, in units of m (see ``initial_scale``).
+        auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
+            typical size. Each step takes its share, so the setting does not depend on the length of the run.
         estimator: straight-through estimator h'(m) that stands in for the mask's derivative.
         leaky_slope: slope of the estimator ``"leaky_relu"`` at m <= 0, in [0, 1].
         update_rule: ``"autoprune"`` (dL/dT · sgn(w)) or ``"vanilla"`` (dL/dT · w, the plain chain rule).
@@ -91,7 +92,7 @@ class AutoPruneCallback(Callback):
         target_sparsity: float | None = None,
         *,
         pressure: float = 0.05,
-        auxiliary_lr: float = 1e-3,
+        auxiliary_lr: float = 30.0,
         estimator: Estimator = "linear",
         leaky_slope: float = 0.1,
         update_rule: UpdateRule = "autoprune",

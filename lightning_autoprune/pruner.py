@@ -33,7 +33,7 @@ class Settings:
 
     target_sparsity: float | None = None
     pressure: float = 0.05
-    auxiliary_lr: float = 1e-3
+    auxiliary_lr: float = 30.0
     estimator: Estimator = "linear"
     leaky_slope: float = 0.1
     update_rule: UpdateRule = "autoprune"
@@ -186,7 +186,8 @@ class Pruner:
     def auxiliary_step(self, dL_dT: Sequence[Tensor]) -> bool:
         """Steps M on one gradient a weight, not masked; tells whether it could (all gradients finite)."""
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
-        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr * self.settings.mask_every_n_steps, self.mu)
+        steps = max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
+        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / steps, self.mu)
 
     def end_step(self) -> bool:
         """Ends a training step: updates masks and pressure; tells whether the masks were frozen."""
