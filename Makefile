@@ -32,7 +32,8 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 notebook: $(VENV)/installed
-	$(BIN)/jupytext --to notebook --update --execute notebooks/quickstart.py
+	$(BIN)/jupytext --to notebook notebooks/quickstart.py
+	$(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
 
 clean:
 	rm -rf $(VENV) demo-output

@@ -66,8 +66,11 @@ def sensitivity(dL_dT: Sequence[Tensor], W: Sequence[Tensor], rule: UpdateRule) 
         >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "vanilla")
         [tensor([-1.,  8.])]
     """
-    factors = torch._foreach_sign(list(W)) if rule == "autoprune" else W
-    return list(torch._foreach_mul([_wide(g) for g in dL_dT], [_wide(f) for f in factors]))
+    if rule == "vanilla":
+        return [_wide(g) * _wide(w) for g, w in zip(dL_dT, W, strict=True)]
+    D = torch._foreach_sign(list(W))
+    torch._foreach_mul_(D, list(dL_dT))  # exact in any precision
+    return [_wide(d) for d in D]
 
 
 class AuxiliaryParameters:

@@ -48,7 +48,10 @@ def isolated_random(*seeds: int) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            # not torch.manual_seed: without a GPU it keeps a stack trace a call, for ever, and takes milliseconds
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             yield

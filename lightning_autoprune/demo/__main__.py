@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         os.environ.setdefault(name, str(folder))
     os.environ.setdefault("WANDB_SILENT", "true")
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    warnings.filterwarnings("ignore", module="lightning")
+    logging.getLogger("wandb").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the network is small: more threads would only wait for each other
     try:
@@ -64,7 +65,7 @@ def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
     prune = AutoPruneCallback(target_sparsity=args.target)
     checkpoint = ModelCheckpoint(dirpath=folder, filename="pruned", enable_version_counter=False)
     _, dense_error = _fit(images, args.seed, epochs, batch)
-    model, error = _fit(images, args.seed, epochs, batch, [csv, wandb], [prune, checkpoint])
+    _, error = _fit(images, args.seed, epochs, batch, [csv, wandb], [prune, checkpoint])
 
     plain = Classifier(lenet_300_100(images.train.images[0].numel()))
     plain.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
