@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 __all__ = ["GradientScale", "PressureController", "target_path"]
 
+_LARGEST_CHANGE = 1.0  # of ln μ in one update
+
 
 @dataclass
 class GradientScale:
@@ -63,12 +65,19 @@ def target_path(progress: float, start: float, target: float, share: float = 0.9
 class PressureController:
     """Moves μ so that the density follows a path; without a target μ stays as it is.
 
-    μ ← μ · exp(gain · clip(5 · ln(density / path), −1, 1)): multiplicative, hence free of scale, and
-    never negative. Too many weights left raise μ, too few lower it, and weights come back.
+    With the error e = ln(density / path),
+
+        ln μ ← ln μ + gain · clip(5e, −1, 1) + response · (e − e before).
+
+    The first term ends a lasting error, the second answers a change at once and so damps swings. Working on
+    logarithms it is free of scale, and μ stays above 0. Too many weights left raise μ; too few lower it, and weights
+    come back.
 
     Attributes:
-        mu: the pressure, in units of the running root mean square of dL/dT; 0 or more.
-        gain: largest change of ln μ in one update.
+        mu: the pressure, in units of the running root mean square of dL/dT; above 0.
+        gain: largest change of ln μ in one update by a lasting error.
+        response: change of ln μ by a change of the error.
+        error: e at the last update.
 
     Example:
         >>> controller = PressureController(mu=0.1)
@@ -78,8 +87,13 @@ class PressureController:
 
     mu: float
     gain: float = 0.05
+    response: float = 10.0
+    error: float = 0.0
 
     def update(self, density: float, path: float) -> float:
         """Takes the density there is and the one there should be (both > 0), and returns the new μ."""
-        self.mu *= math.exp(self.gain * min(max(5 * math.log(density / path), -1.0), 1.0))
+        error, before = math.log(density / path), self.error
+        change = self.gain * min(max(5 * error, -1.0), 1.0) + self.response * (error - before)
+        self.mu *= math.exp(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE))
+        self.error = error
         return self.mu
