@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from itertools import chain, pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -132,7 +133,7 @@ class Manual(Net):
         opt.step()
 
 
-def cross_entropy(module, batch):
+def cross_entropy(module: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
 
 

@@ -77,6 +77,7 @@ def test_without_the_shield_the_same_pass_leaves_traces():
 
 def test_gradients_are_those_of_the_loss_with_batch_statistics_and_no_dropout():
     def check(trainer, model):
+        model.dropout.p = 0.5
         weights = [model.first.weight, model.last.weight]
         loss, gradients = held_out_gradients(trainer, batch(), weights, None, 1)
         twin = copy.deepcopy(model)

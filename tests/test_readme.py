@@ -1,0 +1,37 @@
+"""The README's quickstart runs as it stands, and its commands and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Net, loader
+
+from lightning_autoprune import sparsity
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_quickstart_runs_as_it_stands():
+    import wandb
+
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 8
+    names = {"model": Net(), "train_loader": loader()}
+    exec(code, names)
+    wandb.finish()
+    plain = Net()
+    plain.load_state_dict(torch.load("pruned.ckpt", weights_only=True)["state_dict"])
+    assert sparsity(plain) == pytest.approx(0.95, abs=0.01)
+
+
+def test_files_and_commands_that_it_names_exist():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for command in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{command}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), command
+    for script in re.findall(r"python (benchmarks/\w+\.py)", README):
+        assert (ROOT / script).exists(), script
