@@ -204,6 +204,11 @@ class AutoPruneCallback(Callback):
         """The optimisers that train prunable weights."""
         ids = {id(weight) for weight in weights.values()}
         owners = [o for o in trainer.optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
+        if not owners:
+            raise AutoPruneError(
+                f"No optimiser trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
+                " `include` and `exclude`."
+            )
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in owners):
             raise AutoPruneError(
                 "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use"

@@ -199,7 +199,7 @@ class FixedSource(LoaderSource):
     @override
     def setup(self, trainer: Trainer) -> None:
         source = training_loader_source(trainer)
-        original = source.dataloader
+        original, self._finetune = source.dataloader, False
 
         def dataloader() -> DataLoader[Any]:
             loader, self.loader, self._sampler = split_loader(original(), self.fraction, self.seed, rebuild_loader)

@@ -152,6 +152,14 @@ def test_a_second_fit_starts_anew_from_the_pruned_model():
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
+def test_the_same_callback_can_be_used_for_another_fit():
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out=0.25, redraw_held_out=False)
+    for _ in range(2):
+        model, _t = fit(callback)
+        assert sparsity(model) == callback.sparsity == pytest.approx(0.8, abs=0.01)
+        assert callback._pruner.step == 24
+
+
 def test_nothing_of_the_callback_is_left_in_trainer_or_optimiser():
     _, t = fit(AutoPruneCallback(held_out=0.25, redraw_held_out=False))
     assert "dataloader" not in vars(t.fit_loop._data_source)
@@ -253,6 +261,16 @@ class LBFGS(Net):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Biases(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.first.bias, self.last.bias], 0.1)
+
+
+class NoOptimizer(Net):
+    def configure_optimizers(self):
+        return None
+
+
 class Other(AutoPruneCallback):
     pass
 
@@ -289,6 +307,12 @@ class Forgetful(Net):
     ("callback", "options", "message"),
     [
         (AutoPruneCallback(), {"model": LBFGS()}, "LBFGS evaluates the loss several times within one step"),
+        (
+            AutoPruneCallback(),
+            {"model": Biases()},
+            r"No optimiser trains any of the prunable weights \(first, last\)",
+        ),
+        (AutoPruneCallback(), {"model": NoOptimizer()}, "No optimiser trains any of the prunable weights"),
         (
             AutoPruneCallback(),
             {"model": Manual()},
