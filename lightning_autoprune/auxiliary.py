@@ -97,7 +97,7 @@ class AuxiliaryParameters:
 
     Attributes:
         weights: the parameters, by layer name; their storage holds T.
-        W: latent weights with the dormant values of pruned ones (valid where pruned; empty once frozen).
+        dormant: the values of pruned weights, 0 where a weight is kept, so that W = T + dormant (empty once frozen).
         M: auxiliary parameters in at least float32 (empty once frozen).
         kept: number of weights kept in each layer.
         scale: the running root mean square of the sensitivities.
@@ -142,11 +142,19 @@ class AuxiliaryParameters:
         self.floors = floors(self.totals, layer_floor)
         self._layer_floor = layer_floor
         T = self._effective()
-        self.W = [t.clone() for t in T]
+        for name, t in zip(self.weights, T, strict=True):
+            _check_values(name, t, initial)
+        self.dormant = [torch.zeros_like(t) for t in T]
         self.M = [_initial(t, initial, scale) for t in T]
-        self._bits = [torch.zeros_like(as_bits(t)) for t in T]
+        self._bits = [torch.full_like(as_bits(t), -1) for t in T]
         self.kept = list(self.totals)
         self.update_masks()
+
+    @property
+    def W(self) -> list[Tensor]:  # noqa: N802
+        """Latent weights, new tensors: kept ones as they are now, pruned ones as they went. Empty once frozen."""
+        parts = zip(self._effective(), self._bits, self.dormant, strict=False)
+        return [_latent(T, bits, dormant) for T, bits, dormant in parts]
 
     # Sizes
 
@@ -182,14 +190,9 @@ class AuxiliaryParameters:
                 as_bits(weight.grad).bitwise_and_(bits)
 
     def after_weight_step(self) -> None:
-        """Takes in what an optimiser did to T: kept weights move, pruned ones are 0 and dormant as before.
-
-        Momentum and decay may have moved a pruned entry of T; it is set back, and W has its value bit for bit.
-        """
-        for i, (T, bits) in enumerate(zip(self._effective(), self._bits, strict=True)):
-            t = as_bits(T).bitwise_and_(bits)
-            if not self.frozen:  # W ← T where kept, W where pruned, on the bits
-                as_bits(self.W[i]).bitwise_and_(~bits).bitwise_or_(t)
+        """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
+        for T, bits in zip(self._effective(), self._bits, strict=True):
+            as_bits(T).bitwise_and_(bits)
 
     # The auxiliary step
 
@@ -222,12 +225,15 @@ class AuxiliaryParameters:
 
         A layer that would keep fewer than its floor keeps the weights of largest m: they are lifted just above 0.
         """
-        for i, (T, W, M, bits) in enumerate(zip(self._effective(), self.W, self.M, self._bits, strict=True)):
+        parts = zip(self._effective(), self.dormant, self.M, self._bits, strict=True)
+        for i, (T, dormant, M, bits) in enumerate(parts):
+            W = _latent(T, bits, dormant)
             self.kept[i] = decide(M, bits)
             if self.kept[i] < self.floors[i]:
                 keep_best([M], [self.floors[i]], self.floors[i], prune=False)
                 self.kept[i] = decide(M, bits)
-            torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
+            t = torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
+            torch.bitwise_xor(as_bits(W), t, out=as_bits(dormant))  # what T does not have of W
 
     def keep(self, count: int) -> None:
         """Moves M so that exactly ``count`` weights are kept: those of largest m, each layer's floor first.
@@ -244,8 +250,8 @@ class AuxiliaryParameters:
     # The end
 
     def freeze(self) -> None:
-        """Makes the masks final and forgets W and M: pruned weights stay 0, kept ones train on."""
-        self.W, self.M, self.frozen = [], [], True
+        """Makes the masks final and forgets M and dormant values: pruned weights stay 0, kept ones train on."""
+        self.dormant, self.M, self.frozen = [], [], True
 
     def detach(self) -> None:
         """Leaves plain weights T, and no trace of this object in them."""
@@ -264,7 +270,7 @@ class AuxiliaryParameters:
         }
         if not self.frozen:
             state["M"] = [M.clone() for M in self.M]
-            state["dormant"] = [W[~mask] for W, mask in zip(self.W, self.masks(), strict=True)]
+            state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, self.masks(), strict=True)]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -284,9 +290,8 @@ class AuxiliaryParameters:
             self.freeze()
         else:
             self.M = [m.to(t.device, copy=True) for m, t in zip(state["M"], T, strict=True)]
-            self.W = [t.clone() for t in T]
-            for W, mask, dormant in zip(self.W, masks, state["dormant"], strict=True):
-                W[~mask] = dormant.to(W.device, W.dtype)
+            for d, mask, values in zip(self.dormant, masks, state["dormant"], strict=True):
+                d.zero_()[~mask] = values.to(d.device, d.dtype)
         self.after_weight_step()
 
     def _effective(self) -> list[Tensor]:
@@ -297,12 +302,27 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
+    """W as a new tensor: T where kept (whoever wrote it), the dormant value where pruned."""
+    return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
+
+
 def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
     wide = _wide(T)
     if initial == "constant":
         return torch.full_like(wide, scale)
     std = wide.std() if wide.numel() > 1 else wide.abs().max()
     return wide.abs() * (scale / std.clamp_min(torch.finfo(wide.dtype).tiny))
+
+
+def _check_values(name: str, T: Tensor, initial: InitialM) -> None:
+    if not T.isfinite().all():
+        raise AutoPruneError(f"Layer {name!r} has weights that are not finite: the training has diverged.")
+    if initial == "magnitude" and T.count_nonzero() == 0:
+        raise AutoPruneError(
+            f"All weights of layer {name!r} are 0, so their magnitude says nothing of what to keep: start later"
+            ' (`warmup`), exclude the layer, or use `initial_m="constant"`.'
+        )
 
 
 def _check_shapes(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:

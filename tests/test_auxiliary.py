@@ -165,11 +165,8 @@ def test_a_layer_without_a_gradient_is_no_trouble():
 
 @pytest.mark.parametrize("power", [-20, 20])
 def test_masks_do_not_depend_on_the_scale_of_the_loss(power):
-    a, b = attached(network()), attached(network())
-    for M, other in zip(a.M, b.M, strict=True):
-        other.copy_(M)
-    for W, other in zip(a.W, b.W, strict=True):
-        other.copy_(W)
+    model = network()
+    a, b = attached(model), attached(copy.deepcopy(model))
     for _ in range(5):
         gradients = random_gradients(a)
         a.step(gradients, 0.02, 0.5)
@@ -202,6 +199,50 @@ def test_half_precision_weights_have_m_in_single_precision():
     aux.step([g.bfloat16() for g in random_gradients(aux)], 0.1, 1)
     aux.update_masks()
     assert 0 < aux.sparsity < 1
+
+
+def test_what_others_do_to_kept_weights_after_the_step_is_taken_in():
+    """Clipping of weights, a callback, ``load_state_dict``."""
+    model = network()
+    aux = attached(model)
+    aux.M[1][:, ::2] = -1
+    aux.update_masks()
+    dormant = aux.W[1][:, ::2].clone()
+    with torch.no_grad():
+        model[3].weight.fill_(7)  # dense
+    aux.step(random_gradients(aux), 1e-6, 0)
+    aux.update_masks()
+    assert (model[3].weight[:, 1::2] == 7).all()
+    assert (model[3].weight[:, ::2] == 0).all()
+    assert torch.equal(aux.W[1][:, ::2], dormant)
+
+
+def test_weights_in_channels_last_order_are_pruned_the_same():
+    model = network()
+    other = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    a, b = attached(model), attached(other)
+    for aux in (a, b):
+        torch.manual_seed(5)
+        aux.step(random_gradients(aux), 0.1, 1)
+        aux.keep(99)
+    assert same(a.masks(), b.masks())
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    model = network()
+    model[3].weight.data[0, 0] = value
+    with pytest.raises(AutoPruneError, match="Layer '3' has weights that are not finite: the training has diverged"):
+        attached(model)
+
+
+def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
+    model = network()
+    nn.init.zeros_(model[5].weight)
+    with pytest.raises(AutoPruneError, match=r"All weights of layer '5' are 0.*or use `initial_m=\"constant\"`"):
+        attached(model)
+    assert attached(model, initial="constant").sparsity == 0
 
 
 # Floors and counts
