@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,9 +13,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.auxiliary import InitialM, UpdateRule
+from lightning_autoprune.compatibility import (
+    check_trainer,
+    has_stepped,
+    steps_done,
+    total_steps,
+    weight_optimizers,
+    will_step,
+)
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.layers import prunable_weights, untrained_layers
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.shield import held_out_gradients
@@ -126,7 +133,7 @@ class AutoPruneCallback(Callback):
             layer_floor=layer_floor,
         )
         if log_every_n_steps is not None:
-            check_range("log_every_n_steps", log_every_n_steps, 1)
+            check_range("log_every_n_steps", log_every_n_steps, 1, whole=True)
         self.include, self.exclude = include, exclude
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
         self.enabled = enabled and warmup < 1
@@ -139,6 +146,8 @@ class AutoPruneCallback(Callback):
         self._pruner: Pruner | None = None
         self._report = Report()
         self._bad_losses = 0
+        self._last_auxiliary_step = -1
+        self._optimizers: list[Optimizer] = []  # those that train prunable weights
 
     @property
     def sparsity(self) -> float:
@@ -155,85 +164,65 @@ class AutoPruneCallback(Callback):
         """Refuses what can't work, before any data is loaded."""
         if stage != "fit" or not self.enabled:
             return
-        if sum(isinstance(callback, AutoPruneCallback) for callback in _callbacks(trainer)) > 1:
-            raise AutoPruneError(
-                "The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one."
-            )
-        if type(trainer.strategy).__name__ != "SingleDeviceStrategy":
-            raise AutoPruneError(
-                f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one process and one"
-                " device (`Trainer(devices=1)`)."
-            )
-        if not pl_module.automatic_optimization and self.loss_fn is None and self._source is not None:
-            raise AutoPruneError(
-                f"{type(pl_module).__name__} uses manual optimisation: its `training_step` takes optimiser steps and"
-                ' can\'t give the held-out loss. Pass `loss_fn`, or `held_out="train"`.'
-            )
+        self._loaded = None
+        check_trainer(trainer, AutoPruneCallback, self._source is not None, self.loss_fn is not None)
         if self._source is not None:
             self._source.setup(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the layers and checks the optimisers."""
-        if self.enabled:
-            self._forget()
-            self._owners(trainer, prunable_weights(pl_module, self.include, self.exclude))
+        if not self.enabled:
+            return
+        weight_optimizers(trainer, prunable_weights(pl_module, self.include, self.exclude), self._source is not None)
+        frozen = untrained_layers(pl_module, self.include, self.exclude)
+        if frozen:
+            rank_zero_warn(f"Layers that are not trained (`requires_grad` is off) stay dense: {', '.join(frozen)}.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
         if not self.enabled:
             return
+        self._forget()
         if self._source is not None:
             self._source.start(trainer, lambda: self._upcoming(trainer))
         weights = prunable_weights(pl_module, self.include, self.exclude)
-        self._pruner = Pruner(weights, self.settings, _total_steps(trainer), _steps_done(trainer))
+        self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer))
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
             self._report.load_state_dict(self._loaded["report"], weights.values())
             self._bad_losses = self._loaded["bad_losses"]
-            if self._source is not None:
-                self._source.load_state_dict(self._loaded["held_out"])
+            self._last_auxiliary_step = self._loaded["last_auxiliary_step"]
+            if not self._pruner.frozen:
+                self._resume_source(self._loaded)
             self._loaded = None
         self._pruner.start()
         if self._pruner.frozen and self._source is not None:
             self._source.finetune()
-        self._handles = [
-            optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._owners(trainer, weights)
-        ]
+        self._optimizers = weight_optimizers(trainer, weights, self._source is not None)
+        self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._optimizers]
 
-    def _owners(self, trainer: Trainer, weights: Mapping[str, Tensor]) -> list[Optimizer]:
-        """The optimisers that train prunable weights."""
-        ids = {id(weight) for weight in weights.values()}
-        owners = [o for o in trainer.optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
-        if not owners:
+    def _resume_source(self, state: Mapping[str, Any]) -> None:
+        name = self._source.name if self._source else '"train"'
+        if name != state["source"]:
             raise AutoPruneError(
-                f"No optimiser trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
-                " `include` and `exclude`."
+                f"The checkpoint's run held out {state['source']}; this callback holds out {name}. Resume with the same"
+                " `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
             )
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in owners):
-            raise AutoPruneError(
-                "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use"
-                " a first-order optimiser (SGD, Adam, AdamW, …)."
-            )
-        if self._source is None and len(owners) > 1:
-            raise AutoPruneError(
-                f'`held_out="train"` takes the gradients of one optimiser\'s steps, and {len(owners)} optimisers train'
-                " prunable weights: hold data out instead, or `include` the layers of one of them only."
-            )
-        return owners
+        if self._source is not None:
+            self._source.load_state_dict(state["held_out"])
 
     # Each step
 
     def _upcoming(self, trainer: Trainer) -> int | None:
         """The number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
-        ready = trainer.fit_loop.epoch_loop.batch_progress.current.ready + 1
-        ends = not trainer.lightning_module.automatic_optimization or ready % trainer.accumulate_grad_batches == 0
-        return self._pruner.step if self._pruner and self._pruner.due and ends else None
+        return self._pruner.step if self._pruner and self._pruner.due and will_step(trainer) else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; under ``held_out="train"`` M is stepped on them first."""
         if not self._handles or self._pruner is None:
             return
-        if self._source is None and self._pruner.due:
+        owns = any(optimizer is owner for owner in self._optimizers)
+        if self._source is None and self._pruner.due and owns and self._last_auxiliary_step < self._pruner.step:
             weights = self._pruner.weights.values()
             self._auxiliary_step([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
         self._pruner.before_weight_step()
@@ -246,16 +235,23 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Steps M on a held-out batch, updates the masks, moves on to the next phase, and reports."""
-        if not self._handles or self._pruner is None or not _has_stepped(trainer):
+        if not self._handles or self._pruner is None or not has_stepped(trainer):
             return
         if self._source is not None and self._pruner.due:
             self._held_out_step(trainer, self._source)
         frozen_now = self._pruner.end_step()
-        if frozen_now and self._source is not None:
-            self._source.finetune()
+        if frozen_now:
+            self._finish_pruning()
         metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu)
         if frozen_now or self._log_is_due(trainer):
             self._report.log(trainer, metrics, self._pruner.layer_sparsity(), self._pruner.masks())
+
+    def _finish_pruning(self) -> None:
+        assert self._pruner is not None
+        if self._source is not None:
+            self._source.finetune()
+        if self._last_auxiliary_step < 0 and self._pruner.phases.end > self._pruner.phases.start:
+            rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
     def _held_out_step(self, trainer: Trainer, source: Source) -> None:
         assert self._pruner is not None
@@ -273,6 +269,7 @@ class AutoPruneCallback(Callback):
 
     def _auxiliary_step(self, gradients: list[Tensor]) -> None:
         assert self._pruner is not None
+        self._last_auxiliary_step = self._pruner.step
         if self._pruner.auxiliary_step(gradients):
             self._bad_losses = 0
         else:
@@ -295,14 +292,12 @@ class AutoPruneCallback(Callback):
     # The end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sets pruned weights to 0 once more (other callbacks may have averaged weights), and lets go of the run."""
-        if self._handles and self._pruner is not None:
-            self._pruner.after_weight_step()
-            if not self._pruner.frozen:
-                rank_zero_warn(
-                    f"Training ended after {self._pruner.step} of {self._pruner.phases.total} steps, before the masks"
-                    f" were frozen: sparsity is {self._pruner.sparsity:.2%}. Resume to go on."
-                )
+        """Says so where training ended before pruning did, and lets go of the run."""
+        if self._handles and self._pruner is not None and not self._pruner.frozen:
+            rank_zero_warn(
+                f"Training ended after {self._pruner.step} of {self._pruner.phases.total} steps, before the masks were"
+                f" frozen: sparsity is {self._pruner.sparsity:.2%}. Resume to go on."
+            )
         self._release(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -325,9 +320,13 @@ class AutoPruneCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
+        if self._loaded is not None:  # restored, and training has not started
+            return dict(self._loaded)
         if self._pruner is None:
             return {}
         return {
+            "source": self._source.name if self._source else '"train"',
+            "last_auxiliary_step": self._last_auxiliary_step,
             "pruner": self._pruner.state_dict(),
             "report": self._report.state_dict(),
             "held_out": self._source.state_dict() if self._source else {},
@@ -337,38 +336,6 @@ class AutoPruneCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until training starts."""
         self._loaded = state_dict or None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Makes sure of true zeros in what is saved (other callbacks may have put averaged weights there)."""
-        if self._pruner is not None and self._pruner.auxiliary is not None:
-            names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-            for weight, mask in zip(self._pruner.weights.values(), self._pruner.masks(), strict=True):
-                name = names.get(id(weight))
-                if name in checkpoint["state_dict"]:
-                    saved = checkpoint["state_dict"][name]
-                    checkpoint["state_dict"][name] = torch.where(mask.to(saved.device), saved, torch.zeros_like(saved))
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
-def _total_steps(trainer: Trainer) -> int:
-    total = trainer.estimated_stepping_batches
-    if not 0 < total < math.inf:
-        raise AutoPruneError(
-            "`warmup` and `finetune` are fractions of the run, whose length is not known: set `max_steps` of the"
-            " Trainer, or `max_epochs` and a training loader that has a length."
-        )
-    return int(total)
-
-
-def _steps_done(trainer: Trainer) -> int:
-    """Number of batches that ended in an optimiser step, from an earlier fit or a checkpoint without our state."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def _has_stepped(trainer: Trainer) -> bool:
-    """Whether the batch that ends took an optimiser step, rather than only adding to the gradients."""
-    return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
+        auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
+        if auxiliary and auxiliary["frozen"] and self._source is not None:
+            self._source.finetune()  # before the training loader is made

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
+from numbers import Integral, Real
 
 __all__ = ["AutoPruneError", "check_choice", "check_range"]
 
@@ -33,9 +35,10 @@ def check_range(
     *,
     low_open: bool = False,
     high_open: bool = False,
+    whole: bool = False,
     hint: str = "",
 ) -> None:
-    """Raises unless ``value`` is a number between ``low`` and ``high``.
+    """Raises unless ``value`` is a finite number between ``low`` and ``high``.
 
     Args:
         name: the argument's name, for the message.
@@ -44,13 +47,16 @@ def check_range(
         high: upper end.
         low_open: whether ``low`` itself is refused.
         high_open: whether ``high`` itself is refused.
+        whole: whether it must be an integer.
         hint: a way out, appended to the message.
 
     Raises:
         AutoPruneError: naming the argument, the value and the interval.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    high_open = high_open or high == math.inf
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     inside = number and (low < value if low_open else low <= value) and (value < high if high_open else value <= high)
     if not inside:
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open or high == float('inf') else ']'}"
-        raise AutoPruneError(f"`{name}` is {value!r}; it must be a number in {interval}.{' ' + hint if hint else ''}")
+        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        kind = "an integer" if whole else "a number"
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be {kind} in {interval}.{' ' + hint if hint else ''}")

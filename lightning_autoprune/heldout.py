@@ -7,7 +7,7 @@ fixed for the run (:func:`split_loader`); or any loader (:class:`HeldOutBatches`
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -148,7 +148,7 @@ class FixedSplitSampler(Sampler[int]):
 
 
 def split_loader(
-    loader: Any, fraction: float, seed: int, rebuild: Callable[[DataLoader[Any], Sampler[int]], DataLoader[Any]]
+    loader: Any, fraction: float, seed: int, rebuild: Callable[[DataLoader[Any], Iterable[int]], DataLoader[Any]]
 ) -> tuple[DataLoader[Any], DataLoader[Any], FixedSplitSampler]:
     """Splits a training loader for the whole run into a training part and a held-out part.
 
@@ -210,7 +210,7 @@ class HeldOutBatches:
     """An endless stream of batches from a loader, whose position can be saved and restored.
 
     Each batch is drawn with random numbers of its own, so the user's are untouched and a restored stream goes on
-    as if it had never stopped.
+    as if it had never stopped. A ``generator`` of the loader is seeded anew for each pass.
 
     Args:
         loader: an iterable of batches that can be gone through again and again.
@@ -236,6 +236,9 @@ class HeldOutBatches:
         for _ in range(2):  # the second time from the start of the next pass
             with isolated_random(self.seed, self.passes, self.position):
                 if self._iterator is None:
+                    generator = getattr(self.loader, "generator", None)
+                    if generator is not None:
+                        generator.manual_seed(mix(self.seed, self.passes))
                     self._iterator = iter(self.loader)
                 batch = next(self._iterator, self)
             if batch is not self:
@@ -243,6 +246,10 @@ class HeldOutBatches:
                 return batch
             self.passes, self.position, self._iterator = self.passes + 1, 0, None
         raise AutoPruneError("The held-out loader gives no batches. Pass one that does.")
+
+    def close(self) -> None:
+        """Lets go of the loader's iterator, and with it of worker processes; the position stays."""
+        self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
         """How many passes are over, and how many batches of this one."""
@@ -297,9 +304,15 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
         items = [_take(value, index, rows) for value in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     if isinstance(batch, list):
-        if len(batch) == rows and not all(isinstance(x, Tensor) and x.dim() and x.size(0) == rows for x in batch):
+        try:  # a list of columns, as the default collation makes …
+            columns = [_take(value, index, rows) for value in batch]
+        except AutoPruneError:
+            if len(batch) != rows:
+                raise
             return [batch[i] for i in index.tolist()]
-        return [_take(value, index, rows) for value in batch]
+        if len(batch) == rows and next(_rows(batch), None) is None:  # … or of items
+            return [batch[i] for i in index.tolist()]
+        return columns
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
         return batch
     raise AutoPruneError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["prunable_weights"]
+__all__ = ["prunable_weights", "untrained_layers"]
 
 # Layer types and the parameters of theirs that are matrices or kernels. Biases, norms and embeddings are not here.
 _PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -48,31 +48,10 @@ def prunable_weights(
         >>> {name: tuple(weight.shape) for name, weight in prunable_weights(model, exclude=["2"]).items()}
         {'0': (3, 4)}
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    found: dict[str, tuple[nn.Module, str]] = {}
-    for path, module in model.named_modules():
-        for kind, attributes in _PRUNABLE:
-            if isinstance(module, kind):
-                for attribute in attributes:
-                    if getattr(module, attribute, None) is not None:
-                        name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
-                        found[name or "weight"] = (module, attribute)
-    if not found:
-        raise AutoPruneError(
-            f"{type(model).__name__} has no layer to prune: there is no linear, convolution or attention layer in it."
-        )
-    chosen = [name for name in found if _chosen(name, include, exclude)]
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in found):
-                raise AutoPruneError(f"`{argument}` has {pattern!r}, which matches no layer; there are {_list(found)}.")
-    if not chosen:
-        raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {_list(found)}.")
-
+    chosen = _choose(model, include, exclude)
     weights: dict[str, nn.Parameter] = {}
-    seen = set(embeddings)
-    for name in chosen:
-        module, attribute = found[name]
+    seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    for name, (module, attribute) in chosen.items():
         if is_parametrized(module, attribute):
             raise AutoPruneError(
                 f"Layer {name!r} computes its {attribute} by a parametrization, so there is no weight to prune in"
@@ -99,10 +78,47 @@ def prunable_weights(
     return weights
 
 
+def untrained_layers(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> list[str]:
+    """Names of the layers that :func:`prunable_weights` leaves out because their weight is not trained."""
+    chosen = _choose(model, include, exclude)
+    return [name for name, (module, attribute) in chosen.items() if not getattr(module, attribute).requires_grad]
+
+
+def _choose(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, tuple[nn.Module, str]]:
+    """Layers by name, as the module and the attribute that holds the weight."""
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise AutoPruneError(f"`{argument}` is {patterns!r}; it must be a list of patterns: [{patterns!r}].")
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for kind, attributes in _PRUNABLE:
+            if isinstance(module, kind):
+                for attribute in attributes:
+                    if getattr(module, attribute, None) is not None:
+                        name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+                        found[name or "weight"] = (module, attribute)
+    if not found:
+        raise AutoPruneError(
+            f"{type(model).__name__} has no layer to prune: there is no linear, convolution or attention layer in it."
+        )
+    chosen = {name: place for name, place in found.items() if _chosen(name, include, exclude)}
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in found):
+                raise AutoPruneError(f"`{argument}` has {pattern!r}, which matches no layer; there are {_list(found)}.")
+    if not chosen:
+        raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {_list(found)}.")
+    return chosen
+
+
 def _chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
     wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
 
 
-def _list(names: Sequence[str] | dict[str, tuple[nn.Module, str]]) -> str:
+def _list(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)

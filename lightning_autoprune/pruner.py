@@ -55,7 +55,7 @@ class Settings:
         check_choice("update_rule", self.update_rule, UPDATE_RULES)
         check_choice("initial_m", self.initial_m, INITIAL_M)
         check_range("initial_scale", self.initial_scale, 0, low_open=True)
-        check_range("mask_every_n_steps", self.mask_every_n_steps, 1)
+        check_range("mask_every_n_steps", self.mask_every_n_steps, 1, whole=True)
         check_range("warmup", self.warmup, 0, 1)
         check_range("finetune", self.finetune, 0, 1, high_open=True)
         check_range("layer_floor", self.layer_floor, 0, 1, high_open=True)

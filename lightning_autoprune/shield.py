@@ -23,10 +23,10 @@ __all__ = ["held_out_gradients", "shielded"]
 def shielded(model: LightningModule, *seeds: int) -> Iterator[None]:
     """Runs a block in which a ``training_step`` can be called without effect on the run.
 
-    Dropout is off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all buffers
-    (BatchNorm statistics among them), random numbers, and the training flags. Gradients are the caller's care: use
-    ``torch.autograd.grad``. Not covered is what plain Python keeps (a list that ``training_step`` appends to, a
-    direct call of ``self.logger.experiment``); who does that passes a ``loss_fn``.
+    ``nn.Dropout`` modules are off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all
+    buffers (BatchNorm statistics among them), random numbers, and the training flags. Gradients are the caller's care:
+    use ``torch.autograd.grad``. Not covered is what plain Python keeps (a list that ``training_step`` appends to, a
+    direct call of ``self.logger.experiment``, a forward hook that counts); who does that passes a ``loss_fn``.
 
     Args:
         model: the module being trained, in training mode.
@@ -126,8 +126,25 @@ def held_out_gradients(
             return f"{value}, not finite"
         if not loss.requires_grad:
             return "without a gradient: it does not depend on the model's weights"
-        gradients = torch.autograd.grad(loss.sum(), list(weights), allow_unused=True)
-    return value, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        trained = [weight for weight in weights if weight.requires_grad]
+        with ExitStack() as stack:
+            for weight in trained:
+                stack.enter_context(_no_hooks(weight))
+            results = torch.autograd.grad(loss.sum(), trained, allow_unused=True)
+    gradients = {id(weight): result for weight, result in zip(trained, results, strict=True)}
+    found = [gradients.get(id(weight)) for weight in weights]
+    return value, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+
+@contextmanager
+def _no_hooks(weight: Tensor) -> Iterator[None]:
+    """Takes the user's gradient hooks off a weight (``wandb.watch`` sets some), and puts them back."""
+    hooks = weight._backward_hooks
+    weight._backward_hooks = None
+    try:
+        yield
+    finally:
+        weight._backward_hooks = hooks
 
 
 def _arguments(trainer: Trainer, batch: Any) -> list[Any]:

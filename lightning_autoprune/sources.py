@@ -6,13 +6,14 @@ All that this module touches of Lightning's private parts is in :func:`training_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
@@ -31,6 +32,8 @@ __all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "Validation
 
 class Source:
     """Where held-out batches come from."""
+
+    name: str  # what it is, for messages
 
     def setup(self, trainer: Trainer) -> None:
         """Called before the training data is loaded."""
@@ -65,7 +68,8 @@ class RedrawnSource(Source):
     """Holds out a share of each training batch, drawn anew: no row is trained on that M sees in the same epoch.
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
-    passed through the network. A batch of less than half the usual size (the rest of an epoch) is trained on whole.
+    passed through the network. A batch whose parts would be of one row (the rest of an epoch; BatchNorm needs two) is
+    trained on whole, unless the first batch was as small.
 
     Args:
         fraction: share of the rows of a batch, in (0, 1).
@@ -74,14 +78,15 @@ class RedrawnSource(Source):
 
     def __init__(self, fraction: float, seed: int) -> None:
         self.fraction, self.seed = fraction, seed
-        self._usual_rows = 0  # of a batch; 0 until one has been seen
+        self.name = f"{fraction} of each batch, seed {seed}"
+        self._least = 0  # rows that each part must have; 0 until a batch has been seen
         self._held: Any = None
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
         if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in _loaders(trainer)):
             raise iterable_error()
-        original, self._usual_rows = trainer.strategy.batch_to_device, 0
+        original, self._least = trainer.strategy.batch_to_device, 0
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
@@ -90,17 +95,18 @@ class RedrawnSource(Source):
         trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
 
     def _split(self, batch: Any, step: int | None) -> Any:
-        if self._usual_rows and step is None:
+        if self._least and step is None:
             return batch
         rest, held = split_batch(batch, self.fraction, self.seed, step or 0)
-        if not self._usual_rows:
-            self._usual_rows = batch_rows(batch)
-            if held is None:
+        rows = 0 if held is None else min(batch_rows(rest), batch_rows(held))
+        if not self._least:
+            if rows == 0:
                 raise AutoPruneError(
-                    f"`held_out={self.fraction}` of a training batch of {self._usual_rows} rows leaves one side empty:"
-                    " choose another fraction, or a larger batch."
+                    f"`held_out={self.fraction}` of a training batch of {batch_rows(batch)} rows leaves one side empty:"
+                    ' choose another fraction or a larger batch, or `held_out="train"`.'
                 )
-        if step is None or held is None or 2 * batch_rows(batch) < self._usual_rows:
+            self._least = min(rows, 2)
+        if step is None or rows < self._least:
             return batch
         self._held = held
         return rest
@@ -116,11 +122,11 @@ class RedrawnSource(Source):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"usual_rows": self._usual_rows}
+        return {"least": self._least}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._usual_rows = state["usual_rows"]
+        self._least = state["least"]
 
 
 class LoaderSource(Source):
@@ -133,6 +139,7 @@ class LoaderSource(Source):
 
     def __init__(self, loader: Any, seed: int) -> None:
         self.loader, self.seed = loader, seed
+        self.name = f"a DataLoader, seed {seed}"
         self._stream: HeldOutBatches | None = None
 
     @override
@@ -152,7 +159,8 @@ class LoaderSource(Source):
 
     @override
     def stop(self, trainer: Trainer) -> None:
-        self._stream = None
+        if self._stream:
+            self._stream.close()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +177,7 @@ class ValidationSource(LoaderSource):
 
     def __init__(self, seed: int) -> None:
         super().__init__(None, seed)
+        self.name = f'"val", seed {seed}'
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
@@ -178,7 +187,9 @@ class ValidationSource(LoaderSource):
                 '`held_out="val"` needs validation data, and this fit has none: pass `val_dataloaders` to `fit`, or'
                 " choose a fraction of the training data."
             )
-        self.loader = _Chain(loaders)
+        rank_zero_warn('`held_out="val"` fits the masks on the data that is reported: its metrics will look too good.')
+        # loaders of our own: one with persistent workers would share its iterator with the validation loop
+        self.loader = _Chain([rebuild_loader(x, x.sampler) if isinstance(x, DataLoader) else x for x in loaders])
         super().start(trainer, due)
 
 
@@ -193,11 +204,14 @@ class FixedSource(LoaderSource):
     def __init__(self, fraction: float, seed: int) -> None:
         super().__init__(None, seed)
         self.fraction = fraction
+        self.name = f"{fraction} of the training set for the whole run, seed {seed}"
         self._sampler: FixedSplitSampler | None = None
         self._finetune = False
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise AutoPruneError("`overfit_batches` of the Trainer replaces the sampler: use `redraw_held_out=True`.")
         source = training_loader_source(trainer)
         original, self._finetune = source.dataloader, False
 
@@ -211,7 +225,7 @@ class FixedSource(LoaderSource):
     @override
     def finetune(self) -> None:
         super().finetune()
-        self._finetune = True
+        self.loader, self._finetune = None, True
         if self._sampler:
             self._sampler.finetune = True
 
@@ -258,7 +272,7 @@ def training_loader_source(trainer: Trainer) -> Any:
     return trainer.fit_loop._data_source
 
 
-def rebuild_loader(loader: DataLoader[Any], sampler: Sampler[int]) -> DataLoader[Any]:
+def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
     """A loader like the given one, subclasses included, with another sampler."""
     return _update_dataloader(loader, sampler)
 

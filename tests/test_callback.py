@@ -11,7 +11,6 @@ import torch
 from helpers import Net, data, fit, loader, trainer
 from lightning.pytorch import LightningDataModule
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
@@ -144,12 +143,83 @@ def test_manual_optimisation_works_with_a_loss_function_or_without_held_out_data
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_second_fit_starts_anew_from_the_pruned_model():
-    callback = AutoPruneCallback(target_sparsity=0.5)
-    model, _ = fit(callback)
-    callback.__init__(target_sparsity=0.8)
-    fit(callback, model=model)
+def test_a_pruned_model_can_be_pruned_further():
+    model, _ = fit(AutoPruneCallback(target_sparsity=0.5))
+    fit(AutoPruneCallback(target_sparsity=0.8), model=model)
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize(("rows", "accumulate"), [(48, 4), (80, 4)])
+def test_the_step_at_the_end_of_an_epoch_has_its_auxiliary_step_too(rows, accumulate):
+    """Lightning steps on the last batch, whatever is left to accumulate."""
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0)
+    _, t = fit(callback, train=loader(rows=rows), epochs=6, accumulate_grad_batches=accumulate)
+    assert callback._pruner.auxiliary.scale.updates == t.global_step
+
+
+def test_batches_of_any_size_are_split():
+    class Sizes:
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            rows = [64, 8, 8, 8, 8, 2]
+            return (tuple(x[:n] for x in data()[:]) for n in rows)
+
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0)
+    fit(callback, train=Sizes(), epochs=3)
+    assert callback._pruner.auxiliary.scale.updates == 15  # not the batches of two rows
+
+
+def test_weights_that_the_user_clips_stay_clipped():
+    class Clipped(Net):
+        def optimizer_step(self, *args, **kwargs):
+            super().optimizer_step(*args, **kwargs)
+            for weight in (self.first.weight, self.last.weight):
+                weight.data.clamp_(-0.05, 0.05)
+
+        def on_train_batch_end(self, *_):
+            assert max(w.abs().max() for w in (self.first.weight, self.last.weight)) <= 0.05
+
+    fit(AutoPruneCallback(target_sparsity=0.8), model=Clipped())
+
+
+def test_a_layer_that_is_frozen_on_the_way_is_no_trouble():
+    class Freezing(Net):
+        def on_train_epoch_start(self):
+            self.first.requires_grad_(self.current_epoch < 2)
+
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    fit(callback, model=Freezing(), epochs=6)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_layers_that_are_not_trained_are_named():
+    model = Net()
+    model.last.weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"Layers that are not trained \(`requires_grad` is off\) stay dense: last"):
+        fit(AutoPruneCallback(target_sparsity=0.8), model=model)
+    assert (model.last.weight != 0).all()
+
+
+def test_hooks_on_gradients_do_not_fire_in_the_held_out_pass():
+    def calls(callback):
+        model, count = Net(), []
+        model.first.weight.register_hook(lambda gradient: count.append(1))
+        fit(callback, model=model)
+        return len(count)
+
+    assert calls(AutoPruneCallback()) == calls(None) == 32
+
+
+def test_fitting_masks_on_the_validation_data_is_warned_about():
+    with pytest.warns(UserWarning, match=r"fits the masks on the data that is reported"):
+        fit(AutoPruneCallback(held_out="val"), val=loader(seed=3))
+
+
+def test_a_pruning_phase_without_auxiliary_steps_is_warned_about():
+    with pytest.warns(UserWarning, match="No auxiliary step was taken, so the masks follow the weights' magnitude"):
+        fit(AutoPruneCallback(target_sparsity=0.5, mask_every_n_steps=100))
 
 
 def test_the_same_callback_can_be_used_for_another_fit():
@@ -205,6 +275,27 @@ def test_training_that_ends_early_says_so():
         fit(AutoPruneCallback(target_sparsity=0.9), model=Stop())
 
 
+class TwoOptimizers(Manual):
+    """The second one trains biases only."""
+
+    def training_step(self, batch):
+        for opt in self.optimizers():
+            opt.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            opt.step()
+
+    def configure_optimizers(self):
+        weights = [p for p in self.parameters() if p.dim() > 1]
+        biases = [p for p in self.parameters() if p.dim() == 1]
+        return [torch.optim.SGD(weights, 0.05), torch.optim.SGD(biases, 0.05)]
+
+
+def test_only_the_optimiser_of_the_weights_drives_m_and_once_a_step():
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
+    fit(callback, model=TwoOptimizers(), epochs=2)
+    assert callback._pruner.auxiliary.scale.updates == callback._pruner.step == 16
+
+
 # Losses that can't be used
 
 
@@ -246,113 +337,6 @@ def test_a_training_step_without_a_loss_is_named():
 
     with pytest.raises(AutoPruneError, match="the held-out loss is None, not a tensor, for the 10th time"):
         fit(AutoPruneCallback(), model=Nothing())
-
-
-# What is refused before training starts
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(data())
-
-
-class LBFGS(Net):
-    def configure_optimizers(self):
-        return torch.optim.LBFGS(self.parameters())
-
-
-class Biases(Net):
-    def configure_optimizers(self):
-        return torch.optim.SGD([self.first.bias, self.last.bias], 0.1)
-
-
-class NoOptimizer(Net):
-    def configure_optimizers(self):
-        return None
-
-
-class Other(AutoPruneCallback):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"held_out": 0.0},
-            r'`held_out` is 0.0; it must be a number in \(0, 1\). `held_out` may also be "val", ',
-        ),
-        ({"held_out": 1.0}, r"`held_out` is 1.0; it must be a number in \(0, 1\)"),
-        ({"held_out": 1}, r"`held_out` is 1; it must be a number in \(0, 1\)"),
-        ({"held_out": "test"}, "`held_out` is 'test'; allowed are 'val', 'train'"),
-        ({"held_out": [1]}, r"`held_out` is \[1\]; it must be a number"),
-        ({"log_every_n_steps": 0}, r"`log_every_n_steps` is 0; it must be a number in \[1, inf\)"),
-        ({"target_sparsity": 1}, r"`target_sparsity` is 1; it must be a number in \[0, 1\)"),
-        ({"warmup": 0.5, "finetune": 0.5}, "leave no time to prune"),
-    ],
-)
-def test_a_wrong_argument_is_refused_at_once(options, message):
-    with pytest.raises(AutoPruneError, match=message):
-        AutoPruneCallback(**options)
-
-
-class Forgetful(Net):
-    """Fails if a single training step is taken."""
-
-    def training_step(self, batch):
-        raise AssertionError("training started")
-
-
-@pytest.mark.parametrize(
-    ("callback", "options", "message"),
-    [
-        (AutoPruneCallback(), {"model": LBFGS()}, "LBFGS evaluates the loss several times within one step"),
-        (
-            AutoPruneCallback(),
-            {"model": Biases()},
-            r"No optimiser trains any of the prunable weights \(first, last\)",
-        ),
-        (AutoPruneCallback(), {"model": NoOptimizer()}, "No optimiser trains any of the prunable weights"),
-        (
-            AutoPruneCallback(),
-            {"model": Manual()},
-            r"Manual uses manual optimisation: its `training_step` takes .* Pass `loss_fn`, or `held_out=\"train\"`.",
-        ),
-        (
-            AutoPruneCallback(include=["fc*"]),
-            {},
-            r"`include` has 'fc\*', which matches no layer; there are 'first',",
-        ),
-        (AutoPruneCallback(), {"train": DataLoader(Stream(), 16)}, "training data is an IterableDataset.*: pass `held"),
-        (
-            AutoPruneCallback(held_out=0.5, redraw_held_out=False),
-            {"train": DataLoader(Stream(), 16)},
-            r"training data is an IterableDataset.*: pass `held_out=DataLoader\(...\)`",
-        ),
-        (
-            AutoPruneCallback(held_out=0.02),
-            {},
-            "`held_out=0.02` of a training batch of 16 rows leaves one side",
-        ),
-        (
-            AutoPruneCallback(held_out=0.001, redraw_held_out=False),
-            {},
-            "`held_out=0.001` of 128 training rows holds 0 out and leaves 128 to train on",
-        ),
-        (AutoPruneCallback(held_out="val"), {}, '`held_out="val"` needs validation data, and this fit has none'),
-        ([AutoPruneCallback(), Other()], {}, "The Trainer has two AutoPrune callbacks, which would prune the same"),
-        (AutoPruneCallback(), {"epochs": -1}, "whose length is not known: set `max_steps` of the Trainer"),
-        (AutoPruneCallback(target_sparsity=0.999), {}, "Keeping 0 of 256 weights is not possible"),
-    ],
-)
-def test_what_can_not_work_is_refused_before_the_first_step(callback, options, message):
-    with pytest.raises(AutoPruneError, match=message):
-        fit(callback, **{"model": Forgetful(), **options})
-
-
-def test_two_callbacks_of_the_same_class_are_refused_by_lightning_itself():
-    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AutoPruneCallback`"):
-        trainer(callbacks=[AutoPruneCallback(), AutoPruneCallback()])
 
 
 class Module(LightningDataModule):

@@ -117,6 +117,14 @@ def test_every_kind_of_nesting_is_split_row_by_row():
     assert sorted(rest["texts"] + held["texts"]) == batch["texts"]
 
 
+def test_a_list_of_as_many_columns_as_rows_is_split_by_rows():
+    rest, held = split_batch([torch.arange(3), torch.arange(3) * 10, ["a", "b", "c"]], 1 / 3, 0)
+    (row,) = held[0].tolist()
+    assert held == [held[0], held[1], ["abc"[row]]]
+    assert held[1].tolist() == [10 * row]
+    assert len(rest[2]) == 2
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

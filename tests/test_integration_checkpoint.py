@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import BATCH, Net, csv_logger, data, fit, flat, loader, same
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
@@ -88,19 +90,6 @@ def test_saving_by_hand_after_fitting_keeps_the_masks():
     state = torch.load("after.ckpt", weights_only=True)["callbacks"]["AutoPruneCallback"]
     assert state["pruner"]["auxiliary"]["frozen"]
     assert "M" not in state["pruner"]["auxiliary"]
-
-
-def test_averaged_weights_are_saved_and_left_with_true_zeros():
-    class Average(WeightAveraging):
-        def __init__(self) -> None:
-            super().__init__(use_buffers=False)
-
-    callback = AutoPruneCallback(target_sparsity=0.8)
-    fit([Average(), callback, saving(every_n_train_steps=4)], enable_checkpointing=True)
-    last = torch.load("checkpoints/step=32.ckpt", weights_only=True)
-    plain = Net()
-    plain.load_state_dict(last["state_dict"])
-    assert sparsity(plain) >= callback.sparsity
 
 
 # Resuming
@@ -213,12 +202,109 @@ def test_a_checkpoint_of_other_layers_is_refused_by_name():
 
 
 def test_a_fixed_split_of_other_data_is_refused():
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 12
+
     options = {"held_out": 0.25, "redraw_held_out": False}
-    _, t = fit(AutoPruneCallback(**options))
+    _, t = fit([AutoPruneCallback(**options), Stop()])
     t.save_checkpoint("one.ckpt")
     message = "held-out split is of 128 training rows, and here there are 64: resume with the same training data"
     with pytest.raises(AutoPruneError, match=message):
         fit(AutoPruneCallback(**options), train=loader(rows=64), epochs=8, ckpt_path="one.ckpt")
+
+
+@pytest.mark.parametrize("source", ["redrawn", "train", "loader", "fixed"])
+def test_a_run_that_was_stopped_and_saved_afterwards_resumes_bit_equal(source):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 2
+
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8, **SOURCES[source])
+
+    model, _ = fit(whole := callback(), epochs=6)
+    _, t = fit([callback(), Stop()], epochs=6)
+    t.save_checkpoint("stopped.ckpt")
+    other, _ = fit(resumed := callback(), epochs=6, ckpt_path="stopped.ckpt")
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+    assert same(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_loader_with_a_generator_of_its_own_resumes_bit_equal():
+    def held_out():
+        return DataLoader(data(seed=9), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, held_out=held_out()), 21, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_lower_precision_prunes_and_resumes_bit_equal(precision):
+    def run(ckpt_path=None):
+        callback = AutoPruneCallback(target_sparsity=0.8)
+        checkpoint = saving("bf16")
+        model, _ = fit(
+            [callback, checkpoint],
+            train=Resumable(),
+            epochs=6,
+            precision=precision,
+            enable_checkpointing=True,
+            ckpt_path=ckpt_path,
+        )
+        return dict(model.state_dict()), callback.state_dict()
+
+    whole = run()
+    assert same(whole, run("bf16/step=16.ckpt"))
+    zeros = sum(int((whole[0][f"{name}.weight"] == 0).sum()) for name in ("first", "last"))
+    assert zeros == pytest.approx(0.8 * 256, abs=1)
+
+
+def test_a_checkpoint_saved_while_resuming_keeps_the_state():
+    class Early(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.save_checkpoint("early.ckpt")
+
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    fit([Early(), AutoPruneCallback(target_sparsity=0.8)], epochs=8, ckpt_path="one.ckpt")
+    states = [torch.load(f, weights_only=True)["callbacks"]["AutoPruneCallback"] for f in ("one.ckpt", "early.ckpt")]
+    assert same(*states)
+
+
+def test_a_state_that_was_not_used_does_not_reach_the_next_fit():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    callback = AutoPruneCallback(target_sparsity=0.5)
+    fit(callback, ckpt_path="done.ckpt")  # nothing is left to train
+    model, _ = fit(callback)
+    assert sparsity(model) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        (
+            "redrawn",
+            {"held_out": "train"},
+            'held out 0.5 of each batch, seed 0; this callback holds out "train". Resume',
+        ),
+        ("train", {}, 'held out "train"; this callback holds out 0.5 of each batch, seed 0'),
+        (
+            "fixed",
+            {**SOURCES["fixed"], "seed": 1},
+            "whole run, seed 0; this callback holds out 0.25 of the training set",
+        ),
+    ],
+)
+def test_resuming_with_other_held_out_data_is_refused(then, now, message):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 12
+
+    _, t = fit([AutoPruneCallback(**SOURCES[then]), Stop()])
+    t.save_checkpoint("one.ckpt")
+    with pytest.raises(AutoPruneError, match=re.escape(message)):
+        fit(AutoPruneCallback(**now), ckpt_path="one.ckpt")
 
 
 def test_the_state_is_small():

@@ -1,0 +1,134 @@
+"""What a Trainer must be for the callback to work in it, and what the callback reads of its loops.
+
+All refusals at set-up are here. Private members of Lightning are read by :func:`steps_done`, :func:`has_stepped` and
+:func:`will_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = ["check_trainer", "has_stepped", "steps_done", "total_steps", "weight_optimizers", "will_step"]
+
+
+def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_fn: bool) -> None:
+    """Raises for what can't work, before any data is loaded.
+
+    Args:
+        trainer: the trainer that is about to fit.
+        kind: the class of the pruning callback.
+        held_out: whether data is held out.
+        loss_fn: whether the user gave a loss function.
+
+    Raises:
+        AutoPruneError: for two pruning callbacks, a strategy or another callback that does not go with pruning, and a
+            ``training_step`` that can't give a held-out loss.
+    """
+    module, callbacks = trainer.lightning_module, _callbacks(trainer)
+    if sum(isinstance(callback, kind) for callback in callbacks) > 1:
+        raise AutoPruneError("The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one.")
+    if type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+        raise AutoPruneError(
+            f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one process and one"
+            " device (`Trainer(devices=1)`)."
+        )
+    for callback in callbacks:
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise AutoPruneError(
+                f"{type(callback).__name__} averages weights while masks change, which gives a model that is not"
+                " pruned: leave one of the two callbacks out."
+            )
+    if held_out and not loss_fn and not module.automatic_optimization:
+        raise AutoPruneError(
+            f"{type(module).__name__} uses manual optimisation: its `training_step` takes optimiser steps and can't"
+            ' give the held-out loss. Pass `loss_fn`, or `held_out="train"`.'
+        )
+    if held_out and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise AutoPruneError(
+            f"`training_step` of {type(module).__name__} takes a `dataloader_iter`, of which no batch can be held out:"
+            ' take a `batch`, or pass `held_out="train"`.'
+        )
+
+
+def weight_optimizers(trainer: Trainer, weights: Mapping[str, Tensor], held_out: bool) -> list[Optimizer]:
+    """The optimisers that train prunable weights.
+
+    Raises:
+        AutoPruneError: if there is none, LBFGS among them, or several where no data is held out.
+    """
+    ids = {id(weight) for weight in weights.values()}
+    found = [o for o in trainer.optimizers if any(id(p) in ids for group in o.param_groups for p in group["params"])]
+    if not found:
+        raise AutoPruneError(
+            f"No optimiser trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
+            " `include` and `exclude`."
+        )
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in found):
+        raise AutoPruneError(
+            "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use a"
+            " first-order optimiser (SGD, Adam, AdamW, …)."
+        )
+    if not held_out and len(found) > 1:
+        raise AutoPruneError(
+            f'`held_out="train"` takes the gradients of one optimiser\'s steps, and {len(found)} optimisers train'
+            " prunable weights: hold data out instead, or `include` the layers of one of them only."
+        )
+    return found
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Length of the run in training steps: batches that end in an optimiser step.
+
+    Raises:
+        AutoPruneError: if it can't be known before the run is over.
+    """
+    unknown = "`warmup` and `finetune` are fractions of the run, whose length is not known"
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler) and len(set(callback.scheduling.values())) > 1:
+            raise AutoPruneError(f"{unknown} under a GradientAccumulationScheduler: use `accumulate_grad_batches`.")
+    if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
+        raise AutoPruneError(f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead.")
+    total = trainer.estimated_stepping_batches
+    if not 0 < total < math.inf:
+        raise AutoPruneError(
+            f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"
+            " (`max_time` may be set beside them)."
+        )
+    return int(total)
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Number of training steps that are over, of an earlier fit or a checkpoint without pruning state."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def has_stepped(trainer: Trainer) -> bool:
+    """Whether the batch that ends took an optimiser step, rather than only adding to the gradients."""
+    return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
+
+
+def will_step(trainer: Trainer) -> bool:
+    """Whether the batch that is being loaded will end in an optimiser step, as the last of an epoch always does."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    ready = progress.current.ready + 1
+    return (
+        not trainer.lightning_module.automatic_optimization
+        or ready % trainer.accumulate_grad_batches == 0
+        or ready == trainer.num_training_batches
+        or progress.is_last_batch
+    )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

@@ -1,0 +1,156 @@
+"""What is refused, with the reason and the way out, before the first training step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Net, data, fit, trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from test_callback import Manual, TwoOptimizers
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(data())
+
+
+class LBFGS(Net):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Iterating(Net):
+    def training_step(self, dataloader_iter):
+        raise AssertionError
+
+
+class OneForEach(TwoOptimizers):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), 0.05) for layer in (self.first, self.last)]
+
+
+class Biases(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.first.bias, self.last.bias], 0.1)
+
+
+class NoOptimizer(Net):
+    def configure_optimizers(self):
+        return None
+
+
+class Other(AutoPruneCallback):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"held_out": 0.0},
+            r'`held_out` is 0.0; it must be a number in \(0, 1\). `held_out` may also be "val", ',
+        ),
+        ({"held_out": 1.0}, r"`held_out` is 1.0; it must be a number in \(0, 1\)"),
+        ({"held_out": 1}, r"`held_out` is 1; it must be a number in \(0, 1\)"),
+        ({"held_out": "test"}, "`held_out` is 'test'; allowed are 'val', 'train'"),
+        ({"held_out": [1]}, r"`held_out` is \[1\]; it must be a number"),
+        ({"log_every_n_steps": 0}, r"`log_every_n_steps` is 0; it must be an integer in \[1, inf\)"),
+        ({"log_every_n_steps": 2.5}, r"`log_every_n_steps` is 2.5; it must be an integer in \[1, inf\)"),
+        ({"target_sparsity": 1}, r"`target_sparsity` is 1; it must be a number in \[0, 1\)"),
+        ({"warmup": 0.5, "finetune": 0.5}, "leave no time to prune"),
+    ],
+)
+def test_a_wrong_argument_is_refused_at_once(options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        AutoPruneCallback(**options)
+
+
+class Forgetful(Net):
+    """Fails if a single training step is taken."""
+
+    def training_step(self, batch):
+        raise AssertionError("training started")
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "message"),
+    [
+        (AutoPruneCallback(), {"model": LBFGS()}, "LBFGS evaluates the loss several times within one step"),
+        (
+            AutoPruneCallback(),
+            {"model": Iterating()},
+            "`training_step` of Iterating takes a `dataloader_iter`, of which",
+        ),
+        (
+            AutoPruneCallback(held_out="train"),
+            {"model": OneForEach()},
+            "gradients of one optimiser's steps, and 2 optimisers train prunable weights: hold data out instead",
+        ),
+        (
+            AutoPruneCallback(held_out="train"),
+            {"model": TwoOptimizers(), "max_steps": 10},
+            "whose length is not known: `max_steps` counts the steps of all optimisers. Set `max_epochs`",
+        ),
+        (
+            [AutoPruneCallback(), GradientAccumulationScheduler({0: 4, 2: 1})],
+            {},
+            "whose length is not known under a GradientAccumulationScheduler",
+        ),
+        ([AutoPruneCallback(), WeightAveraging()], {}, "WeightAveraging averages weights while masks change"),
+        ([AutoPruneCallback(), StochasticWeightAveraging(0.1)], {}, "StochasticWeightAveraging averages weights while"),
+        (AutoPruneCallback(), {"strategy": "ddp"}, "AutoPruneCallback does not work under DDPStrategy yet: use one"),
+        (
+            AutoPruneCallback(held_out=0.25, redraw_held_out=False),
+            {"overfit_batches": 2},
+            "`overfit_batches` of the Trainer replaces the sampler",
+        ),
+        (AutoPruneCallback(include="first"), {}, r"`include` is 'first'; it must be a list of patterns: \['first'\]"),
+        (
+            AutoPruneCallback(),
+            {"model": Biases()},
+            r"No optimiser trains any of the prunable weights \(first, last\)",
+        ),
+        (AutoPruneCallback(), {"model": NoOptimizer()}, "No optimiser trains any of the prunable weights"),
+        (
+            AutoPruneCallback(),
+            {"model": Manual()},
+            r"Manual uses manual optimisation: its `training_step` takes .* Pass `loss_fn`, or `held_out=\"train\"`.",
+        ),
+        (
+            AutoPruneCallback(include=["fc*"]),
+            {},
+            r"`include` has 'fc\*', which matches no layer; there are 'first',",
+        ),
+        (AutoPruneCallback(), {"train": DataLoader(Stream(), 16)}, "training data is an IterableDataset.*: pass `held"),
+        (
+            AutoPruneCallback(held_out=0.5, redraw_held_out=False),
+            {"train": DataLoader(Stream(), 16)},
+            r"training data is an IterableDataset.*: pass `held_out=DataLoader\(...\)`",
+        ),
+        (
+            AutoPruneCallback(held_out=0.02),
+            {},
+            "`held_out=0.02` of a training batch of 16 rows leaves one side",
+        ),
+        (
+            AutoPruneCallback(held_out=0.001, redraw_held_out=False),
+            {},
+            "`held_out=0.001` of 128 training rows holds 0 out and leaves 128 to train on",
+        ),
+        (AutoPruneCallback(held_out="val"), {}, '`held_out="val"` needs validation data, and this fit has none'),
+        ([AutoPruneCallback(), Other()], {}, "The Trainer has two AutoPrune callbacks, which would prune the same"),
+        (AutoPruneCallback(), {"epochs": -1}, "whose length is not known: set `max_steps` of the Trainer"),
+        (AutoPruneCallback(target_sparsity=0.999), {}, "Keeping 0 of 256 weights is not possible"),
+    ],
+)
+def test_what_can_not_work_is_refused_before_the_first_step(callback, options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        fit(callback, **{"model": Forgetful(), **options})
+
+
+def test_two_callbacks_of_the_same_class_are_refused_by_lightning_itself():
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `AutoPruneCallback`"):
+        trainer(callbacks=[AutoPruneCallback(), AutoPruneCallback()])
