@@ -19,7 +19,7 @@ class Report:
 
     Metrics (``monitor=`` of ModelCheckpoint and EarlyStopping takes them): ``autoprune/sparsity`` and
     ``autoprune/density`` in [0, 1], ``autoprune/compression`` (all weights per weight kept), ``autoprune/pressure``
-    (μ) and ``autoprune/held_out_loss`` (mean since the last log).
+    (μ) and, from the first held-out batch on, ``autoprune/held_out_loss`` (mean since the last log).
 
     The loggers also get ``autoprune/sparsity/<layer>``, and ``autoprune/pruned`` and ``autoprune/revived``: how many
     weights are pruned now that were not at the last log, and the other way round.

@@ -117,6 +117,10 @@ class RedrawnSource(Source):
         return held
 
     @override
+    def finetune(self) -> None:
+        self._least = 1  # nothing will be split any more, so no batch needs to be checked
+
+    @override
     def stop(self, trainer: Trainer) -> None:
         vars(trainer.strategy).pop("batch_to_device", None)
 

@@ -185,6 +185,14 @@ def test_training_further_after_the_masks_were_frozen_keeps_them():
     assert not torch.equal(flat(model), flat(longer))
 
 
+def test_a_frozen_run_resumes_on_a_batch_too_small_to_split():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    more = AutoPruneCallback(target_sparsity=0.8, held_out=0.01)
+    fit(more, epochs=6, ckpt_path="done.ckpt")
+    assert more.sparsity == pytest.approx(0.8, abs=0.01)
+
+
 def test_a_dense_checkpoint_can_be_resumed_with_pruning():
     _, t = fit(epochs=2)
     t.save_checkpoint("dense.ckpt")
