@@ -108,7 +108,7 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def steps_done(trainer: Trainer) -> int:
-    """Number of training steps that are over, of an earlier fit or a checkpoint without pruning state."""
+    """Number of training steps that are over, earlier fits included; what Lightning's loggers take for the step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_autoprune.compatibility import steps_done
 from lightning_autoprune.masks import pack, unpack
 
 __all__ = ["Report"]
@@ -65,7 +66,7 @@ class Report:
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}
         metrics |= {f"autoprune/sparsity/{name}": value for name, value in layers.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(metrics, step=steps_done(trainer))
         self._loss_sum, self._losses = 0.0, 0
         self._before = masks
 
