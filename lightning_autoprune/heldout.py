@@ -199,7 +199,6 @@ def split_loader(
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        persistent_workers=loader.persistent_workers,
         drop_last=True,
     )
     sampler = FixedSplitSampler(loader.sampler, indices, seed)  # type: ignore[arg-type]
@@ -236,16 +235,20 @@ class HeldOutBatches:
         for _ in range(2):  # the second time from the start of the next pass
             with isolated_random(self.seed, self.passes, self.position):
                 if self._iterator is None:
-                    generator = getattr(self.loader, "generator", None)
-                    if generator is not None:
-                        generator.manual_seed(mix(self.seed, self.passes))
-                    self._iterator = iter(self.loader)
+                    self._iterator = self._new_pass()
                 batch = next(self._iterator, self)
             if batch is not self:
                 self.position += 1
                 return batch
             self.passes, self.position, self._iterator = self.passes + 1, 0, None
         raise AutoPruneError("The held-out loader gives no batches. Pass one that does.")
+
+    def _new_pass(self) -> Iterator[Any]:
+        if isinstance(self.loader, DataLoader):
+            self.loader._iterator = None  # persistent workers would start a second pass with other random numbers
+            if self.loader.generator is not None:
+                self.loader.generator.manual_seed(mix(self.seed, self.passes))
+        return iter(self.loader)
 
     def close(self) -> None:
         """Lets go of the loader's iterator, and with it of worker processes; the position stays."""

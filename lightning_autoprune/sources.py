@@ -192,8 +192,7 @@ class ValidationSource(LoaderSource):
                 " choose a fraction of the training data."
             )
         rank_zero_warn('`held_out="val"` fits the masks on the data that is reported: its metrics will look too good.')
-        # loaders of our own: one with persistent workers would share its iterator with the validation loop
-        self.loader = _Chain([rebuild_loader(x, x.sampler) if isinstance(x, DataLoader) else x for x in loaders])
+        self.loader = _Chain(loaders)
         super().start(trainer, due)
 
 
@@ -300,4 +299,5 @@ class _Chain:
 
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
-            yield from loader
+            # a copy: with persistent workers a loader has one iterator, which the validation loop uses
+            yield from rebuild_loader(loader, loader.sampler) if isinstance(loader, DataLoader) else loader

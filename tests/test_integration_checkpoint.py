@@ -165,6 +165,38 @@ def test_a_fixed_split_resumes_bit_equal_from_the_end_of_an_epoch(step):
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES["fixed"]), step, train=loader)
 
 
+@pytest.mark.parametrize("source", ["redrawn", "fixed"])
+def test_loaders_with_worker_processes_resume_bit_equal(source):
+    def train():
+        return DataLoader(data(), 16, num_workers=2, persistent_workers=True)
+
+    step = {"redrawn": 16, "fixed": 12}[source]
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, train=train)
+
+
+def test_a_checkpoint_of_an_interrupted_run_resumes_bit_equal():
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 19:
+                raise RuntimeError("power cut")
+
+        def on_exception(self, trainer, *_):
+            trainer.save_checkpoint("interrupted.ckpt")
+
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8)
+
+    whole = run("whole", callback(), "adam")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit([callback(), Fail()], train=Resumable(), val=loader(seed=3), epochs=6)
+    state = torch.load("interrupted.ckpt", weights_only=True)
+    assert state["callbacks"]["AutoPruneCallback"]["pruner"]["step"] == 19
+    resumed = callback()
+    model, _ = fit(resumed, train=Resumable(), val=loader(seed=3), epochs=6, ckpt_path="interrupted.ckpt")
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+    assert whole["global_step"] == 48
+
+
 def test_a_run_resumed_twice_is_bit_equal():
     def callback():
         return AutoPruneCallback(target_sparsity=0.8)
