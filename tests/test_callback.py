@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from dataclasses import fields
 from itertools import chain, pairwise
 from typing import Any
 
@@ -12,7 +14,7 @@ from helpers import Net, data, fit, loader, trainer
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
-from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
+from lightning_autoprune import AutoPruneCallback, AutoPruneError, Settings, sparsity
 
 FRACTION, FIXED, LOADER = {"held_out": 0.5}, {"held_out": 0.25, "redraw_held_out": False}, {"held_out": loader(seed=5)}
 SOURCES = [FRACTION, FIXED, LOADER, {"held_out": "val"}, {"held_out": "train"}]
@@ -35,6 +37,13 @@ def test_defaults_prune_by_themselves_and_the_model_still_learns():
     error = (model.eval()(x).argmax(1) != y).float().mean()
     assert 0.3 < callback.sparsity < 1
     assert error < 0.15
+
+
+def test_the_defaults_are_those_of_the_settings():
+    arguments = inspect.signature(AutoPruneCallback).parameters
+    assert {f.name: f.default for f in fields(Settings)} == {
+        f.name: arguments[f.name].default for f in fields(Settings)
+    }
 
 
 def test_include_and_exclude_choose_layers():
