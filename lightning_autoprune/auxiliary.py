@@ -311,8 +311,9 @@ def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
     wide = _wide(T)
     if initial == "constant":
         return torch.full_like(wide, scale)
-    std = wide.std() if wide.numel() > 1 else wide.abs().max()
-    return wide.abs() * (scale / std.clamp_min(torch.finfo(wide.dtype).tiny))
+    largest = wide.abs().max()
+    std = wide.std() if wide.numel() > 1 else largest
+    return wide.abs() * (scale / torch.where(std > 1e-6 * largest, std, largest))  # equal weights have no spread
 
 
 def _check_values(name: str, T: Tensor, initial: InitialM) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -18,12 +18,12 @@ from lightning_autoprune.compatibility import (
     has_stepped,
     steps_done,
     total_steps,
-    weight_optimizers,
+    trained_weights,
     will_step,
 )
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
-from lightning_autoprune.layers import prunable_weights, untrained_layers
+from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.shield import held_out_gradients
@@ -167,16 +167,29 @@ class AutoPruneCallback(Callback):
         self._loaded = None
         check_trainer(trainer, AutoPruneCallback, self._source is not None, self.loss_fn is not None)
         if self._source is not None:
+            self._source.clock = self._steps_done
             self._source.setup(trainer)
+
+    def _steps_done(self) -> int:
+        if self._loaded is not None:
+            return int(self._loaded["pruner"]["step"])
+        return self._pruner.step if self._pruner and self._handles else 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the layers and checks the optimisers."""
         if not self.enabled:
             return
-        weight_optimizers(trainer, prunable_weights(pl_module, self.include, self.exclude), self._source is not None)
-        frozen = untrained_layers(pl_module, self.include, self.exclude)
-        if frozen:
-            rank_zero_warn(f"Layers that are not trained (`requires_grad` is off) stay dense: {', '.join(frozen)}.")
+        weights, _ = self._trained_weights(trainer, pl_module)
+        every = prunable_weights(pl_module, self.include, self.exclude, trained_only=False)
+        dense = [name for name in every if name not in weights]
+        if dense:
+            rank_zero_warn(f"Layers that are not trained (frozen, or in no optimiser) stay dense: {', '.join(dense)}.")
+
+    def _trained_weights(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
+        weights = prunable_weights(pl_module, self.include, self.exclude)
+        return trained_weights(trainer, weights, self._source is not None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
@@ -185,7 +198,7 @@ class AutoPruneCallback(Callback):
         self._forget()
         if self._source is not None:
             self._source.start(trainer, lambda: self._upcoming(trainer))
-        weights = prunable_weights(pl_module, self.include, self.exclude)
+        weights, self._optimizers = self._trained_weights(trainer, pl_module)
         self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer))
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
@@ -198,7 +211,6 @@ class AutoPruneCallback(Callback):
         self._pruner.start()
         if self._pruner.frozen and self._source is not None:
             self._source.finetune()
-        self._optimizers = weight_optimizers(trainer, weights, self._source is not None)
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._optimizers]
 
     def _resume_source(self, state: Mapping[str, Any]) -> None:

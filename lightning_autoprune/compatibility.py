@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -18,7 +19,9 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_trainer", "has_stepped", "steps_done", "total_steps", "weight_optimizers", "will_step"]
+__all__ = ["check_trainer", "has_stepped", "steps_done", "total_steps", "trained_weights", "will_step"]
+
+_T = TypeVar("_T", bound=Tensor)
 
 
 def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_fn: bool) -> None:
@@ -60,14 +63,17 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
         )
 
 
-def weight_optimizers(trainer: Trainer, weights: Mapping[str, Tensor], held_out: bool) -> list[Optimizer]:
-    """The optimisers that train prunable weights.
+def trained_weights(
+    trainer: Trainer, weights: Mapping[str, _T], held_out: bool
+) -> tuple[dict[str, _T], list[Optimizer]]:
+    """The weights that an optimiser trains, and the optimisers that train them.
 
     Raises:
         AutoPruneError: if there is none, LBFGS among them, or several where no data is held out.
     """
-    ids = {id(weight) for weight in weights.values()}
-    found = [o for o in trainer.optimizers if any(id(p) in ids for group in o.param_groups for p in group["params"])]
+    owned = {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    trained = {name: weight for name, weight in weights.items() if id(weight) in owned}
+    found = [o for o in trainer.optimizers if any(owned[id(weight)] is o for weight in trained.values())]
     if not found:
         raise AutoPruneError(
             f"No optimiser trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
@@ -83,7 +89,7 @@ def weight_optimizers(trainer: Trainer, weights: Mapping[str, Tensor], held_out:
             f'`held_out="train"` takes the gradients of one optimiser\'s steps, and {len(found)} optimisers train'
             " prunable weights: hold data out instead, or `include` the layers of one of them only."
         )
-    return found
+    return trained, found
 
 
 def total_steps(trainer: Trainer) -> int:

@@ -30,11 +30,12 @@ __all__ = ["FixedSplitSampler", "HeldOutBatches", "batch_rows", "isolated_random
 
 
 @contextmanager
-def isolated_random(*seeds: int) -> Iterator[None]:
+def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     """Seeds torch, numpy and Python inside the block and puts their states back after it.
 
     Args:
         seeds: integers that together make the seed.
+        generators: more generators of torch to treat the same.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -44,18 +45,21 @@ def isolated_random(*seeds: int) -> Iterator[None]:
         0.4963
     """
     seed = mix(*seeds)
-    python, legacy = random.getstate(), np.random.get_state()
+    python, legacy, states = random.getstate(), np.random.get_state(), [g.get_state() for g in generators]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):
             # not torch.manual_seed: without a GPU it keeps a stack trace a call, for ever, and takes milliseconds
-            torch.default_generator.manual_seed(seed)
+            for generator in (torch.default_generator, *generators):
+                generator.manual_seed(seed)
             if devices:
                 torch.cuda.manual_seed(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             yield
     finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
         random.setstate(python)
         np.random.set_state(legacy)
 
@@ -123,17 +127,18 @@ class FixedSplitSampler(Sampler[int]):
     Args:
         sampler: goes once through all rows of a dataset.
         held_out: indices of the rows held out.
-        seed: decides which rows sit out in the epochs of the last phase.
+        seed: decides, together with the clock, which rows sit out in the epochs of the last phase.
+        clock: tells how many training steps are over.
     """
 
-    def __init__(self, sampler: Sampler[int], held_out: Sequence[int], seed: int = 0) -> None:
-        self.sampler, self.held_out, self.seed = sampler, frozenset(held_out), seed
+    def __init__(
+        self, sampler: Sampler[int], held_out: Sequence[int], seed: int = 0, clock: Callable[[], int] = int
+    ) -> None:
+        self.sampler, self.held_out, self.seed, self.clock = sampler, frozenset(held_out), seed, clock
         self.finetune = False
-        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells which epoch comes next, and passes it on (Lightning calls this)."""
-        self.epoch = epoch
+        """Passes on which epoch comes next (Lightning calls this)."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -143,12 +148,16 @@ class FixedSplitSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         out = self.held_out
         if self.finetune:
-            out = frozenset(_draw(len(self.sampler), len(out), self.seed, self.epoch))  # type: ignore[arg-type]
+            out = frozenset(_draw(len(self.sampler), len(out), self.seed, self.clock()))  # type: ignore[arg-type]
         return (index for index in self.sampler if index not in out)
 
 
 def split_loader(
-    loader: Any, fraction: float, seed: int, rebuild: Callable[[DataLoader[Any], Iterable[int]], DataLoader[Any]]
+    loader: Any,
+    fraction: float,
+    seed: int,
+    rebuild: Callable[[DataLoader[Any], Iterable[int]], DataLoader[Any]],
+    clock: Callable[[], int] = int,
 ) -> tuple[DataLoader[Any], DataLoader[Any], FixedSplitSampler]:
     """Splits a training loader for the whole run into a training part and a held-out part.
 
@@ -157,6 +166,7 @@ def split_loader(
         fraction: share of the rows to hold out, in (0, 1).
         seed: decides which rows.
         rebuild: makes a loader like the given one with another sampler.
+        clock: tells how many training steps are over, see :class:`FixedSplitSampler`.
 
     Returns:
         The training loader over the remaining rows, a shuffled loader over the rows held out, and the sampler of the
@@ -201,7 +211,7 @@ def split_loader(
         multiprocessing_context=loader.multiprocessing_context,
         drop_last=True,
     )
-    sampler = FixedSplitSampler(loader.sampler, indices, seed)  # type: ignore[arg-type]
+    sampler = FixedSplitSampler(loader.sampler, indices, seed, clock)  # type: ignore[arg-type]
     return rebuild(loader, sampler), held_out, sampler
 
 
@@ -209,11 +219,12 @@ class HeldOutBatches:
     """An endless stream of batches from a loader, whose position can be saved and restored.
 
     Each batch is drawn with random numbers of its own, so the user's are untouched and a restored stream goes on
-    as if it had never stopped. A ``generator`` of the loader is seeded anew for each pass.
+    as if it had never stopped.
 
     Args:
         loader: an iterable of batches that can be gone through again and again.
         seed: decides the order, together with the number of the pass.
+        generators: those that the loader draws from beside the global ones.
 
     Example:
         >>> stream = HeldOutBatches([10, 20, 30])
@@ -223,8 +234,8 @@ class HeldOutBatches:
         {'passes': 1, 'position': 1}
     """
 
-    def __init__(self, loader: Any, seed: int = 0) -> None:
-        self.loader, self.seed = loader, seed
+    def __init__(self, loader: Any, seed: int = 0, generators: Sequence[torch.Generator] = ()) -> None:
+        self.loader, self.seed, self.generators = loader, seed, generators
         self.passes, self.position = 0, 0
         self._iterator: Iterator[Any] | None = None
 
@@ -233,7 +244,7 @@ class HeldOutBatches:
 
     def __next__(self) -> Any:
         for _ in range(2):  # the second time from the start of the next pass
-            with isolated_random(self.seed, self.passes, self.position):
+            with isolated_random(self.seed, self.passes, self.position, generators=self.generators):
                 if self._iterator is None:
                     self._iterator = self._new_pass()
                 batch = next(self._iterator, self)
@@ -241,13 +252,11 @@ class HeldOutBatches:
                 self.position += 1
                 return batch
             self.passes, self.position, self._iterator = self.passes + 1, 0, None
-        raise AutoPruneError("The held-out loader gives no batches. Pass one that does.")
+        raise empty_error()
 
     def _new_pass(self) -> Iterator[Any]:
         if isinstance(self.loader, DataLoader):
             self.loader._iterator = None  # persistent workers would start a second pass with other random numbers
-            if self.loader.generator is not None:
-                self.loader.generator.manual_seed(mix(self.seed, self.passes))
         return iter(self.loader)
 
     def close(self) -> None:
@@ -263,6 +272,11 @@ class HeldOutBatches:
         self.passes, self.position, self._iterator = state["passes"], 0, None
         while self.position < state["position"]:
             next(self)
+
+
+def empty_error() -> AutoPruneError:
+    """The refusal of a held-out loader without batches."""
+    return AutoPruneError("The held-out loader gives no batches: it is empty, or `drop_last` leaves nothing.")
 
 
 def iterable_error() -> AutoPruneError:

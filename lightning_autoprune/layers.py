@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["prunable_weights", "untrained_layers"]
+__all__ = ["prunable_weights"]
 
 # Layer types and the parameters of theirs that are matrices or kernels. Biases, norms and embeddings are not here.
 _PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -23,17 +23,22 @@ _PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 
 
 def prunable_weights(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+    model: nn.Module,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    *,
+    trained_only: bool = True,
 ) -> dict[str, nn.Parameter]:
     """Finds the weights of all linear, convolution and attention-projection layers.
 
     A weight that several layers share is listed once, under the first name; one that is shared with an
-    embedding is an embedding and left out. Weights that are not trained (``requires_grad`` off) are left out.
+    embedding is an embedding and left out.
 
     Args:
         model: any module.
         include: layer-name patterns (``fnmatch``: ``"encoder.*"``); only matching layers. None: all.
         exclude: layer-name patterns; matching layers are left out. None: none.
+        trained_only: whether weights that are not trained (``requires_grad`` off) are left out too.
 
     Returns:
         Parameters by layer name, in the order of the model: the module's qualified name for a ``weight``,
@@ -67,7 +72,8 @@ def prunable_weights(
             raise AutoPruneError(
                 f"Layer {name!r} is lazy and has no shape yet: run one batch through the model before fitting."
             )
-        if weight.requires_grad and weight.is_floating_point() and id(weight) not in seen:
+        wanted = weight.is_floating_point() and (weight.requires_grad or not trained_only)
+        if wanted and id(weight) not in seen:
             seen.add(id(weight))
             weights[name] = weight
     if not weights:
@@ -76,14 +82,6 @@ def prunable_weights(
             " they share it with an embedding."
         )
     return weights
-
-
-def untrained_layers(
-    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
-) -> list[str]:
-    """Names of the layers that :func:`prunable_weights` leaves out because their weight is not trained."""
-    chosen = _choose(model, include, exclude)
-    return [name for name, (module, attribute) in chosen.items() if not getattr(module, attribute).requires_grad]
 
 
 def _choose(

@@ -60,7 +60,8 @@ class Report:
             masks: True where a weight is kept; empty before pruning starts.
         """
         pruned = revived = 0
-        for before, now in zip(self._before or masks, masks, strict=True):
+        dense = [torch.ones_like(mask) for mask in masks]
+        for before, now in zip(self._before or dense, masks, strict=True):
             pruned += int((before & ~now).sum())
             revived += int((now & ~before).sum())
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
@@ -131,6 +132,11 @@ def held_out_gradients(
             for weight in trained:
                 stack.enter_context(_no_hooks(weight))
             results = torch.autograd.grad(loss.sum(), trained, allow_unused=True)
+    if any(result is None and weight.grad is not None for weight, result in zip(trained, results, strict=True)):
+        rank_zero_warn(
+            "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
+            ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
+        )
     gradients = {id(weight): result for weight, result in zip(trained, results, strict=True)}
     found = [gradients.get(id(weight)) for weight in weights]
     return value, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]

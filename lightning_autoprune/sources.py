@@ -21,6 +21,7 @@ from lightning_autoprune.heldout import (
     FixedSplitSampler,
     HeldOutBatches,
     batch_rows,
+    empty_error,
     isolated_random,
     iterable_error,
     split_batch,
@@ -34,6 +35,7 @@ class Source:
     """Where held-out batches come from."""
 
     name: str  # what it is, for messages
+    clock: Callable[[], int] = int  # tells how many training steps are over; the callback sets it
 
     def setup(self, trainer: Trainer) -> None:
         """Called before the training data is loaded."""
@@ -84,8 +86,14 @@ class RedrawnSource(Source):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in _loaders(trainer)):
+        loaders = _loaders(trainer)
+        if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in loaders):
             raise iterable_error()
+        if len(loaders) > 1:
+            raise AutoPruneError(
+                f"There are {len(loaders)} training loaders, whose batches differ in size: no fraction can be held out."
+                ' Pass `held_out=DataLoader(...)` or `held_out="train"`.'
+            )
         original, self._least = trainer.strategy.batch_to_device, 0
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
@@ -148,7 +156,11 @@ class LoaderSource(Source):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        self._stream = HeldOutBatches(self.loader, self.seed)
+        loaders = self.loader.loaders if isinstance(self.loader, _Chain) else [self.loader]
+        if all(isinstance(loader, DataLoader) and _length(loader) == 0 for loader in loaders):
+            raise empty_error()
+        generators = {id(g): g for g in (getattr(loader, "generator", None) for loader in loaders) if g is not None}
+        self._stream = HeldOutBatches(self.loader, self.seed, list(generators.values()))
 
     @override
     def batch(self, trainer: Trainer) -> Any:
@@ -219,7 +231,9 @@ class FixedSource(LoaderSource):
         original, self._finetune = source.dataloader, False
 
         def dataloader() -> DataLoader[Any]:
-            loader, self.loader, self._sampler = split_loader(original(), self.fraction, self.seed, rebuild_loader)
+            loader, self.loader, self._sampler = split_loader(
+                original(), self.fraction, self.seed, rebuild_loader, self.clock
+            )
             self._sampler.finetune = self._finetune
             return loader
 
@@ -289,6 +303,10 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 
 def _loaders(trainer: Trainer) -> list[Any]:
     return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
+
+
+def _length(loader: DataLoader[Any]) -> int | None:
+    return None if isinstance(loader.dataset, IterableDataset) else len(loader)
 
 
 class _Chain:

@@ -40,7 +40,7 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
         >>> layer_sparsity(model)
         {'0': 1.0, '2': 0.0}
     """
-    return {name: sparsity(weight) for name, weight in prunable_weights(model).items()}
+    return {name: sparsity(weight) for name, weight in prunable_weights(model, trained_only=False).items()}
 
 
 class Sparsity(Metric):
@@ -98,6 +98,6 @@ class Sparsity(Metric):
 def _zeros(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> tuple[int, int]:
     if isinstance(weights, Tensor):
         return weights.numel() - int(torch.count_nonzero(weights)), weights.numel()
-    named = prunable_weights(weights) if isinstance(weights, nn.Module) else weights
+    named = prunable_weights(weights, trained_only=False) if isinstance(weights, nn.Module) else weights
     counts = [_zeros(weight) for weight in named.values()]
     return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from helpers import Net, data, fit, loader, trainer
 from lightning.pytorch import LightningDataModule
 from torch import nn
@@ -206,9 +207,39 @@ def test_a_layer_that_is_frozen_on_the_way_is_no_trouble():
 def test_layers_that_are_not_trained_are_named():
     model = Net()
     model.last.weight.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"Layers that are not trained \(`requires_grad` is off\) stay dense: last"):
+    with pytest.warns(
+        UserWarning, match=r"Layers that are not trained \(frozen, or in no optimiser\) stay dense: last"
+    ):
         fit(AutoPruneCallback(target_sparsity=0.8), model=model)
     assert (model.last.weight != 0).all()
+
+
+def test_weights_that_no_optimiser_trains_stay_dense_and_are_named():
+    """A teacher, a target network, a backbone under a new head."""
+
+    class Student(Net):
+        def __init__(self):
+            super().__init__()
+            self.teacher = Net()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.last.parameters(), 0.01)
+
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    with pytest.warns(UserWarning, match=r"stay dense: first, teacher\.first, teacher\.last"):
+        model, _ = fit(callback, model=Student())
+    assert sparsity(model.last.weight) == pytest.approx(0.8, abs=0.01)
+    assert all((w != 0).all() for w in (model.first.weight, model.teacher.first.weight, model.teacher.last.weight))
+
+
+def test_a_weight_without_a_held_out_gradient_is_warned_about():
+    class Checkpointed(Net):
+        def forward(self, x):
+            hidden = torch.utils.checkpoint.checkpoint(self.first, x.requires_grad_(), use_reentrant=True)
+            return self.last(torch.relu(hidden))
+
+    with pytest.warns(UserWarning, match=r"gave no gradient for a weight .* use `use_reentrant=False`"):
+        fit(AutoPruneCallback(target_sparsity=0.5), model=Checkpointed())
 
 
 def test_hooks_on_gradients_do_not_fire_in_the_held_out_pass():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, data, fit, trainer
+from helpers import Net, data, fit, loader, trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from test_callback import Manual, TwoOptimizers
 from torch.utils.data import DataLoader, IterableDataset
@@ -139,6 +139,16 @@ class Forgetful(Net):
             AutoPruneCallback(held_out=0.001, redraw_held_out=False),
             {},
             "`held_out=0.001` of 128 training rows holds 0 out and leaves 128 to train on",
+        ),
+        (
+            AutoPruneCallback(held_out=DataLoader(data(3), 16, drop_last=True)),
+            {},
+            "The held-out loader gives no batches: it is empty, or `drop_last` leaves nothing",
+        ),
+        (
+            AutoPruneCallback(),
+            {"train": [loader(), loader(rows=64)]},
+            "There are 2 training loaders, whose batches differ",
         ),
         (AutoPruneCallback(held_out="val"), {}, '`held_out="val"` needs validation data, and this fit has none'),
         ([AutoPruneCallback(), Other()], {}, "The Trainer has two AutoPrune callbacks, which would prune the same"),

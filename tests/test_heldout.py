@@ -169,11 +169,11 @@ def test_the_order_and_the_random_numbers_are_those_of_the_users_sampler():
 
 
 def test_in_the_last_phase_all_rows_are_trained_on_and_the_length_stays():
-    sampler = FixedSplitSampler(SequentialSampler(range(40)), list(range(8)), seed=1)
+    step = 0
+    sampler = FixedSplitSampler(SequentialSampler(range(40)), list(range(8)), seed=1, clock=lambda: step)
     sampler.finetune = True
     seen = set()
-    for epoch in range(12):
-        sampler.set_epoch(epoch)
+    for step in range(0, 120, 10):  # noqa: B007
         order = list(sampler)
         assert len(order) == len(sampler) == 32
         seen.update(order)
@@ -236,6 +236,15 @@ def test_drawing_batches_leaves_the_users_random_numbers_alone():
     state = torch.get_rng_state()
     take(stream(), 15)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generator_of_the_users_is_left_as_it_was():
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    source = HeldOutBatches(train_loader(shuffle=True, generator=generator), 0, [generator])
+    first, second = take(source, 10), take(source, 10)
+    assert first != second
+    assert torch.equal(generator.get_state(), state)
 
 
 def test_a_loader_without_batches_is_refused():

@@ -50,10 +50,11 @@ def test_a_weight_tied_to_an_embedding_is_an_embedding():
     assert "head" not in prunable_weights(model)
 
 
-def test_a_frozen_weight_is_left_out():
+def test_a_frozen_weight_is_left_out_unless_asked_for():
     model = Mixed()
     model.conv.weight.requires_grad_(False)
     assert "conv" not in prunable_weights(model)
+    assert "conv" in prunable_weights(model, trained_only=False)
 
 
 @pytest.mark.parametrize(

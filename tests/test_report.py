@@ -77,6 +77,13 @@ def test_weights_pruned_and_revived_are_counted_between_logs():
     assert revived > 0
 
 
+def test_weights_pruned_before_the_first_log_are_counted_too():
+    callback = AutoPruneCallback(target_sparsity=0.8, log_every_n_steps=100, warmup=0.0)
+    fit(callback, logger=csv_logger(Path("logs")))
+    (row,) = rows("logs")
+    assert row["autoprune/pruned"] == round(256 * callback.sparsity)
+
+
 def test_the_interval_can_be_set():
     fit(AutoPruneCallback(log_every_n_steps=10, finetune=0.0), logger=csv_logger(Path("logs")))
     assert [row["step"] for row in rows("logs")] == [9, 19, 29, 31]

@@ -40,6 +40,10 @@ def test_a_model_is_counted_over_its_prunable_weights():
     assert metric.compute() == 0.4
 
 
+def test_a_frozen_model_is_counted_all_the_same():
+    assert sparsity(model().requires_grad_(False)) == 0.4
+
+
 def test_the_metric_starts_anew_after_reset():
     metric = Sparsity()
     metric.update(torch.zeros(3))

@@ -110,7 +110,7 @@ def _fit(
 
 
 def _print_layers(model: Classifier) -> None:
-    weights, zeros = prunable_weights(model), layer_sparsity(model)
+    weights, zeros = prunable_weights(model, trained_only=False), layer_sparsity(model)
     rows = [(name, round((1 - zeros[name]) * weight.numel()), weight.numel()) for name, weight in weights.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     print(f"\n{'layer':<14}{'kept':>9}{'total':>10}{'sparsity':>11}")
