@@ -165,12 +165,11 @@ def test_a_fixed_split_resumes_bit_equal_from_the_end_of_an_epoch(step):
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES["fixed"]), step, train=loader)
 
 
-@pytest.mark.parametrize("source", ["redrawn", "fixed"])
-def test_loaders_with_worker_processes_resume_bit_equal(source):
+@pytest.mark.parametrize(("source", "step"), [("redrawn", 16), ("fixed", 12), ("fixed", 30)])
+def test_loaders_with_worker_processes_resume_bit_equal(source, step):
     def train():
         return DataLoader(data(), 16, num_workers=2, persistent_workers=True)
 
-    step = {"redrawn": 16, "fixed": 12}[source]
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, train=train)
 
 
