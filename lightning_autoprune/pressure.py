@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 __all__ = ["GradientScale", "PressureController", "target_path"]
 
-_LARGEST_CHANGE = 1.0  # of u in one update
+_LARGEST_CHANGE = 1.0  # of ln μ in one update
 
 
 @dataclass
@@ -67,43 +67,36 @@ class PressureController:
 
     With the error e = ln(density / path),
 
-        u ← u + gain · clip(5e, −1, 1) + response · (e − e before),   μ = scale · sinh(u).
+        ln μ ← ln μ + gain · clip(5e, −1, 1) + response · (e − e before).
 
-    The first term ends a lasting error, the second answers a change at once and so damps swings. The hyperbolic sine
-    is linear near 0 and exponential beyond, so that μ finds its size quickly, and may be negative: where the noise of
-    the gradients alone would prune too fast (few steps, a low target), weights are pulled back.
+    The first term ends a lasting error, the second answers a change at once and so damps swings. Working on
+    logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights come back. μ stays
+    above a hundredth of where it started, so that it never has far to climb.
 
     Attributes:
-        scale: the pressure to start from, in units of the running root mean square of dL/dT; above 0.
-        gain: largest change of u in one update by a lasting error.
-        response: change of u by a change of the error.
-        u: where μ is, on the scale of the sine.
+        mu: the pressure, in units of the running root mean square of dL/dT; above 0.
+        gain: largest change of ln μ in one update by a lasting error.
+        response: change of ln μ by a change of the error.
         error: e at the last update.
 
     Example:
-        >>> controller = PressureController(scale=0.1)
-        >>> controller.mu
-        0.1
+        >>> controller = PressureController(mu=0.1)
         >>> controller.update(density=0.5, path=0.25) > 0.1
         True
     """
 
-    scale: float
+    mu: float
     gain: float = 0.05
     response: float = 10.0
-    u: float | None = None
     error: float = 0.0
 
-    @property
-    def mu(self) -> float:
-        """The pressure μ."""
-        return self.scale if self.u is None else self.scale * math.sinh(self.u)
+    def __post_init__(self) -> None:
+        self._least = self.mu / 100
 
     def update(self, density: float, path: float) -> float:
         """Takes the density there is and the one there should be (both > 0), and returns the new μ."""
         error, before = math.log(density / path), self.error
         change = self.gain * min(max(5 * error, -1.0), 1.0) + self.response * (error - before)
-        u = math.asinh(1.0) if self.u is None else self.u
-        self.u = u + min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE)
+        self.mu = max(self.mu * math.exp(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE)), self._least)
         self.error = error
         return self.mu

@@ -225,7 +225,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights."""
         auxiliary = self.auxiliary.state_dict() if self.auxiliary else None
-        return {"step": self.step, "pressure": (self._controller.u, self._controller.error), "auxiliary": auxiliary}
+        return {"step": self.step, "pressure": (self.mu, self._controller.error), "auxiliary": auxiliary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on weights of the same moment.
@@ -234,7 +234,7 @@ class Pruner:
             AutoPruneError: if the state was made for other layers or shapes; names them.
         """
         self.step = state["step"]
-        self._controller.u, self._controller.error = state["pressure"]
+        self._controller.mu, self._controller.error = state["pressure"]
         self.auxiliary = None
         if state["auxiliary"] is not None:
             self.auxiliary = self._attached()

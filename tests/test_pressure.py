@@ -43,12 +43,18 @@ def test_progress_outside_the_phase_is_clamped():
 @given(st.floats(1e-3, 1), st.floats(1e-3, 1))
 def test_too_dense_raises_the_pressure_and_too_sparse_lowers_it(density, path):
     controller = PressureController(0.3)
-    assert controller.mu == 0.3
     first = controller.update(density, path)
     again = controller.update(density, path)  # the error lasts
     for before, after in ((0.3, first), (first, again)):
         assert (after > before) == (density > path) or density == pytest.approx(path)
-    assert -0.05 < first < 1  # one update changes u by 1 at most
+    assert 0.3 / 2.72 < first < 0.3 * 2.72
+
+
+def test_the_pressure_never_has_far_to_climb():
+    controller = PressureController(0.3)
+    for _ in range(1000):
+        controller.update(0.1, 0.9)
+    assert controller.mu == 0.003
 
 
 def test_an_error_that_shrinks_lowers_the_pressure_before_the_path_is_crossed():
@@ -76,14 +82,3 @@ def test_the_controller_keeps_a_simple_process_close_to_its_path():
 
 def test_without_the_response_it_swings():
     assert swings(response=0)[0] > 2 * swings(response=10)[0]
-
-
-def test_weights_are_pulled_back_where_they_leave_by_themselves():
-    """Weights that leave without any pressure: only a negative one keeps them on the path."""
-    controller, density = PressureController(0.05), 1.0
-    for step in range(400):
-        density = min(1.0, max(1e-3, density * (1 - 0.01 - 0.2 * controller.mu)))
-        path = target_path(step / 400, 1.0, 0.7)
-        controller.update(density, path)
-    assert density == pytest.approx(0.7, rel=0.02)
-    assert controller.mu < 0
