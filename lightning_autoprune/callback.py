@@ -213,12 +213,16 @@ class AutoPruneCallback(Callback):
             self._source.finetune()
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._optimizers]
 
+    @property
+    def _held_out(self) -> str:
+        """What is held out, for messages and to compare with a checkpoint."""
+        return self._source.name if self._source else '"train"'
+
     def _resume_source(self, state: Mapping[str, Any]) -> None:
-        name = self._source.name if self._source else '"train"'
-        if name != state["source"]:
+        if self._held_out != state["source"]:
             raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {name}. Resume with the same"
-                " `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
+                f"The checkpoint's run held out {state['source']}; this callback holds out {self._held_out}. Resume"
+                " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
             )
         if self._source is not None:
             self._source.load_state_dict(state["held_out"])
@@ -337,7 +341,7 @@ class AutoPruneCallback(Callback):
         if self._pruner is None:
             return {}
         return {
-            "source": self._source.name if self._source else '"train"',
+            "source": self._held_out,
             "last_auxiliary_step": self._last_auxiliary_step,
             "pruner": self._pruner.state_dict(),
             "report": self._report.state_dict(),
