@@ -1,0 +1,77 @@
+"""The networks that the package's demo does not have; only linear layers and convolutions hold prunable weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions with BatchNorm beside a shortcut (He et al., 2016), halving height and width."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, inputs, height, width) to (batch, outputs, height / 2, width / 2)."""
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+def small_resnet() -> nn.Sequential:
+    """A ResNet of 11 layers with weights (77,424 of them), for images of 28×28 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        ResidualBlock(16, 16),
+        ResidualBlock(16, 32),
+        ResidualBlock(32, 64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def mlp() -> nn.Sequential:
+    """Three linear layers on 30 measurements: 20,480 weights."""
+    return nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+
+
+class AttentionBlock(nn.Module):
+    """Causal self-attention and a feed-forward part, normalised before each (Vaswani et al., 2017; pre-norm)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (batch, length, width) to the same shape."""
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.project(attended.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class CharTransformer(nn.Module):
+    """A causal transformer on characters: 2 blocks of width 64, 104,448 prunable weights (the embeddings are not)."""
+
+    def __init__(self, alphabet: int = 96, context: int = 64, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(alphabet, width), nn.Embedding(context, width)
+        self.blocks = nn.Sequential(*(AttentionBlock(width, heads) for _ in range(2)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, alphabet)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Logits of the next character, (batch, length, alphabet), for codes (batch, length)."""
+        x = self.tokens(codes) + self.positions(torch.arange(codes.size(1)))
+        return self.head(self.norm(self.blocks(x)))

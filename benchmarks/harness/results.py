@@ -1,0 +1,108 @@
+"""A CSV file of runs: one row a run, appended when it ends, so that a benchmark can be stopped and go on."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import fcntl
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+
+import lightning_autoprune
+
+from .training import Outcome
+
+FIGURES = [field.name for field in fields(Outcome)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What makes a run; equal runs are made once.
+
+    Attributes:
+        compression: to reach; None for the dense network and where there is no target.
+        options: of the method, as JSON.
+    """
+
+    task: str
+    method: str
+    compression: float | None
+    epochs: int
+    seed: int
+    options: str = "{}"
+
+    def key(self) -> dict[str, str]:
+        """The cells that name it."""
+        return {k: "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for k, v in asdict(self).items()}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a file; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def missing(path: Path, runs: Iterable[Run]) -> list[Run]:
+    """Those of the runs that the file does not have."""
+    names = [field.name for field in fields(Run)]
+    done = {tuple(row[name] for name in names) for row in read(path)}
+    return [run for run in runs if tuple(run.key().values()) not in done]
+
+
+def append(path: Path, run: Run, outcome: Outcome) -> None:
+    """Adds a row, with the date, the versions and the command."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"lightning-autoprune": lightning_autoprune, "torch": torch, "lightning": lightning}
+    row = {
+        **run.key(),
+        **asdict(outcome),
+        "date": datetime.date.today().isoformat(),
+        "versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items()),
+        "command": f"{Path(sys.argv[0]).name}",
+    }
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two processes may share a file
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if file.seek(0, 2) == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def options(text: str) -> dict[str, Any]:
+    """Options of a method from JSON."""
+    return dict(json.loads(text))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean and spread of a figure over the seeds.
+
+    Attributes:
+        spread: sample standard deviation; 0 for one seed.
+    """
+
+    mean: float
+    spread: float
+    values: tuple[float, ...]
+
+
+def means(rows: Iterable[dict[str, str]], figure: str, by: Iterable[str]) -> dict[tuple[str, ...], Mean]:
+    """The mean of a figure over the rows that agree in the columns ``by``."""
+    groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[column] for column in by)].append(float(row[figure]))
+    return {
+        key: Mean(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
+        for key, values in groups.items()
+    }

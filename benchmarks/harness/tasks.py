@@ -1,0 +1,127 @@
+"""The tasks: data, network and budget. Every method trains the same network on the same data for the same steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autoprune.demo.data import load_mnist
+from lightning_autoprune.demo.networks import lenet5, lenet_300_100
+
+from .networks import CharTransformer, mlp, small_resnet
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows to train and to test on; ``inputs`` and ``labels`` have the rows first."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+class Batches:
+    """The training rows in batches, shuffled anew in each epoch by a generator of the seed."""
+
+    def __init__(self, rows: tuple[Tensor, Tensor], size: int, seed: int) -> None:
+        self.rows, self.size = rows, size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows[0]) // self.size)
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for index in torch.randperm(len(self.rows[0]), generator=self.generator).split(self.size):
+            yield [tensor[index] for tensor in self.rows]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data and the budget that every method has.
+
+    Attributes:
+        name: as on the command line.
+        data: makes the data from the directory of MNIST and the seed (which draws the rows where a set has no test).
+        network: makes the network.
+        epochs: passes over the training rows.
+        batch: rows in a batch.
+        lr: of Adam, with a cosine to 0 over the run.
+        metric: the figure that ranks, ``"error"`` (percent) or ``"loss"`` (cross-entropy in nats), on the test rows.
+        compressions: dense prunable weights / kept ones, for the tables.
+    """
+
+    name: str
+    data: Callable[[Path, int], Data]
+    network: Callable[[], nn.Module]
+    epochs: int
+    batch: int
+    lr: float
+    metric: str
+    compressions: tuple[float, ...]
+
+
+@functools.cache
+def _mnist(directory: Path) -> Data:
+    images = load_mnist(directory)
+    shape = torch.channels_last  # convolutions are almost twice as fast
+    parts = [(part.images.contiguous(memory_format=shape), part.labels) for part in (images.train, images.test)]
+    return Data(*parts)
+
+
+def mnist(directory: Path, seed: int) -> Data:
+    """MNIST: 60,000 and 10,000 images."""
+    return _mnist(directory)
+
+
+def breast_cancer(directory: Path, seed: int) -> Data:
+    """569 biopsies with 30 measurements each, which scikit-learn ships (Wolberg et al., UCI); 30% are drawn to test."""
+    from sklearn.datasets import load_breast_cancer
+
+    values, target = load_breast_cancer(return_X_y=True)
+    inputs, labels = torch.tensor(values, dtype=torch.float32), torch.tensor(target)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:398], order[398:]
+    mean, std = inputs[train].mean(0), inputs[train].std(0)
+    inputs = (inputs - mean) / std
+    return Data((inputs[train], labels[train]), (inputs[test], labels[test]))
+
+
+CONTEXT = 64
+ALPHABET = 96  # printable ASCII and the line feed
+
+
+@functools.cache
+def _python_help() -> Data:
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    codes = torch.tensor(list(text.encode("ascii", "ignore")))
+    codes = codes[(codes == 10) | (codes >= 32) & (codes < 127)]
+    codes = torch.where(codes == 10, ALPHABET - 1, codes - 32)
+    cut = len(codes) * 9 // 10
+    parts = []
+    for part in (codes[:cut], codes[cut:]):
+        windows = part.unfold(0, CONTEXT + 1, CONTEXT)
+        parts.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+    return Data(*parts)
+
+
+def python_help(directory: Path, seed: int) -> Data:
+    """The language reference that Python ships as help topics: 64 characters predict the next ones; the end tests."""
+    return _python_help()
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("lenet-300-100", mnist, lenet_300_100, 38, 128, 1e-3, "error", (20, 50, 80, 120, 200)),
+        Task("lenet-5", mnist, lenet5, 38, 128, 1e-3, "error", (80, 310, 500)),
+        Task("resnet", mnist, small_resnet, 5, 128, 2e-3, "error", (10, 30, 100)),
+        Task("transformer", python_help, CharTransformer, 6, 32, 2e-3, "loss", (10, 30, 100)),
+        Task("tabular", breast_cancer, mlp, 60, 32, 1e-3, "loss", (10, 30, 100)),
+    )
+}
