@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+
 
 from ..training import Method
 from .autoprune import AutoPrune
+from .dynamic import DynamicSparse
+from .hyperflux import Hyperflux
+from .l0 import L0
+from .lightning_pruning import LightningPruning
 from .magnitude import GradualMagnitude
+from .nncf_rb import NNCFRegularised
+from .spred import Spred
+from .vardrop import VariationalDropout
 
 METHODS: dict[str, Callable[..., Method]] = {
     "dense": lambda compression, seed: Method(),
     "autoprune": AutoPrune,
     "autoprune-train": lambda compression, seed, **options: AutoPrune(compression, seed, held_out="train", **options),
     "gmp": lambda compression, seed, **options: GradualMagnitude(compression, **options),
+    "lightning": lambda compression, seed, **options: LightningPruning(compression, **options),
+    "rigl": lambda compression, seed, **options: DynamicSparse(compression, "gradient", seed=seed, **options),
+    "set": lambda compression, seed, **options: DynamicSparse(compression, "random", seed=seed, **options),
+    "hyperflux": lambda compression, seed, **options: Hyperflux(compression, **options),
+    "l0": lambda compression, seed, **options: L0(compression, **options),
+    "vardrop": lambda compression, seed, **options: VariationalDropout(compression, **options),
+    "spred": lambda compression, seed, **options: Spred(compression, **options),
+    "nncf": lambda compression, seed, **options: NNCFRegularised(compression, **options),
 }

@@ -1,0 +1,107 @@
+"""Tables and pictures from the rows of the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lightning_autoprune.demo.picture import COLOURS
+
+from .results import Mean, means
+from .tasks import TASKS
+
+UNITS = {"error": "error, %", "loss": "loss, nats"}
+MARKERS = "osD^vPX<>*h"
+
+
+def cell(mean: Mean | None, figure: str) -> str:
+    """Mean ± spread for a table; a dash where there was no run."""
+    if mean is None:
+        return "–"
+    digits = 2 if figure == "error" else 3
+    return f"{mean.mean:.{digits}f} ± {mean.spread:.{digits}f}"
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
+    """Methods down, compressions across; the best of a column is bold. Rows of another budget or option are left out."""
+    figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
+    rows = [row for row in rows if row["task"] == task and row["epochs"] == budget]
+    found = means(rows, figure, ("method", "compression"))
+    columns = sorted({key[1] for key in found if key[1]}, key=float)
+    best = {c: min(mean.mean for (_, where), mean in found.items() if where == c) for c in columns}
+    lines = []
+    for method, label in labels.items():
+        cells = []
+        for column in columns:
+            mean = found.get((method, column))
+            text = cell(mean, figure)
+            cells.append(f"**{text}**" if mean and mean.mean == best[column] else text)
+        if any(text != "–" for text in cells):
+            lines.append([label, *cells])
+    dense = found.get(("dense", ""))
+    head = f"{task}: {UNITS[figure]} (dense {cell(dense, figure)})"
+    return markdown([head, *(f"{column}×" for column in columns)], lines)
+
+
+def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Mapping[str, str]) -> Figure:
+    """One panel a task: the figure that ranks against compression, a line a method, bars of one standard deviation."""
+    tasks = list(tasks)
+    picture = Figure(figsize=(4.6 * len(tasks), 4.4), layout="constrained")
+    for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
+        found = means(
+            [row for row in rows if row["task"] == task and row["epochs"] == budget], figure, ("method", "compression")
+        )
+        for i, (method, label) in enumerate(labels.items()):
+            points = sorted((float(c), mean) for (name, c), mean in found.items() if name == method and c)
+            if points:
+                ours = method.startswith("autoprune")
+                axes.errorbar(
+                    [x for x, _ in points],
+                    [mean.mean for _, mean in points],
+                    [mean.spread for _, mean in points],
+                    label=label,
+                    color="black" if method == "autoprune" else COLOURS[i % len(COLOURS)],
+                    marker=MARKERS[i % len(MARKERS)],
+                    ls="-" if ours or i < len(COLOURS) else "--",
+                    lw=2.4 if ours else 1.2,
+                    ms=5,
+                    capsize=2,
+                )
+        if ("dense", "") in found:
+            axes.axhline(found["dense", ""].mean, color="grey", ls=":", label="dense")
+        _style(axes, f"{task}", "compression of the prunable weights", UNITS[figure])
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        ticks = TASKS[task].compressions
+        axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+    handles, names = picture.axes[0].get_legend_handles_labels()
+    picture.legend(handles, names, loc="outside right center", frameon=False)
+    return picture
+
+
+def _style(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(picture: Figure, path: Path) -> None:
+    """Writes a PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=110)
+    print("picture:", path)
