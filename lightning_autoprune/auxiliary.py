@@ -10,10 +10,10 @@ T        as the weight    W ⊙ h(M): all that the network ever computes with
 ======== ================ ===========================================================================
 
 Weight step:      dL/dW = dL/dT ⊙ h(M), so that a pruned weight keeps its value and can come back.
-Auxiliary step:   m ← m − η · h'(m) · (dL/dT · sgn(w) / s + μ)
+Auxiliary step:   m ← m − η · h'(m) · g, where g is what the update rule makes of dL/dT and the pressure μ (``rules``).
 
 The source is Xiao, Wang, Rajasekaran, "AutoPrune: Automatic Network Pruning by Regularizing Auxiliary
-Parameters", NeurIPS 2019; the division by s, a running root mean square, is ours (see ``pressure``).
+Parameters", NeurIPS 2019.
 """
 
 from __future__ import annotations
@@ -29,48 +29,12 @@ from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import Estimator, straight_through
 from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep_best, pack, unpack
 from lightning_autoprune.pressure import GradientScale
+from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
 
-__all__ = [
-    "INITIAL_M",
-    "UPDATE_RULES",
-    "AuxiliaryParameters",
-    "InitialM",
-    "UpdateRule",
-    "sensitivity",
-]
+__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM"]
 
-UpdateRule = Literal["autoprune", "vanilla"]
-UPDATE_RULES: tuple[UpdateRule, ...] = get_args(UpdateRule)
 InitialM = Literal["magnitude", "constant"]
 INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
-
-
-def sensitivity(dL_dT: Sequence[Tensor], W: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
-    """The loss's part of dL/dm, without h'(m): how much the loss wants each weight's magnitude to shrink.
-
-    * ``"autoprune"``: dL/dT · sgn(w) = dL/d|w|. It does not scale with |w| (sensitivity consistency), and m
-      moves as |w| wants to move (correlation consistency). A weight of exactly 0 has no direction: 0.
-    * ``"vanilla"``: dL/dT · w, the plain chain rule.
-
-    Args:
-        dL_dT: gradients with respect to the effective weights, pruned entries included.
-        W: latent weights, same shapes.
-        rule: one of :data:`UPDATE_RULES`.
-
-    Returns:
-        One tensor a weight, in at least float32.
-
-    Example:
-        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "autoprune")
-        [tensor([-2.,  2.])]
-        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "vanilla")
-        [tensor([-1.,  8.])]
-    """
-    if rule == "vanilla":
-        return [_wide(g) * _wide(w) for g, w in zip(dL_dT, W, strict=True)]
-    D = torch._foreach_sign(list(W))
-    torch._foreach_mul_(D, list(dL_dT))  # exact in any precision
-    return [_wide(d) for d in D]
 
 
 class AuxiliaryParameters:
@@ -90,7 +54,7 @@ class AuxiliaryParameters:
         initial: ``"magnitude"``: m = ``scale`` · abs(w) / std(w) of its layer (it matters: small weights are
             the first to go); ``"constant"``: m = ``scale``. A weight of exactly 0 starts pruned under the former.
         scale: size of the initial m, > 0.
-        rule: one of :data:`UPDATE_RULES`.
+        rule: one of :data:`~lightning_autoprune.rules.UPDATE_RULES`.
         estimator: the straight-through estimator h'(m), one of :data:`~lightning_autoprune.estimators.ESTIMATORS`.
         leaky_slope: slope of ``"leaky_relu"`` at m <= 0, in [0, 1].
         layer_floor: share of its weights that each layer keeps whatever happens, in [0, 1); at least one.
@@ -101,6 +65,7 @@ class AuxiliaryParameters:
         M: auxiliary parameters in at least float32 (empty once frozen).
         kept: number of weights kept in each layer.
         scale: the running root mean square of the sensitivities.
+        squares: the running mean square of each weight's own, under the rule ``"adaptive"``.
         frozen: whether the masks are final.
 
     Raises:
@@ -109,7 +74,7 @@ class AuxiliaryParameters:
     Example:
         >>> layer = torch.nn.Linear(3, 1, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[0.1, -2.0, 3.0]]))
-        >>> aux = AuxiliaryParameters({"layer": layer.weight})
+        >>> aux = AuxiliaryParameters({"layer": layer.weight}, rule="autoprune")
         >>> aux.step([torch.tensor([[1.0, 1.0, -1.0]])], lr=0.1, mu=0.5)  # the loss wants the first smaller
         True
         >>> aux.update_masks()
@@ -123,7 +88,7 @@ class AuxiliaryParameters:
         *,
         initial: InitialM = "magnitude",
         scale: float = 0.1,
-        rule: UpdateRule = "autoprune",
+        rule: UpdateRule = "adaptive",
         estimator: Estimator = "linear",
         leaky_slope: float = 0.1,
         layer_floor: float = 0.001,
@@ -146,6 +111,7 @@ class AuxiliaryParameters:
             _check_values(name, t, initial)
         self.dormant = [torch.zeros_like(t) for t in T]
         self.M = [_initial(t, initial, scale) for t in T]
+        self.squares = RunningSquares(self.M) if rule == "adaptive" else None
         self._bits = [torch.full_like(as_bits(t), -1) for t in T]
         self.kept = list(self.totals)
         self.update_masks()
@@ -197,7 +163,7 @@ class AuxiliaryParameters:
     # The auxiliary step
 
     def step(self, dL_dT: Sequence[Tensor], lr: float, mu: float) -> bool:
-        """One auxiliary step, m ← m − η · h'(m) · (dL/dT · sgn(w) / s + μ). The masks are not updated.
+        """One auxiliary step by the update rule (see ``rules``). The masks are not updated.
 
         Args:
             dL_dT: one gradient a weight, in order, pruned entries included.
@@ -207,17 +173,19 @@ class AuxiliaryParameters:
         Returns:
             Whether a step was taken: it is not where a gradient is not finite.
         """
-        D = sensitivity(dL_dT, self.W, self.rule)
-        mean_square = float(torch.stack(torch._foreach_norm(D)).square().sum()) / self.total
+        G = sensitivity(dL_dT, self.W, self.rule)
+        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / self.total
         if not math.isfinite(mean_square):
             return False
-        s = self.scale.update(mean_square) or 1.0
-        torch._foreach_add_(D, s * mu)
-        for d, m in zip(D, self.M, strict=True):
+        torch._foreach_div_(G, self.scale.update(mean_square) or 1.0)
+        torch._foreach_add_(G, mu)
+        if self.squares:
+            self.squares.normalise(G)
+        for g, m in zip(G, self.M, strict=True):
             slope = straight_through(self.estimator, m, self.leaky_slope)
             if slope is not None:
-                d.mul_(slope)
-        torch._foreach_add_(self.M, D, alpha=-lr / s)
+                g.mul_(slope)
+        torch._foreach_add_(self.M, G, alpha=-lr)
         return True
 
     def update_masks(self) -> None:
@@ -251,7 +219,7 @@ class AuxiliaryParameters:
 
     def freeze(self) -> None:
         """Makes the masks final and forgets M and dormant values: pruned weights stay 0, kept ones train on."""
-        self.dormant, self.M, self.frozen = [], [], True
+        self.dormant, self.M, self.squares, self.frozen = [], [], None, True
 
     def detach(self) -> None:
         """Leaves plain weights T, and no trace of this object in them."""
@@ -270,6 +238,7 @@ class AuxiliaryParameters:
         }
         if not self.frozen:
             state["M"] = [M.clone() for M in self.M]
+            state["squares"] = self.squares.state_dict() if self.squares else None
             state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, self.masks(), strict=True)]
         return state
 
@@ -290,6 +259,8 @@ class AuxiliaryParameters:
             self.freeze()
         else:
             self.M = [m.to(t.device, copy=True) for m, t in zip(state["M"], T, strict=True)]
+            if self.squares:
+                self.squares.load_state_dict(state["squares"])
             for d, mask, values in zip(self.dormant, masks, state["dormant"], strict=True):
                 d.zero_()[~mask] = values.to(d.device, d.dtype)
         self.after_weight_step()
@@ -298,17 +269,13 @@ class AuxiliaryParameters:
         return [weight.detach() for weight in self.weights.values()]
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
     """W as a new tensor: T where kept (whoever wrote it), the dormant value where pruned."""
     return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
 
 
 def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
-    wide = _wide(T)
+    wide = at_least_float32(T)
     if initial == "constant":
         return torch.full_like(wide, scale)
     largest = wide.abs().max()

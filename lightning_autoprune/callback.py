@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_autoprune.auxiliary import InitialM, UpdateRule
+from lightning_autoprune.auxiliary import InitialM
 from lightning_autoprune.compatibility import (
     check_trainer,
     has_stepped,
@@ -26,6 +26,7 @@ from lightning_autoprune.estimators import Estimator
 from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
+from lightning_autoprune.rules import UpdateRule
 from lightning_autoprune.shield import held_out_gradients
 from lightning_autoprune.sources import Source, make_source
 
@@ -51,7 +52,8 @@ class AutoPruneCallback(Callback):
             typical size. Each step takes its share, so the setting does not depend on the length of the run.
         estimator: straight-through estimator h'(m) that stands in for the mask's derivative.
         leaky_slope: slope of the estimator ``"leaky_relu"`` at m <= 0, in [0, 1].
-        update_rule: ``"autoprune"`` (dL/dT · sgn(w)) or ``"vanilla"`` (dL/dT · w, the plain chain rule).
+        update_rule: ``"adaptive"`` (dL/dT · w and μ, divided by their running root mean square of each weight),
+            ``"autoprune"`` (the paper's, dL/dT · sgn(w)) or ``"vanilla"`` (dL/dT · w, the plain chain rule).
         initial_m: ``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
             ``initial_scale``.
         initial_scale: size of the initial M, > 0.
@@ -99,17 +101,17 @@ class AutoPruneCallback(Callback):
         target_sparsity: float | None = None,
         *,
         pressure: float = 0.05,
-        auxiliary_lr: float = 30.0,
+        auxiliary_lr: float = 100.0,
         estimator: Estimator = "linear",
         leaky_slope: float = 0.1,
-        update_rule: UpdateRule = "autoprune",
+        update_rule: UpdateRule = "adaptive",
         initial_m: InitialM = "magnitude",
         initial_scale: float = 0.1,
         held_out: float | Literal["val", "train"] | DataLoader = 0.5,  # type: ignore[type-arg]
         redraw_held_out: bool = True,
         mask_every_n_steps: int = 1,
-        warmup: float = 0.13,
-        finetune: float = 0.34,
+        warmup: float = 0.1,
+        finetune: float = 0.45,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         layer_floor: float = 0.001,

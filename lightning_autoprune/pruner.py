@@ -8,17 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_autoprune.auxiliary import (
-    INITIAL_M,
-    UPDATE_RULES,
-    AuxiliaryParameters,
-    InitialM,
-    UpdateRule,
-)
+from lightning_autoprune.auxiliary import INITIAL_M, AuxiliaryParameters, InitialM
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import ESTIMATORS, Estimator
 from lightning_autoprune.masks import check_count
 from lightning_autoprune.pressure import PressureController, target_path
+from lightning_autoprune.rules import UPDATE_RULES, UpdateRule
 
 __all__ = ["Phases", "Pruner", "Settings"]
 
@@ -33,15 +28,15 @@ class Settings:
 
     target_sparsity: float | None = None
     pressure: float = 0.05
-    auxiliary_lr: float = 30.0
+    auxiliary_lr: float = 100.0
     estimator: Estimator = "linear"
     leaky_slope: float = 0.1
-    update_rule: UpdateRule = "autoprune"
+    update_rule: UpdateRule = "adaptive"
     initial_m: InitialM = "magnitude"
     initial_scale: float = 0.1
     mask_every_n_steps: int = 1
-    warmup: float = 0.13
-    finetune: float = 0.34
+    warmup: float = 0.1
+    finetune: float = 0.45
     layer_floor: float = 0.001
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ class Reference:
             if name.endswith("weight")
         }
         self.squares: list[float] = []
+        self.own: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         effective = {
@@ -88,4 +89,10 @@ class Reference:
         with torch.no_grad():
             for name, g in gradients.items():
                 slope = h_prime(self.estimator, self.M[name], self.slope)
-                self.M[name] -= lr * (g / s + mu * slope)
+                if self.rule != "adaptive":
+                    self.M[name] -= lr * (g / s + mu * slope)
+                    continue
+                g0 = torch.where(slope > 0, g / slope, 0.0) / s + mu
+                self.own[name].append(g0**2)
+                v = sum(w * q for w, q in zip(weights, self.own[name], strict=True)) / sum(weights)
+                self.M[name] -= lr * slope * g0 / v.sqrt()

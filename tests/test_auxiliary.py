@@ -324,7 +324,7 @@ def test_state_of_other_layers_is_refused_by_name():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "magic"}, "`update_rule` is 'magic'; allowed are 'autoprune', 'vanilla'."),
+        ({"rule": "magic"}, "`update_rule` is 'magic'; allowed are 'adaptive', 'autoprune', 'vanilla'."),
         ({"estimator": "step"}, "`estimator` is 'step'; allowed are 'linear', 'hard_sigmoid'"),
         ({"initial": "random"}, "`initial` is 'random'; allowed are 'magnitude', 'constant'."),
         ({"scale": 0}, r"`scale` is 0; it must be a number in \(0, inf\)."),

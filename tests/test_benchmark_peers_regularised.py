@@ -127,21 +127,35 @@ def test_partners_rest_after_the_cut(name):
     assert method.penalty(None) == 0.0
 
 
+def gate(log_alpha):
+    return (torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(1e-3, 1)
+
+
+# From a weight and its partner: what decides on it, and what it is after the cut.
+SCORES = {
+    "l0": (lambda w, p: torch.sigmoid(p), lambda w, p: w * gate(p)),
+    "vardrop": (lambda w, p: w.square() / p.exp(), lambda w, p: w),
+    "spred": (lambda w, p: (w * p).square(), lambda w, p: w * p),
+}
+
+
 @pytest.mark.parametrize("name", RUNS)
-def test_kept_by_own_score(name):
+def test_cut_by_own_score(name):
     method, seen = RUNS[name](), []
-    cut = method.cut
+    cut, flat = method.cut, lambda tensors: torch.cat([tensor.detach().flatten() for tensor in tensors])
 
     def look():
-        scores = torch.cat([method.score(w, p).flatten() for w, p in zip(method.weights, method.partners, strict=True)])
+        pairs = list(zip(method.weights, method.partners, strict=True))
+        expected = [flat([of(w, p) for w, p in pairs]) for of in SCORES[name]]
         cut()
-        seen.append((scores, torch.cat([mask.flatten() for mask in method.masks])))
+        seen.append((*expected, flat(method.weights), flat(method.masks)))
 
     method.cut = look
     run(method, TASKS["mlp"])
-    [(scores, kept)] = seen
+    [(scores, settled, weights, kept)] = seen
     assert scores[kept].min() >= scores[~kept].max()
     assert scores[kept].min() > scores.min()
+    torch.testing.assert_close(weights[kept], settled[kept])
 
 
 # How much the regulariser has pressed before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
@@ -280,8 +294,9 @@ def test_spred_starts_as_the_dense_network(task):
         torch.testing.assert_close(u.abs(), v.abs())
     inputs = TASKS[task].data(Path(), 0).train[0]
     torch.testing.assert_close(network.eval()(inputs), dense.eval()(inputs))
+    assert Spred(10).score(torch.tensor([2.0, -3.0]), torch.tensor([3.0, 1.0])).tolist() == [6, 3]
     # At |u| = |v| the penalty is twice the strength times the L1 norm.
-    norm = sum(float(w.abs().sum()) for w in prunable_weights(dense).values())
+    norm = sum(float(w.detach().abs().sum()) for w in prunable_weights(dense).values())
     assert float(method.penalty(network).detach()) == pytest.approx(2 * 0.1 * norm, rel=1e-5)
 
 
@@ -316,3 +331,22 @@ def test_nncf_reaches_its_ratio():
     method.cut = lambda: (kept.append(1 - method.loss.current_ratio), cut())
     run(method, dataclasses.replace(TASKS["mlp"], epochs=25))
     assert kept == [pytest.approx(0.2, abs=0.03)]
+
+
+def test_weights_that_nncf_pruned_too_much_are_there_again():
+    os.environ["NNCF_CI"] = "1"
+    pytest.importorskip("nncf")
+    from harness.methods.nncf_rb import NNCFRegularised
+
+    method, after = NNCFRegularised(10), []
+    cut = method.cut
+
+    def close_all_and_cut():
+        for partner in method.partners:
+            partner -= 100
+        cut()
+        after.extend(weight.detach() * mask for weight, mask in zip(method.weights, method.masks, strict=True))
+
+    method.cut = close_all_and_cut
+    run(method, TASKS["mlp"])
+    assert sum(int(weight.count_nonzero()) for weight in after) == 102

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autoprune.auxiliary import sensitivity
 from lightning_autoprune.estimators import ESTIMATORS, straight_through
+from lightning_autoprune.rules import sensitivity
 
 
 def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:

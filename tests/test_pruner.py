@@ -147,7 +147,7 @@ def test_a_resumed_run_is_bit_equal_in_every_phase(stop):
         ({"pressure": 0}, r"`pressure` is 0; it must be a number in \(0, inf\)"),
         ({"auxiliary_lr": float("nan")}, "`auxiliary_lr` is nan"),
         ({"estimator": "relu"}, "`estimator` is 'relu'; allowed are 'linear'"),
-        ({"update_rule": "sgd"}, "`update_rule` is 'sgd'; allowed are 'autoprune', 'vanilla'"),
+        ({"update_rule": "sgd"}, "`update_rule` is 'sgd'; allowed are 'adaptive', 'autoprune', 'vanilla'"),
         ({"initial_m": "zero"}, "`initial_m` is 'zero'; allowed are 'magnitude', 'constant'"),
         ({"mask_every_n_steps": 0}, r"`mask_every_n_steps` is 0; it must be an integer in \[1, inf\)"),
         ({"mask_every_n_steps": 1.5}, r"`mask_every_n_steps` is 1.5; it must be an integer in \[1, inf\)"),

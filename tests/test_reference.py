@@ -28,7 +28,7 @@ def batches(n: int):
 
 
 @pytest.mark.parametrize("estimator", ["linear", "leaky_relu", "softplus"])
-@pytest.mark.parametrize("rule", ["autoprune", "vanilla"])
+@pytest.mark.parametrize("rule", ["adaptive", "autoprune", "vanilla"])
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_fast_path_equals_the_autograd_reference(name, rule, estimator):
     model = network()

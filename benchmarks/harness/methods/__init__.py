@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 from ..training import Method
 from .autoprune import AutoPrune
 from .dynamic import DynamicSparse

@@ -46,8 +46,8 @@ class L0(Regularised):
     def __init__(
         self,
         compression: float,
-        strength: float = 0.1,
-        gate_lr: float | None = None,
+        strength: float = 1.0,
+        gate_lr: float | None = 0.01,
         open: float = 0.9,  # noqa: A002
         ramp: float = 0.0,
         end: float = 0.66,

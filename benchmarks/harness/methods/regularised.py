@@ -117,6 +117,5 @@ class Regularised(Masked):
         self.masks = top_masks([self.score(weight, partner) for weight, partner in pairs], self.target)
         settled = [self.settled(weight, partner) for weight, partner in pairs]
         self.unwrap()
-        for (weight, partner), value in zip(pairs, settled, strict=True):
+        for weight, value in zip(self.weights, settled, strict=True):
             weight.copy_(value)
-            partner.grad = None  # Adam leaves it alone from now on
