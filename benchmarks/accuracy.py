@@ -14,15 +14,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from harness.methods import METHODS
-from harness.results import Run, append, missing, options
+from harness.methods import LABELS, METHODS
+from harness.report import compression_picture, compression_table, save
+from harness.results import Run, append, missing, options, read
 from harness.tasks import TASKS
 from harness.training import train
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
+PICTURE = Path(__file__).parents[1] / "docs" / "accuracy.png"
 
 
-def arguments(description: str | None, results: Path) -> argparse.ArgumentParser:
+def arguments(description: str | None, results: Path, picture: Path | None = None) -> argparse.ArgumentParser:
     """The arguments that the benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="directory of MNIST's IDX files")
@@ -30,11 +32,13 @@ def arguments(description: str | None, results: Path) -> argparse.ArgumentParser
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="in place of the task's")
     parser.add_argument("--results", type=Path, default=results)
+    if picture:
+        parser.add_argument("--picture", type=Path, default=picture)
     return parser
 
 
-def carry_out(runs: list[Run], results: Path, data_dir: Path) -> None:
-    """Carries out the runs that the file does not have, and shows each."""
+def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
+    """Carries out the runs that the file does not have, and shows each; ``validate``: without the test rows."""
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -42,15 +46,15 @@ def carry_out(runs: list[Run], results: Path, data_dir: Path) -> None:
         if not missing(results, [run]):
             continue
         task = TASKS[run.task]
-        method = METHODS[run.method](run.compression, run.seed, **options(run.options))
-        outcome = train(task, method, run.seed, data_dir, run.epochs)
+        method = METHODS[run.method](run.target, run.seed, **options(run.options))
+        outcome = train(task, method, run.seed, data_dir, run.epochs, validate)
         append(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"
         print(f"[{i}/{len(runs)}]", *run.key().values(), "→", figures, f"{outcome.seconds:.0f} s", flush=True)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULTS)
+    parser = arguments(__doc__, RESULTS, PICTURE)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--compressions", nargs="+", help="in place of the task's; none: no target")
     parser.add_argument("--options", default="{}", help="of the methods, as JSON")
@@ -63,6 +67,10 @@ def main() -> None:
                     compression = None if method == "dense" or text == "none" else float(text)
                     runs.append(Run(task.name, method, compression, args.epochs or task.epochs, seed, args.options))
     carry_out(list(dict.fromkeys(runs)), args.results, args.data_dir)
+    rows = [row for row in read(args.results) if row["options"] == "{}"]
+    for name in args.tasks:
+        print("\n" + compression_table(rows, name, LABELS))
+    save(compression_picture(rows, args.tasks, LABELS), args.picture)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class AutoPruneCallback(Callback):
         target_sparsity: float | None = None,
         *,
         pressure: float = 0.05,
-        auxiliary_lr: float = 100.0,
+        auxiliary_lr: float = 30.0,
         estimator: Estimator = "linear",
         leaky_slope: float = 0.1,
         update_rule: UpdateRule = "adaptive",

@@ -28,7 +28,7 @@ class Settings:
 
     target_sparsity: float | None = None
     pressure: float = 0.05
-    auxiliary_lr: float = 100.0
+    auxiliary_lr: float = 30.0
     estimator: Estimator = "linear"
     leaky_slope: float = 0.1
     update_rule: UpdateRule = "adaptive"

@@ -66,7 +66,7 @@ def test_the_controller_is_close_to_the_target_before_the_last_correction_along_
     assert max(abs(b - a) for a, b in pairwise(curve)) < 0.03
     path = [1 - target_path((i + 1) / 2000, 1, 0.1) for i in range(1999)]
     distance = [abs(a - b) for a, b in zip(curve, path, strict=True)]
-    assert max(distance) < 0.2  # the first steps prune at once what is smallest
+    assert max(distance) < 0.3  # the first steps prune at once what is smallest
     assert sum(distance[200:]) / 1800 < 0.02
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -33,10 +34,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
-    """Methods down, compressions across; the best of a column is bold. Rows of another budget or option are left out."""
+    """Methods down, compressions across; the best of a column is bold."""
     figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
     rows = [row for row in rows if row["task"] == task and row["epochs"] == budget]
-    found = means(rows, figure, ("method", "compression"))
+    found = means(rows, figure, ("method", "target"))
     columns = sorted({key[1] for key in found if key[1]}, key=float)
     best = {c: min(mean.mean for (_, where), mean in found.items() if where == c) for c in columns}
     lines = []
@@ -60,7 +61,7 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
         found = means(
-            [row for row in rows if row["task"] == task and row["epochs"] == budget], figure, ("method", "compression")
+            [row for row in rows if row["task"] == task and row["epochs"] == budget], figure, ("method", "target")
         )
         for i, (method, label) in enumerate(labels.items()):
             points = sorted((float(c), mean) for (name, c), mean in found.items() if name == method and c)
@@ -91,6 +92,50 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
         axes.tick_params(axis="y", which="minor", labelsize=7)
     handles, names = picture.axes[0].get_legend_handles_labels()
     picture.legend(handles, names, loc="outside right center", frameon=False)
+    return picture
+
+
+def change_picture(rows: list[dict[str, str]], tasks: Sequence[str], names: Mapping[str, str]) -> Figure:
+    """One panel a task: the figure that ranks for each change of the default, with each seed as a dot."""
+    picture = Figure(figsize=(6.2 * len(tasks), 5.4), layout="constrained")
+    for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        figure = TASKS[task].metric
+        found = means([row for row in rows if row["task"] == task], figure, ("options",))
+        named = [(name, found[key,]) for key, name in names.items() if (key,) in found]
+        for y, (name, mean) in enumerate(reversed(named)):
+            colour = "black" if name == "default" else COLOURS[0]
+            axes.plot(mean.values, [y] * len(mean.values), "o", color=colour, alpha=0.4, ms=4)
+            axes.plot(mean.mean, y, "|", color=colour, ms=16, mew=2.5)
+            if name == "default":
+                axes.axvline(mean.mean, color="grey", ls=":")
+        axes.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
+        _style(axes, task, UNITS[figure], "")
+    return picture
+
+
+def sweep_picture(
+    found: Mapping[tuple[str, ...], Mean], sweeps: Iterable[tuple[str, str, float, Sequence[float]]], figure: str
+) -> Figure:
+    """The figure that ranks as each setting is multiplied by a factor, bars of one standard deviation."""
+    picture = Figure(figsize=(7.5, 4.4), layout="constrained")
+    axes = picture.subplots()
+    for i, (method, option, value, factors) in enumerate(sweeps):
+        keys = [(method, json.dumps({option: float(f"{value * factor:.3g}")})) for factor in factors]
+        points = [(factor, found[key]) for factor, key in zip(factors, keys, strict=True) if key in found]
+        if points:
+            axes.errorbar(
+                [factor for factor, _ in points],
+                [mean.mean for _, mean in points],
+                [mean.spread for _, mean in points],
+                label=f"{method}: {option}",
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i],
+                ls="-" if method == "autoprune" else "--",
+                capsize=2,
+            )
+    axes.set_xscale("log")
+    _style(axes, "Error at equal compression as settings change", "factor on the setting", UNITS[figure])
+    axes.legend(frameon=False)
     return picture
 
 

@@ -29,13 +29,13 @@ class Run:
     """What makes a run; equal runs are made once.
 
     Attributes:
-        compression: to reach; None for the dense network and where there is no target.
+        target: compression to reach; None for the dense network and where there is none.
         options: of the method, as JSON.
     """
 
     task: str
     method: str
-    compression: float | None
+    target: float | None
     epochs: int
     seed: int
     options: str = "{}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from lightning_autoprune.demo.data import load_mnist
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
@@ -23,20 +24,39 @@ class Data:
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
+    def without_test(self) -> Data:
+        """The training rows alone, their last sixth to test on: for choosing settings."""
+        inputs, labels = self.train
+        cut = len(inputs) * 5 // 6
+        return Data((inputs[:cut], labels[:cut]), (inputs[cut:], labels[cut:]))
 
-class Batches:
-    """The training rows in batches, shuffled anew in each epoch by a generator of the seed."""
 
-    def __init__(self, rows: tuple[Tensor, Tensor], size: int, seed: int) -> None:
-        self.rows, self.size = rows, size
-        self.generator = torch.Generator().manual_seed(seed)
+class Rows(Dataset[list[Tensor]]):
+    """Rows in memory, of which a DataLoader takes a batch at a time."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
 
     def __len__(self) -> int:
-        return -(-len(self.rows[0]) // self.size)
+        return len(self.tensors[0])
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        for index in torch.randperm(len(self.rows[0]), generator=self.generator).split(self.size):
-            yield [tensor[index] for tensor in self.rows]
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return [tensor[index] for tensor in self.tensors]
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        """A whole batch at once; DataLoader calls this where it is there."""
+        return [tensor[indices] for tensor in self.tensors]
+
+
+def batches(rows: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[list[Tensor]]:
+    """A loader of batches [inputs, labels] in an order that the seed alone decides."""
+    dataset = Rows(*rows)
+    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+    return DataLoader(dataset, size, sampler=sampler, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: list[Tensor]) -> list[Tensor]:
+    return batch
 
 
 @dataclass(frozen=True)

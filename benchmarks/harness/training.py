@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_autoprune.layers import prunable_weights
 
-from .tasks import Batches, Task
+from .tasks import Task, batches
 
 
 class Method(Callback):
@@ -105,12 +105,15 @@ def evaluate(network: nn.Module, rows: tuple[Tensor, Tensor]) -> tuple[float, fl
     return 100 * wrong / count, loss / count
 
 
-def train(task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None) -> Outcome:
-    """Trains and tests one network by one method."""
+def train(
+    task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
+) -> Outcome:
+    """Trains and tests one network; ``validate``: tests on a sixth of the training rows in place of the test rows."""
     data, epochs = task.data(directory, seed), epochs or task.epochs
+    if validate:
+        data = data.without_test()
     seed_everything(seed, verbose=False)
     network = task.network().to(memory_format=torch.channels_last)
-    batches = Batches(data.train, task.batch, seed)
     learner = Learner(method.prepare(network, data.train[0][: task.batch]), method, task.lr)
     trainer = Trainer(
         max_epochs=epochs,
@@ -122,7 +125,7 @@ def train(task: Task, method: Method, seed: int, directory: Path, epochs: int | 
         callbacks=method.callbacks(),
     )
     began = time.perf_counter()
-    trainer.fit(learner, batches)
+    trainer.fit(learner, batches(data.train, task.batch, seed))
     seconds = time.perf_counter() - began
     network = method.finish(learner.network)
     error, loss = evaluate(network, data.test)

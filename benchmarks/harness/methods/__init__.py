@@ -29,3 +29,18 @@ METHODS: dict[str, Callable[..., Method]] = {
     "spred": lambda compression, seed, **options: Spred(compression, **options),
     "nncf": lambda compression, seed, **options: NNCFRegularised(compression, **options),
 }
+
+# As tables and pictures name them; "own": a minimal implementation of ours.
+LABELS = {
+    "autoprune": "AutoPruneCallback (default, held out)",
+    "autoprune-train": 'AutoPruneCallback(held_out="train")',
+    "gmp": "gradual magnitude pruning (own)",
+    "lightning": "Lightning's ModelPruning",
+    "rigl": "RigL (own)",
+    "set": "SET (own)",
+    "hyperflux": "Hyperflux (own)",
+    "l0": "L0 hard concrete (own)",
+    "vardrop": "sparse variational dropout (own)",
+    "spred": "spred (own)",
+    "nncf": "NNCF, RB sparsity",
+}

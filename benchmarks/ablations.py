@@ -1,0 +1,76 @@
+"""What each part of the method brings: one change of the default at a time.
+
+LeNet-300-100 and the transformer, a third of the epochs, paired by seed. Rows go to ``results/ablations.csv``:
+
+    python benchmarks/ablations.py --data-dir DIR --tasks lenet-300-100 --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accuracy import arguments, carry_out
+from harness.report import change_picture, markdown, save
+from harness.results import Run, means, read
+from harness.tasks import TASKS
+
+RESULTS = Path(__file__).parent / "results" / "ablations.csv"
+PICTURE = Path(__file__).parents[1] / "docs" / "ablations.png"
+TARGETS = {"lenet-300-100": 120.0, "transformer": 30.0, "resnet": 30.0, "tabular": 30.0, "lenet-5": 310.0}
+CHANGES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "the paper's rule (dL/dT · sgn w)": {"update_rule": "autoprune"},
+    "plain chain rule": {"update_rule": "vanilla"},
+    "estimator leaky ReLU": {"estimator": "leaky_relu"},
+    "estimator softplus": {"estimator": "softplus"},
+    "estimator hard sigmoid": {"estimator": "hard_sigmoid"},
+    "constant initial m": {"initial_m": "constant"},
+    "a quarter of each batch held out": {"held_out": 0.25},
+    "a sixth of the rows held out, fixed": {"held_out": 0.1667, "redraw_held_out": False},
+    "half of the rows held out, fixed (1:1)": {"held_out": 0.5, "redraw_held_out": False},
+    "nothing held out": {"held_out": "train"},
+    "M stepped every 4th step": {"mask_every_n_steps": 4},
+    "M stepped every 16th step": {"mask_every_n_steps": 16},
+    "cubic path": {"power": 3},
+    "path with the power 16": {"power": 16},
+    "dense start of 5%": {"warmup": 0.05},
+    "dense start of 25%": {"warmup": 0.25},
+    "frozen for 20% of the run": {"finetune": 0.2},
+    "frozen for 60% of the run": {"finetune": 0.6},
+    "regrowth before the masks freeze": {"regrowth": 0.2},
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__, RESULTS, PICTURE)
+    parser.set_defaults(tasks=["lenet-300-100", "transformer"])
+    parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
+    args = parser.parse_args()
+    runs = [
+        Run(
+            task,
+            "autoprune",
+            TARGETS[task],
+            args.epochs or -(-TASKS[task].epochs // 3),
+            seed,
+            json.dumps(CHANGES[name]),
+        )
+        for task in args.tasks
+        for seed in args.seeds
+        for name in args.changes
+    ]
+    carry_out(runs, args.results, args.data_dir)
+    rows, names = read(args.results), {json.dumps(options): name for name, options in CHANGES.items()}
+    for task in args.tasks:
+        found = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("options",))
+        named = {names[key]: mean for (key,), mean in found.items() if key in names}
+        base = named["default"]
+        lines = ([n, f"{m.mean:.3f} ± {m.spread:.3f}", f"{m.mean - base.mean:+.3f}"] for n, m in named.items())
+        print(markdown([f"{task}, {TARGETS[task]:g}×", TASKS[task].metric, "change"], lines))
+    save(change_picture(rows, args.tasks, names), args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The benchmarks' harness: what it counts, what it writes, and that a benchmark goes on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness.methods import METHODS
+from harness.report import compression_table
+from harness.results import Run, append, means, missing, read
+from harness.tasks import TASKS, batches
+from harness.training import Method, evaluate, train
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TABULAR = TASKS["tabular"]
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    return train(TABULAR, METHODS["autoprune"](10, 0), seed=0, directory=Path(), epochs=12)
+
+
+def test_compression_is_met_and_counted_with_and_without_what_is_not_pruned(outcome):
+    total, kept, rest = 20480, 2048, 128 + 128 + 2
+    assert outcome.compression == 10.0
+    assert outcome.sparsity == pytest.approx(1 - kept / total, abs=1e-6)
+    assert outcome.compression_all == round((total + rest) / (kept + rest), 1)
+
+
+@pytest.mark.parametrize(("method", "passes"), [("dense", 1.0), ("autoprune", 1.0), ("autoprune-train", 1.0)])
+def test_rows_passed_are_counted(method, passes):
+    assert train(TABULAR, METHODS[method](10, 0), 0, Path(), epochs=3).passes == passes
+
+
+def test_a_second_pass_over_the_rows_is_counted():
+    rows = TABULAR.data(Path(), 0).train
+    method = METHODS["autoprune"](10, 0, held_out=batches(rows, 32, 0), warmup=0.0, finetune=0.0)
+    assert train(TABULAR, method, 0, Path(), epochs=3).passes == pytest.approx(2.0, abs=0.05)
+
+
+def test_equal_seeds_give_equal_outcomes_and_others_do_not():
+    def run(seed: int) -> tuple[float, float]:
+        outcome = train(TABULAR, Method(), seed, Path(), epochs=2)
+        return outcome.error, outcome.loss
+
+    assert run(3) == run(3) != run(4)
+
+
+def test_choosing_settings_does_not_see_the_test_rows():
+    data = TABULAR.data(Path(), 0)
+    chosen = data.without_test()
+    assert len(chosen.train[0]) + len(chosen.test[0]) == len(data.train[0])
+    assert torch.equal(torch.cat([chosen.train[0], chosen.test[0]]), data.train[0])
+
+
+def test_error_and_loss_are_over_all_labels():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0]], [[2.0, 0.0], [2.0, 0.0]]])
+    error, loss = evaluate(torch.nn.Identity(), (logits, torch.tensor([[0, 1], [0, 1]])))
+    assert error == 25
+    right = torch.log1p(torch.exp(torch.tensor(-2.0))).item()
+    assert loss == pytest.approx(right + 0.5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "transformer"])
+def test_networks_and_data_of_the_other_tasks_fit_together(name, monkeypatch):
+    task = TASKS[name]
+    if name == "resnet":
+        inputs, labels = torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
+    else:
+        inputs, labels = (part[:4] for part in task.data(Path(), 0).train)
+        assert torch.equal(inputs[0, 1:], labels[0, :-1])  # the next characters
+        assert int(inputs.max()) < 96
+    logits = task.network()(inputs)
+    assert logits.flatten(0, -2).shape[0] == labels.numel()
+
+
+def test_the_transformer_does_not_see_the_characters_to_come():
+    network = TASKS["transformer"].network()
+    codes = torch.randint(96, (1, 64))
+    other = codes.clone()
+    other[0, 40:] = (other[0, 40:] + 1) % 96
+    torch.testing.assert_close(network(codes)[0, :40], network(other)[0, :40])
+    assert not torch.allclose(network(codes)[0, 41:], network(other)[0, 41:])
+
+
+def test_rows_are_appended_and_runs_that_are_there_are_not_missing(outcome, tmp_path):
+    path = tmp_path / "results" / "a.csv"
+    runs = [Run("tabular", "autoprune", target, 12, 0) for target in (10.0, 30.0, None)]
+    assert missing(path, runs) == runs
+    append(path, runs[0], outcome)
+    append(path, runs[2], outcome)
+    assert missing(path, runs) == runs[1:2]
+    first, last = read(path)
+    assert (first["target"], last["target"]) == ("10", "")
+    assert float(first["loss"]) == outcome.loss
+    assert "torch" in first["versions"]
+
+
+def test_means_and_spread_are_over_the_seeds():
+    rows = [{"m": m, "error": e} for m, e in (("a", "1"), ("a", "3"), ("b", "5"))]
+    found = means(rows, "error", ("m",))
+    assert (found["a",].mean, found["a",].spread, found["a",].values) == (2, pytest.approx(2**0.5), (1, 3))
+    assert found["b",].spread == 0
+
+
+def test_the_best_of_a_column_is_bold():
+    def row(method: str, target: str, loss: str) -> dict[str, str]:
+        return {"task": "tabular", "epochs": "60", "method": method, "target": target, "loss": loss}
+
+    rows = [row("dense", "", "0.3"), row("a", "10", "0.2"), row("b", "10", "0.1"), row("a", "30", "0.4")]
+    table = compression_table(rows, "tabular", {"a": "A", "b": "B", "c": "C"})
+    assert table.splitlines()[0] == "| tabular: loss, nats (dense 0.300 ± 0.000) | 10× | 30× |"
+    assert table.splitlines()[2:] == [
+        "| A | 0.200 ± 0.000 | **0.400 ± 0.000** |",
+        "| B | **0.100 ± 0.000** | – |",
+    ]
+
+
+def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path):
+    def run(*seeds: str) -> str:
+        command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--tasks", "tabular", "--methods", "dense", "gmp"]
+        command += [
+            "--compressions",
+            "10",
+            "--epochs",
+            "2",
+            "--results",
+            "a.csv",
+            "--picture",
+            "a.png",
+            "--seeds",
+            *seeds,
+        ]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert run("0").count("→") == 2
+    assert run("0", "1").count("→") == 2
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("dense", "0"),
+        ("gmp", "0"),
+        ("dense", "1"),
+        ("gmp", "1"),
+    ]
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("script", ["ablations", "robustness", "tuning"])
+def test_the_other_benchmarks_carry_out_every_run(script, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--tasks", "tabular", "--seeds", "0", "--epochs", "1"]
+    command += ["--results", "a.csv"]
+    if script != "tuning":
+        command += ["--picture", "a.png"]
+    else:
+        command += ["--methods", "gmp", "spred"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "a.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) >= 12
+    assert len({(row["method"], row["options"]) for row in rows}) == len(rows)
+    assert all(json.loads(row["options"]) is not None for row in rows)
