@@ -28,7 +28,7 @@ from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
 from lightning_autoprune.shield import held_out_gradients
-from lightning_autoprune.sources import Source, make_source
+from lightning_autoprune.sources import RedrawnSource, Source, make_source
 
 __all__ = ["AutoPruneCallback"]
 
@@ -57,12 +57,15 @@ class AutoPruneCallback(Callback):
         initial_m: ``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
             ``initial_scale``.
         initial_scale: size of the initial M, > 0.
-        held_out: the data that M is trained on. A fraction in (0, 1): that share of the training data, see
-            ``redraw_held_out``. ``"val"``: the validation loaders; masks are then fitted on what is reported.
+        held_out: the data that M is trained on and W is not. A fraction in (0, 1): that share of the training data,
+            see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then fitted on what is reported.
             ``"train"``: nothing is held out and M follows the gradients of the weight steps themselves. A
             ``DataLoader``: its batches.
         redraw_held_out: whether a fraction is drawn anew from each batch (no data is lost and no more samples pass
             through the network than without pruning), or is one part of the training set for the whole run.
+        train_gradients: whether M follows the gradients of the weight steps beside those on held-out data, as one mean
+            over the rows of both (over a loader's batches: half and half). None: where a fraction of each batch is held
+            out and one optimiser trains all prunable weights. With one tensor more a weight while pruning.
         mask_every_n_steps: an auxiliary step is taken, and the masks updated, every so many training steps, >= 1.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with frozen masks, in [0, 1); ``warmup + finetune`` must be below 1.
@@ -107,8 +110,9 @@ class AutoPruneCallback(Callback):
         update_rule: UpdateRule = "adaptive",
         initial_m: InitialM = "magnitude",
         initial_scale: float = 0.1,
-        held_out: float | Literal["val", "train"] | DataLoader = 0.5,  # type: ignore[type-arg]
+        held_out: float | Literal["val", "train"] | DataLoader = 0.125,  # type: ignore[type-arg]
         redraw_held_out: bool = True,
+        train_gradients: bool | None = None,
         mask_every_n_steps: int = 1,
         warmup: float = 0.1,
         finetune: float = 0.45,
@@ -140,6 +144,7 @@ class AutoPruneCallback(Callback):
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
         self.enabled = enabled and warmup < 1
         self._source: Source | None = make_source(held_out, redraw_held_out, seed)
+        self.train_gradients = train_gradients
         self._handles: list[Any] = []  # not empty while the hooks are at work
         self._loaded: Mapping[str, Any] | None = None
         self._forget()
@@ -150,6 +155,7 @@ class AutoPruneCallback(Callback):
         self._bad_losses = 0
         self._last_auxiliary_step = -1
         self._optimizers: list[Optimizer] = []  # those that train prunable weights
+        self._train_gradients: list[Tensor] = []  # of the weight step under way, where M follows them too
 
     @property
     def sparsity(self) -> float:
@@ -191,7 +197,19 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
         weights = prunable_weights(pl_module, self.include, self.exclude)
-        return trained_weights(trainer, weights, self._source is not None)
+        needed = None
+        if self._source is None:
+            needed = 'held_out="train"'
+        elif self.train_gradients:
+            needed = "train_gradients=True"
+        return trained_weights(trainer, weights, needed)
+
+    @property
+    def _follows_training(self) -> bool:
+        """Whether M follows the gradients of the weight steps."""
+        if self._source is None or self.train_gradients is not None:
+            return self._source is None or bool(self.train_gradients)
+        return isinstance(self._source, RedrawnSource) and len(self._optimizers) == 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
@@ -236,13 +254,17 @@ class AutoPruneCallback(Callback):
         return self._pruner.step if self._pruner and self._pruner.due and will_step(trainer) else None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Masks the gradients before they are clipped; under ``held_out="train"`` M is stepped on them first."""
+        """Masks the gradients before they are clipped; M may need them as they were."""
         if not self._handles or self._pruner is None:
             return
         owns = any(optimizer is owner for owner in self._optimizers)
-        if self._source is None and self._pruner.due and owns and self._last_auxiliary_step < self._pruner.step:
+        if self._follows_training and self._pruner.due and owns and self._last_auxiliary_step < self._pruner.step:
             weights = self._pruner.weights.values()
-            self._auxiliary_step([torch.zeros_like(w) if w.grad is None else w.grad for w in weights])
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            if self._source is None:
+                self._auxiliary_step(gradients)
+            else:
+                self._train_gradients = [gradient.clone() for gradient in gradients]
         self._pruner.before_weight_step()
 
     def _after_weight_step(self, *_: Any) -> None:
@@ -273,8 +295,10 @@ class AutoPruneCallback(Callback):
 
     def _held_out_step(self, trainer: Trainer, source: Source) -> None:
         assert self._pruner is not None
-        batch = source.batch(trainer)
+        batch, own, self._train_gradients = source.batch(trainer), self._train_gradients, []
         if batch is None:
+            if own:
+                self._auxiliary_step(own)
             return
         weights = list(self._pruner.weights.values())
         result = held_out_gradients(trainer, batch, weights, self.loss_fn, self.seed, self._pruner.step)
@@ -283,6 +307,9 @@ class AutoPruneCallback(Callback):
             return
         loss, gradients = result
         self._report.held_out_loss(loss)
+        if own:
+            gradients = list(torch._foreach_mul(gradients, source.share))
+            torch._foreach_add_(gradients, own, alpha=1 - source.share)
         self._auxiliary_step(gradients)
 
     def _auxiliary_step(self, gradients: list[Tensor]) -> None:

@@ -64,12 +64,17 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
 
 
 def trained_weights(
-    trainer: Trainer, weights: Mapping[str, _T], held_out: bool
+    trainer: Trainer, weights: Mapping[str, _T], train_gradients: str | None
 ) -> tuple[dict[str, _T], list[Optimizer]]:
     """The weights that an optimiser trains, and the optimisers that train them.
 
+    Args:
+        trainer: the trainer, with its optimisers.
+        weights: prunable weights by layer name.
+        train_gradients: the setting that needs the gradients of the weight steps, if one does.
+
     Raises:
-        AutoPruneError: if there is none, LBFGS among them, or several where no data is held out.
+        AutoPruneError: if there is none, LBFGS among them, or several where the gradients of their steps are needed.
     """
     owned = {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
     trained = {name: weight for name, weight in weights.items() if id(weight) in owned}
@@ -84,9 +89,9 @@ def trained_weights(
             "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use a"
             " first-order optimiser (SGD, Adam, AdamW, …)."
         )
-    if not held_out and len(found) > 1:
+    if train_gradients and len(found) > 1:
         raise AutoPruneError(
-            f'`held_out="train"` takes the gradients of one optimiser\'s steps, and {len(found)} optimisers train'
+            f"`{train_gradients}` takes the gradients of one optimiser's steps, and {len(found)} optimisers train"
             " prunable weights: hold data out instead, or `include` the layers of one of them only."
         )
     return trained, found

@@ -73,7 +73,7 @@ def mix(*seeds: int) -> int:
     return value >> 1
 
 
-def split_batch(batch: Any, fraction: float, *seeds: int) -> tuple[Any, Any]:
+def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tuple[Any, Any]:
     """Splits the rows of a batch at random into a training part and a held-out part.
 
     Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
@@ -83,6 +83,7 @@ def split_batch(batch: Any, fraction: float, *seeds: int) -> tuple[Any, Any]:
         batch: what a data loader gives; all tensors have as many rows.
         fraction: share of the rows to hold out, in (0, 1), rounded to whole rows.
         seeds: integers that decide which rows.
+        least: rows that each part has, whatever the fraction, where the batch is large enough; else half of it.
 
     Returns:
         Training part and held-out part; the whole batch and None where one of them would be empty.
@@ -96,7 +97,8 @@ def split_batch(batch: Any, fraction: float, *seeds: int) -> tuple[Any, Any]:
         ([3, 3], [1, 1])
     """
     rows = batch_rows(batch)
-    held = round(fraction * rows)
+    least = min(least, rows // 2)
+    held = min(max(round(fraction * rows), least), rows - least)
     if not 0 < held < rows:
         return batch, None
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))

@@ -36,6 +36,7 @@ class Source:
 
     name: str  # what it is, for messages
     clock: Callable[[], int] = int  # tells how many training steps are over; the callback sets it
+    share = 0.5  # weight of the last batch's gradients where M follows those of the weight step too
 
     def setup(self, trainer: Trainer) -> None:
         """Called before the training data is loaded."""
@@ -70,8 +71,8 @@ class RedrawnSource(Source):
     """Holds out a share of each training batch, drawn anew: no row is trained on that M sees in the same epoch.
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
-    passed through the network. A batch whose parts would be of one row (the rest of an epoch; BatchNorm needs two) is
-    trained on whole, unless the first batch was as small.
+    passed through the network. Each part has at least two rows (BatchNorm needs them); a batch of fewer than four (the
+    rest of an epoch) is trained on whole, unless the first batch was as small.
 
     Args:
         fraction: share of the rows of a batch, in (0, 1).
@@ -105,18 +106,18 @@ class RedrawnSource(Source):
     def _split(self, batch: Any, step: int | None) -> Any:
         if self._least and step is None:
             return batch
-        rest, held = split_batch(batch, self.fraction, self.seed, step or 0)
+        rest, held = split_batch(batch, self.fraction, self.seed, step or 0, least=2)
         rows = 0 if held is None else min(batch_rows(rest), batch_rows(held))
         if not self._least:
             if rows == 0:
                 raise AutoPruneError(
                     f"`held_out={self.fraction}` of a training batch of {batch_rows(batch)} rows leaves one side empty:"
-                    ' choose another fraction or a larger batch, or `held_out="train"`.'
+                    ' use a larger batch, or `held_out="train"`.'
                 )
             self._least = min(rows, 2)
         if step is None or rows < self._least:
             return batch
-        self._held = held
+        self._held, self.share = held, batch_rows(held) / batch_rows(batch)
         return rest
 
     @override

@@ -90,6 +90,11 @@ class Forgetful(Net):
             "gradients of one optimiser's steps, and 2 optimisers train prunable weights: hold data out instead",
         ),
         (
+            AutoPruneCallback(train_gradients=True, loss_fn=lambda module, batch: batch[0].sum()),
+            {"model": OneForEach()},
+            "`train_gradients=True` takes the gradients of one optimiser's steps, and 2 optimisers train prunable",
+        ),
+        (
             AutoPruneCallback(held_out="train"),
             {"model": TwoOptimizers(), "max_steps": 10},
             "whose length is not known: `max_steps` counts the steps of all optimisers. Set `max_epochs`",
@@ -131,9 +136,9 @@ class Forgetful(Net):
             r"training data is an IterableDataset.*: pass `held_out=DataLoader\(...\)`",
         ),
         (
-            AutoPruneCallback(held_out=0.02),
-            {},
-            "`held_out=0.02` of a training batch of 16 rows leaves one side",
+            AutoPruneCallback(),
+            {"train": loader(batch=1)},
+            "`held_out=0.125` of a training batch of 1 rows leaves one side empty: use a larger batch",
         ),
         (
             AutoPruneCallback(held_out=0.001, redraw_held_out=False),

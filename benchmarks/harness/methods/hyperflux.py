@@ -48,7 +48,7 @@ class Hyperflux(Masked):
         end: float = 0.66,
         regrow: float = 0.2,
         depth: float = 0.8,
-        speed: float = 20.0,
+        speed: float = 40.0,
         gain: float = 2.0,
     ) -> None:
         super().__init__(compression, begin, end)

@@ -12,7 +12,7 @@ class GradualMagnitude(Masked):
         every: steps from one pruning to the next.
     """
 
-    def __init__(self, compression: float, begin: float = 0.13, end: float = 0.66, every: int = 100) -> None:
+    def __init__(self, compression: float, begin: float = 0.05, end: float = 0.45, every: int = 100) -> None:
         super().__init__(compression, begin, end)
         self.every, self._done = every, False
 

@@ -40,11 +40,11 @@ class VariationalDropout(Regularised):
     def __init__(
         self,
         compression: float,
-        strength: float = 1.0,
+        strength: float = 0.5,
         log_variance: float = -10.0,
         noise_lr: float | None = None,
         ramp: float = 0.2,
-        end: float = 0.66,
+        end: float = 0.55,
     ) -> None:
         super().__init__(compression, strength, ramp, end, noise_lr)
         self.log_variance = log_variance
