@@ -21,11 +21,11 @@ from lightning_autoprune.layers import prunable_weights
 STEPS = 40  # of a run: 5 epochs of 8 batches
 CUT = 27  # steps that are over at the cut, of 40 · 0.66
 RUNS = {
-    "l0": lambda compression=10, strength=10.0, **kw: L0(compression, strength, gate_lr=0.2, **kw),
+    "l0": lambda compression=10, strength=10.0, **kw: L0(compression, strength, gate_lr=0.2, end=0.66, **kw),
     "vardrop": lambda compression=10, strength=1.0, **kw: VariationalDropout(
         compression, strength, noise_lr=0.2, end=0.66, **kw
     ),
-    "spred": lambda compression=10, strength=1e-2, **kw: Spred(compression, strength, **kw),
+    "spred": lambda compression=10, strength=1e-2, **kw: Spred(compression, strength, end=0.66, **kw),
 }
 
 

@@ -63,8 +63,8 @@ class DynamicSparse(Masked):
         self,
         compression: float,
         grow: Literal["gradient", "random"] = "gradient",
-        fraction: float = 0.3,
-        every: int = 100,
+        fraction: float = 0.5,
+        every: int = 50,
         end: float = 0.75,
         seed: int = 0,
     ) -> None:

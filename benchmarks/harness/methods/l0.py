@@ -46,11 +46,11 @@ class L0(Regularised):
     def __init__(
         self,
         compression: float,
-        strength: float = 1.0,
+        strength: float = 3.0,
         gate_lr: float | None = 0.01,
         open: float = 0.9,  # noqa: A002
         ramp: float = 0.0,
-        end: float = 0.66,
+        end: float = 0.55,
     ) -> None:
         super().__init__(compression, strength, ramp, end, gate_lr)
         self.log_alpha = math.log(open / (1 - open)) + SHIFT

@@ -25,7 +25,7 @@ class LightningPruning(Method):
         end: fraction that is over when the masks are final.
     """
 
-    def __init__(self, compression: float, begin: float = 0.13, end: float = 0.66) -> None:
+    def __init__(self, compression: float, begin: float = 0.05, end: float = 0.45) -> None:
         self.compression, self.begin, self.end = compression, begin, end
         self.epochs = self.total = self.kept = 0
 

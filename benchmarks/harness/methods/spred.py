@@ -20,7 +20,7 @@ class Spred(Regularised):
         end: fraction of the run that is over at the cut.
     """
 
-    def __init__(self, compression: float, strength: float = 1e-4, ramp: float = 0.0, end: float = 0.66) -> None:
+    def __init__(self, compression: float, strength: float = 3e-4, ramp: float = 0.0, end: float = 0.55) -> None:
         super().__init__(compression, strength, ramp, end)
 
     def partner(self, weight: nn.Parameter) -> Tensor:
