@@ -90,8 +90,8 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
-    handles, names = picture.axes[0].get_legend_handles_labels()
-    picture.legend(handles, names, loc="outside right center", frameon=False)
+    drawn = {name: line for axes in picture.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    picture.legend(drawn.values(), drawn.keys(), loc="outside right center", frameon=False)
     return picture
 
 
