@@ -49,14 +49,7 @@ def main() -> None:
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
     args = parser.parse_args()
     runs = [
-        Run(
-            task,
-            "autoprune",
-            TARGETS[task],
-            args.epochs or -(-TASKS[task].epochs // 3),
-            seed,
-            json.dumps(CHANGES[name]),
-        )
+        Run(task, "autoprune", TARGETS[task], args.epochs or TASKS[task].third, seed, json.dumps(CHANGES[name]))
         for task in args.tasks
         for seed in args.seeds
         for name in args.changes

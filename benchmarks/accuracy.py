@@ -9,6 +9,7 @@ several may run at once, on other tasks or seeds:
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from harness.methods import LABELS, METHODS
 from harness.report import compression_picture, compression_table, save
-from harness.results import Run, append, missing, options, read
+from harness.results import Run, append, missing, read
 from harness.tasks import TASKS
 from harness.training import train
 
@@ -46,7 +47,7 @@ def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = F
         if not missing(results, [run]):
             continue
         task = TASKS[run.task]
-        method = METHODS[run.method](run.target, run.seed, **options(run.options))
+        method = METHODS[run.method](run.target, run.seed, **json.loads(run.options))
         outcome = train(task, method, run.seed, data_dir, run.epochs, validate)
         append(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"

@@ -28,38 +28,38 @@ SWEEPS = (
 )
 
 
+def changed(option: str, value: float, factor: float) -> str:
+    """The options, as JSON, with one multiplied by a factor."""
+    return json.dumps({option: float(f"{value * factor:.3g}")})
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULTS, PICTURE)
     parser.set_defaults(tasks=["lenet-300-100"])
     parser.add_argument("--target", type=float, default=80.0, help="compression")
     args = parser.parse_args()
-    runs = []
-    for task in args.tasks:
-        epochs = args.epochs or -(-TASKS[task].epochs // 3)
-        for seed in args.seeds:
-            for method, option, value, factors in SWEEPS:
-                for factor in factors:
-                    text = json.dumps({option: float(f"{value * factor:.3g}")})
-                    runs.append(Run(task, method, args.target, epochs, seed, text))
+    runs = [
+        Run(task, method, args.target, args.epochs or TASKS[task].third, seed, changed(option, value, factor))
+        for task in args.tasks
+        for seed in args.seeds
+        for method, option, value, factors in SWEEPS
+        for factor in factors
+    ]
     carry_out(list(dict.fromkeys(runs)), args.results, args.data_dir)
     rows = read(args.results)
     for task in args.tasks:
         found = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("method", "options"))
+        sweeps = [
+            (method, option, [(factor, found[method, changed(option, value, factor)]) for factor in factors])
+            for method, option, value, factors in SWEEPS
+        ]
         lines = []
-        for method, option, value, factors in SWEEPS:
-            keys = [json.dumps({option: float(f"{value * factor:.3g}")}) for factor in factors]
-            values = [found[method, key].mean for key in keys if (method, key) in found]
-            if values:
-                cells = [f"{v:.2f}" for v in values]
-                lines.append(
-                    [
-                        f"{method}: `{option}` × {factors[0]:g} to {factors[-1]:g}",
-                        " ".join(cells),
-                        f"{max(values) - min(values):.2f}",
-                    ]
-                )
+        for method, option, points in sweeps:
+            values = [mean.mean for _, mean in points]
+            name = f"{method}: `{option}` × {points[0][0]:g} to {points[-1][0]:g}"
+            lines.append([name, " ".join(f"{v:.2f}" for v in values), f"{max(values) - min(values):.2f}"])
         print(markdown([task, f"{TASKS[task].metric} along the sweep", "largest − least"], lines))
-        save(sweep_picture(found, SWEEPS, TASKS[task].metric), args.picture)
+        save(sweep_picture(sweeps, TASKS[task].metric), args.picture)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,8 @@ def main() -> None:
     ]
     carry_out(runs, args.results, args.data_dir, validate=True)
     found = means(read(args.results), "error", ("task", "method", "options"))
-    print(
-        markdown(
-            ["task", "method", "options", "error, %"], ([*key, cell(mean, "error")] for key, mean in found.items())
-        )
-    )
+    lines = ([*key, cell(mean, "error")] for key, mean in found.items())
+    print(markdown(["task", "method", "options", "error, %"], lines))
 
 
 if __name__ == "__main__":

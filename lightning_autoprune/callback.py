@@ -28,7 +28,7 @@ from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
 from lightning_autoprune.shield import held_out_gradients
-from lightning_autoprune.sources import RedrawnSource, Source, make_source
+from lightning_autoprune.sources import Source, make_source
 
 __all__ = ["AutoPruneCallback"]
 
@@ -207,9 +207,11 @@ class AutoPruneCallback(Callback):
     @property
     def _follows_training(self) -> bool:
         """Whether M follows the gradients of the weight steps."""
-        if self._source is None or self.train_gradients is not None:
-            return self._source is None or bool(self.train_gradients)
-        return isinstance(self._source, RedrawnSource) and len(self._optimizers) == 1
+        if self._source is None:
+            return True
+        if self.train_gradients is not None:
+            return self.train_gradients
+        return self._source.joins and len(self._optimizers) == 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""

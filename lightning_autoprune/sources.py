@@ -36,6 +36,7 @@ class Source:
 
     name: str  # what it is, for messages
     clock: Callable[[], int] = int  # tells how many training steps are over; the callback sets it
+    joins = False  # whether M follows the gradients of the weight steps too, if the user does not say
     share = 0.5  # weight of the last batch's gradients where M follows those of the weight step too
 
     def setup(self, trainer: Trainer) -> None:
@@ -78,6 +79,8 @@ class RedrawnSource(Source):
         fraction: share of the rows of a batch, in (0, 1).
         seed: decides which rows.
     """
+
+    joins = True
 
     def __init__(self, fraction: float, seed: int) -> None:
         self.fraction, self.seed = fraction, seed

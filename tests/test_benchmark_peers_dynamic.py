@@ -8,31 +8,18 @@ import torch
 from harness.methods.dynamic import DynamicSparse, erk_counts
 from harness.methods.hyperflux import Hyperflux
 from harness.methods.lightning_pruning import LightningPruning
-from harness.tasks import Data, Task
+from harness.tasks import Task
 from harness.training import train
 from lightning.pytorch import Callback
+from peers import STEPS, make_task, mlp, run_watched
 from torch import nn
 
 from lightning_autoprune.layers import prunable_weights
-
-STEPS = 40  # of a run: 5 epochs of 8 batches
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 3))  # 1,020 weights
 
 
 def convolutions():
     layers = nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 8, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     return nn.Sequential(*layers, nn.Linear(8, 3))  # 510 weights
-
-
-def make_task(network, shape):
-    """Random inputs; the first numbers of a row give its label, so that there is something to learn."""
-    inputs = torch.randn(320, *shape, generator=torch.Generator().manual_seed(0))
-    labels = inputs.flatten(1)[:, :3].argmax(1)
-    data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
-    return Task("tiny", lambda directory, seed: data, network, 5, 32, 1e-2, "error", (10,))
 
 
 MLP, CONVOLUTIONS = make_task(mlp, (12,)), make_task(convolutions, (1, 8, 8))
@@ -57,12 +44,8 @@ class Watch(Callback):
 
 def run(method, task=MLP, look=lambda: None):
     """Trains; returns the outcome, what was watched and the network."""
-    watch, networks = Watch(look), []
-    callbacks, finish = method.callbacks, method.finish
-    method.callbacks = lambda: [*callbacks(), watch]
-    method.finish = lambda network: networks.append(finish(network)) or networks[-1]
-    outcome = train(task, method, 0, Path())
-    [network] = networks
+    watch = Watch(look)
+    outcome, network = run_watched(method, task, watch)
     return outcome, watch, network
 
 

@@ -12,13 +12,12 @@ from harness.methods.regularised import linear_map
 from harness.methods.spred import Spred
 from harness.methods.vardrop import VariationalDropout
 from harness.tasks import Data, Task
-from harness.training import train
 from lightning.pytorch import Callback
+from peers import STEPS, make_task, mlp, run_watched
 from torch import nn
 
 from lightning_autoprune.layers import prunable_weights
 
-STEPS = 40  # of a run: 5 epochs of 8 batches
 CUT = 27  # steps that are over at the cut, of 40 · 0.66
 RUNS = {
     "l0": lambda compression=10, strength=10.0, **kw: L0(compression, strength, gate_lr=0.2, end=0.66, **kw),
@@ -27,10 +26,6 @@ RUNS = {
     ),
     "spred": lambda compression=10, strength=1e-2, **kw: Spred(compression, strength, end=0.66, **kw),
 }
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 3))  # 1,020 weights
 
 
 def convolutions():
@@ -47,14 +42,6 @@ class Embedded(nn.Module):
 
     def forward(self, codes):
         return self.linear(self.embedding(codes).mean(1))
-
-
-def make_task(network, shape):
-    """Random inputs; the first numbers of a row give its label, so that there is something to learn."""
-    inputs = torch.randn(320, *shape, generator=torch.Generator().manual_seed(0))
-    labels = inputs.flatten(1)[:, :3].argmax(1)
-    data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
-    return Task("tiny", lambda directory, seed: data, network, 5, 32, 1e-2, "error", (10,))
 
 
 def make_code_task():
@@ -80,12 +67,8 @@ class Watch(Callback):
 
 def run(method, task):
     """Trains; returns the outcome, what was watched and the network."""
-    watch, networks = Watch(), []
-    callbacks, finish = method.callbacks, method.finish
-    method.callbacks = lambda: [*callbacks(), watch]
-    method.finish = lambda network: networks.append(finish(network)) or networks[-1]
-    outcome = train(task, method, 0, Path())
-    [network] = networks
+    watch = Watch()
+    outcome, network = run_watched(method, task, watch)
     return outcome, watch, network
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import Net, data, fit, loader, trainer
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback, Settings, sparsity
@@ -179,48 +179,6 @@ def test_batches_of_any_size_are_split():
         callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, train_gradients=train_gradients)
         fit(callback, train=Sizes(), epochs=3)
         assert callback._pruner.auxiliary.scale.updates == updates
-
-
-def auxiliary_parameters(**options):
-    """M after an epoch in which no weight moves."""
-
-    class Still(Net):
-        def forward(self, x):
-            return self.last(torch.relu(self.first(x)))  # without BatchNorm: a mean over rows, whatever the batch
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    callback = AutoPruneCallback(auxiliary_lr=0.1, warmup=0.0, finetune=0.0, **options)  # no mask changes
-    found = []
-
-    class Watch(Callback):
-        def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 7:
-                found.append(torch.cat([m.flatten() for m in callback._pruner.auxiliary.M]))
-
-    torch.manual_seed(0)
-    fit([callback, Watch()], model=Still(), epochs=1)
-    return found[0]
-
-
-@pytest.mark.parametrize("fraction", [0.125, 0.5])
-def test_by_default_m_follows_the_mean_gradient_over_all_rows_of_the_batch(fraction):
-    joined, train = auxiliary_parameters(held_out=fraction), auxiliary_parameters(held_out="train")
-    torch.testing.assert_close(joined, train, rtol=0, atol=1e-4)
-
-
-def test_m_can_follow_the_held_out_rows_alone():
-    alone = auxiliary_parameters(held_out=0.125, train_gradients=False)
-    assert not torch.allclose(alone, auxiliary_parameters(held_out="train"), atol=1e-3)
-
-
-def test_beside_a_loader_m_follows_the_weight_steps_only_if_asked():
-    other = loader(seed=3)
-    joined, alone = (auxiliary_parameters(held_out=other, train_gradients=which) for which in (True, False))
-    assert torch.equal(alone, auxiliary_parameters(held_out=other))
-    for single in (alone, auxiliary_parameters(held_out="train")):
-        assert not torch.allclose(joined, single, atol=1e-3)
 
 
 def test_weights_that_the_user_clips_stay_clipped():

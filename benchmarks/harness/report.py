@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,11 +32,15 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def full_runs(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Mean]:
+    """The figure that ranks, by method and target, over the runs of the task's whole budget."""
+    chosen = [row for row in rows if row["task"] == task and row["epochs"] == str(TASKS[task].epochs)]
+    return means(chosen, TASKS[task].metric, ("method", "target"))
+
+
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
     """Methods down, compressions across; the best of a column is bold."""
-    figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
-    rows = [row for row in rows if row["task"] == task and row["epochs"] == budget]
-    found = means(rows, figure, ("method", "target"))
+    figure, found = TASKS[task].metric, full_runs(rows, task)
     columns = sorted({key[1] for key in found if key[1]}, key=float)
     best = {c: min(mean.mean for (_, where), mean in found.items() if where == c) for c in columns}
     lines = []
@@ -59,10 +62,7 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
     tasks = list(tasks)
     picture = Figure(figsize=(4.6 * len(tasks), 4.4), layout="constrained")
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        figure, budget = TASKS[task].metric, str(TASKS[task].epochs)
-        found = means(
-            [row for row in rows if row["task"] == task and row["epochs"] == budget], figure, ("method", "target")
-        )
+        figure, found = TASKS[task].metric, full_runs(rows, task)
         for i, (method, label) in enumerate(labels.items()):
             points = sorted((float(c), mean) for (name, c), mean in found.items() if name == method and c)
             if points:
@@ -81,7 +81,7 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
                 )
         if ("dense", "") in found:
             axes.axhline(found["dense", ""].mean, color="grey", ls=":", label="dense")
-        _style(axes, f"{task}", "compression of the prunable weights", UNITS[figure])
+        _style(axes, task, "compression of the prunable weights", UNITS[figure])
         axes.set_xscale("log")
         axes.set_yscale("log")
         ticks = TASKS[task].compressions
@@ -113,26 +113,21 @@ def change_picture(rows: list[dict[str, str]], tasks: Sequence[str], names: Mapp
     return picture
 
 
-def sweep_picture(
-    found: Mapping[tuple[str, ...], Mean], sweeps: Iterable[tuple[str, str, float, Sequence[float]]], figure: str
-) -> Figure:
-    """The figure that ranks as each setting is multiplied by a factor, bars of one standard deviation."""
+def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], figure: str) -> Figure:
+    """The figure that ranks as each setting (of a method) is multiplied by factors, bars of one standard deviation."""
     picture = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = picture.subplots()
-    for i, (method, option, value, factors) in enumerate(sweeps):
-        keys = [(method, json.dumps({option: float(f"{value * factor:.3g}")})) for factor in factors]
-        points = [(factor, found[key]) for factor, key in zip(factors, keys, strict=True) if key in found]
-        if points:
-            axes.errorbar(
-                [factor for factor, _ in points],
-                [mean.mean for _, mean in points],
-                [mean.spread for _, mean in points],
-                label=f"{method}: {option}",
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i],
-                ls="-" if method == "autoprune" else "--",
-                capsize=2,
-            )
+    for i, (method, option, points) in enumerate(sweeps):
+        axes.errorbar(
+            [factor for factor, _ in points],
+            [mean.mean for _, mean in points],
+            [mean.spread for _, mean in points],
+            label=f"{method}: {option}",
+            color=COLOURS[i % len(COLOURS)],
+            marker=MARKERS[i],
+            ls="-" if method == "autoprune" else "--",
+            capsize=2,
+        )
     axes.set_xscale("log")
     _style(axes, "Error at equal compression as settings change", "factor on the setting", UNITS[figure])
     axes.legend(frameon=False)

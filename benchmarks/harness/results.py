@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import datetime
 import fcntl
-import json
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -20,8 +18,6 @@ import torch
 import lightning_autoprune
 
 from .training import Outcome
-
-FIGURES = [field.name for field in fields(Outcome)]
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def append(path: Path, run: Run, outcome: Outcome) -> None:
         **asdict(outcome),
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items()),
-        "command": f"{Path(sys.argv[0]).name}",
+        "command": Path(sys.argv[0]).name,
     }
     with path.open("a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two processes may share a file
@@ -77,11 +73,6 @@ def append(path: Path, run: Run, outcome: Outcome) -> None:
         if file.seek(0, 2) == 0:
             writer.writeheader()
         writer.writerow(row)
-
-
-def options(text: str) -> dict[str, Any]:
-    """Options of a method from JSON."""
-    return dict(json.loads(text))
 
 
 @dataclass(frozen=True)

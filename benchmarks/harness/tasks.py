@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_autoprune.demo.data import load_mnist
+from lightning_autoprune.demo.data import Split, load_mnist, loader
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
 
 from .networks import CharTransformer, mlp, small_resnet
@@ -31,32 +31,10 @@ class Data:
         return Data((inputs[:cut], labels[:cut]), (inputs[cut:], labels[cut:]))
 
 
-class Rows(Dataset[list[Tensor]]):
-    """Rows in memory, of which a DataLoader takes a batch at a time."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(self.tensors[0])
-
-    def __getitem__(self, index: int) -> list[Tensor]:
-        return [tensor[index] for tensor in self.tensors]
-
-    def __getitems__(self, indices: list[int]) -> list[Tensor]:
-        """A whole batch at once; DataLoader calls this where it is there."""
-        return [tensor[indices] for tensor in self.tensors]
-
-
-def batches(rows: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[list[Tensor]]:
-    """A loader of batches [inputs, labels] in an order that the seed alone decides."""
-    dataset = Rows(*rows)
-    sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(dataset, size, sampler=sampler, collate_fn=_as_it_is)
-
-
-def _as_it_is(batch: list[Tensor]) -> list[Tensor]:
-    return batch
+def batches(rows: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A loader of batches (inputs, labels) in an order that the seed alone decides."""
+    split = Split(*rows)
+    return loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +60,11 @@ class Task:
     lr: float
     metric: str
     compressions: tuple[float, ...]
+
+    @property
+    def third(self) -> int:
+        """A third of the epochs, rounded up, for benchmarks of many runs."""
+        return -(-self.epochs // 3)
 
 
 @functools.cache

@@ -52,8 +52,8 @@ class Learner(LightningModule):
         self.network, self.lr, self.rows = network, lr, [0]
         object.__setattr__(self, "method", method)
 
-    def training_step(self, batch: list[Tensor]) -> Tensor:
-        """Loss of a batch [inputs, labels]."""
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss of a batch (inputs, labels)."""
         inputs, labels = batch
         self.rows[0] += len(inputs)
         logits = self.network(inputs)

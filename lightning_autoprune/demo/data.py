@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 __all__ = ["DataError", "Images", "Split", "load_digits", "load_mnist", "loader"]
 
@@ -67,9 +67,11 @@ class Images:
     test: Split
 
 
-def loader(split: Split, batch_size: int, shuffle: bool = False) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A plain loader of batches (images, labels)."""
-    return DataLoader(split, batch_size=batch_size, shuffle=shuffle, collate_fn=_as_it_is)
+def loader(
+    split: Split, batch_size: int, shuffle: bool = False, sampler: Sampler[int] | None = None
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """A plain loader of batches (images, labels), in the order of the sampler if there is one."""
+    return DataLoader(split, batch_size=batch_size, shuffle=shuffle, sampler=sampler, collate_fn=_as_it_is)
 
 
 def load_digits() -> Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.pressure import target_path
 
 from ..training import Method
 
@@ -21,6 +23,15 @@ def top_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     mask[flat.topk(keep, sorted=False).indices] = True
     parts = mask.split([score.numel() for score in scores])
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
+
+
+# From the first number to the second, as Zhu and Gupta (2017) prune, for a progress from 0 to 1.
+cubic = functools.partial(target_path, share=1.0, power=3)
+
+
+def share_over(done: float, begin: float, end: float) -> float:
+    """How much of the part of a run from ``begin`` to ``end`` is over, 0 to 1; all three are fractions of the run."""
+    return min(max((done - begin) / (end - begin), 0.0), 1.0)
 
 
 class Masked(Method):
@@ -51,7 +62,7 @@ class Masked(Method):
     @property
     def progress(self) -> float:
         """From 0 when pruning begins to 1 when the masks are final."""
-        return min(max((self.step / self.steps - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        return share_over(self.step / self.steps, self.begin, self.end)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the weights and the length of the run."""

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .common import Masked, top_masks
+from .common import Masked, cubic, top_masks
 
 
 class Hyperflux(Masked):
@@ -111,7 +111,7 @@ class Hyperflux(Masked):
         self.masks = [presence > 0 for presence in self.presences]
         over = min(self.progress / (1 - self.regrow), 1.0)
         low = self.depth * self.target
-        wanted = low + (self.total - low) * (1 - over) ** 3
+        wanted = cubic(over, self.total, low)
         kept = max(sum(int(mask.sum()) for mask in self.masks), 1)
         rate = self.gain * self.optimizer.param_groups[0]["lr"]
         self.pressure *= math.exp(rate * math.log(kept / wanted))

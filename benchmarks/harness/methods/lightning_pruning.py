@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_autoprune.layers import prunable_weights
 
 from ..training import Method
+from .common import cubic, share_over
 
 
 class LightningPruning(Method):
@@ -55,9 +56,9 @@ class LightningPruning(Method):
 
     def amount(self, epoch: int) -> int:
         """Number of weights to prune at the end of an epoch (from 0), of those that are left."""
-        progress = min(max(((epoch + 1) / self.epochs - self.begin) / (self.end - self.begin), 0.0), 1.0)
+        progress = share_over((epoch + 1) / self.epochs, self.begin, self.end)
         target = round(self.total / self.compression)
-        before, self.kept = self.kept, target + round((self.total - target) * (1 - progress) ** 3)
+        before, self.kept = self.kept, round(cubic(progress, self.total, target))
         return before - self.kept
 
     def finish(self, network: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .common import Masked, top_masks
+from .common import Masked, cubic, top_masks
 
 
 class GradualMagnitude(Masked):
@@ -22,5 +22,5 @@ class GradualMagnitude(Masked):
         if self.progress == 0 or self._done or (self.step % self.every and not last):
             return
         self._done = last
-        keep = self.target + round((self.total - self.target) * (1 - self.progress) ** 3)
+        keep = round(cubic(self.progress, self.total, self.target))
         self.masks = top_masks([weight.abs() for weight in self.weights], keep)
