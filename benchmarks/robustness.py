@@ -23,8 +23,8 @@ SWEEPS = (
     ("autoprune", "pressure", 0.05, FACTORS),
     ("autoprune", "auxiliary_lr", 30.0, FACTORS),
     ("autoprune", "initial_scale", 0.1, (0.316, 1.0, 3.16)),
-    ("vardrop", "strength", 1.0, FACTORS),
-    ("spred", "strength", 1e-4, FACTORS),
+    ("vardrop", "strength", 0.5, FACTORS),
+    ("spred", "strength", 3e-4, FACTORS),
 )
 
 

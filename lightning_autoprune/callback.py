@@ -110,7 +110,7 @@ class AutoPruneCallback(Callback):
         update_rule: UpdateRule = "adaptive",
         initial_m: InitialM = "magnitude",
         initial_scale: float = 0.1,
-        held_out: float | Literal["val", "train"] | DataLoader = 0.125,  # type: ignore[type-arg]
+        held_out: float | Literal["val", "train"] | DataLoader = 0.25,  # type: ignore[type-arg]
         redraw_held_out: bool = True,
         train_gradients: bool | None = None,
         mask_every_n_steps: int = 1,

@@ -138,7 +138,7 @@ class Forgetful(Net):
         (
             AutoPruneCallback(),
             {"train": loader(batch=1)},
-            "`held_out=0.125` of a training batch of 1 rows leaves one side empty: use a larger batch",
+            "`held_out=0.25` of a training batch of 1 rows leaves one side empty: use a larger batch",
         ),
         (
             AutoPruneCallback(held_out=0.001, redraw_held_out=False),

@@ -327,7 +327,7 @@ def test_a_state_that_was_not_used_does_not_reach_the_next_fit():
             {"held_out": "train"},
             'held out 0.5 of each batch, seed 0; this callback holds out "train". Resume',
         ),
-        ("train", {}, 'held out "train"; this callback holds out 0.125 of each batch, seed 0'),
+        ("train", {}, 'held out "train"; this callback holds out 0.25 of each batch, seed 0'),
         (
             "fixed",
             {**SOURCES["fixed"], "seed": 1},
