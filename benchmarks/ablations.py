@@ -1,6 +1,7 @@
 """What each part of the method brings: one change of the default at a time.
 
-LeNet-300-100 and the transformer, a third of the epochs, paired by seed. Rows go to ``results/ablations.csv``:
+LeNet-300-100, the ResNet and the transformer, a third of the epochs, paired by seed. Rows go to
+``results/ablations.csv``:
 
     python benchmarks/ablations.py --data-dir DIR --tasks lenet-300-100 --seeds 0 1 2
 """
@@ -43,19 +44,22 @@ CHANGES: dict[str, dict[str, Any]] = {
     "frozen for 20% of the run": {"finetune": 0.2},
     "frozen for 60% of the run": {"finetune": 0.6},
     "regrowth before the masks freeze": {"regrowth": 0.2},
+    "distilled from the dense phase": {"distillation": 1.0},
+    "BatchNorm re-estimated": {"batchnorm": True},
 }
 
 
 def main() -> None:
     parser = arguments(__doc__, RESULTS, PICTURE)
-    parser.set_defaults(tasks=["lenet-300-100", "transformer"])
+    parser.set_defaults(tasks=["lenet-300-100", "resnet", "transformer"])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
     args = parser.parse_args()
     runs = [
-        Run(task, "autoprune", TARGETS[task], args.epochs or TASKS[task].third, seed, json.dumps(CHANGES[name]))
+        Run(task, "variant", TARGETS[task], args.epochs or TASKS[task].third, seed, json.dumps(CHANGES[name]))
         for task in args.tasks
         for seed in args.seeds
         for name in args.changes
+        if "batchnorm" not in CHANGES[name] or task == "resnet"
     ]
     carry_out(runs, args.results, args.data_dir)
     rows, names = read(args.results), {json.dumps(options): name for name, options in CHANGES.items()}

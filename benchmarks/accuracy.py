@@ -56,7 +56,7 @@ def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = F
 
 def main() -> None:
     parser = arguments(__doc__, RESULTS, PICTURE)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", *LABELS])
     parser.add_argument("--compressions", nargs="+", help="in place of the task's; none: no target")
     parser.add_argument("--options", default="{}", help="of the methods, as JSON")
     args = parser.parse_args()

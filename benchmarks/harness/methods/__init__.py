@@ -14,11 +14,13 @@ from .magnitude import GradualMagnitude
 from .nncf_rb import NNCFRegularised
 from .spred import Spred
 from .vardrop import VariationalDropout
+from .variants import Variant
 
 METHODS: dict[str, Callable[..., Method]] = {
     "dense": lambda compression, seed: Method(),
     "autoprune": AutoPrune,
     "autoprune-train": lambda compression, seed, **options: AutoPrune(compression, seed, held_out="train", **options),
+    "variant": Variant,
     "gmp": lambda compression, seed, **options: GradualMagnitude(compression, **options),
     "lightning": lambda compression, seed, **options: LightningPruning(compression, **options),
     "rigl": lambda compression, seed, **options: DynamicSparse(compression, "gradient", seed=seed, **options),
