@@ -5,6 +5,7 @@ from lightning_autoprune.callback import AutoPruneCallback
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.pruner import Pruner, Settings
+from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
 from lightning_autoprune.sparsity import Sparsity, layer_sparsity, sparsity
 
 __version__ = "0.1.0"
@@ -17,6 +18,10 @@ __all__ = [
     "Settings",
     "Sparsity",
     "layer_sparsity",
+    "load_sparse",
+    "load_sparse_into",
     "prunable_weights",
+    "save_sparse",
+    "sparse_metadata",
     "sparsity",
 ]

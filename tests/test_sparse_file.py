@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_autoprune import AutoPruneError
+from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+SMALL = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+WHOLE = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint64]
+
+
+def sparse(*shape, density=0.05, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(force=True).tobytes()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("density", [0.0, 0.003, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [*FLOATS, *SMALL, *WHOLE], ids=str)
+def test_every_dtype_comes_back_exactly(dtype, density, path):
+    values = (100 * sparse(40, 30, density=density)).abs().to(dtype)
+    save_sparse({"a": values}, path)
+    back = load_sparse(path)["a"]
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+
+
+def test_shapes_names_and_strides_of_all_kinds_come_back(path):
+    state = {
+        "": torch.tensor(3.0),
+        "empty": torch.empty(0, 5),
+        "ä/b c.weight": sparse(3, 4, 5),
+        "transposed": sparse(20, 30).T,
+        "strided": sparse(64, 64)[::2, ::3],
+        "zeros": torch.zeros(1000),
+        "count": torch.tensor(0),
+    }
+    save_sparse(state, path)
+    back = load_sparse(path)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_special_values_keep_their_bits_and_negative_zeros_are_zeros(path):
+    values = torch.tensor([float("nan"), float("-inf"), 1e-45, -1e-45, 0.0, -0.0] + [0.0] * 100)
+    save_sparse({"a": values, "zeros": torch.full((1000,), -0.0)}, path)
+    back = load_sparse(path)
+    assert same_bits(back["a"][:5], values[:5])
+    assert same_bits(back["a"][5:], torch.zeros(101))
+    assert same_bits(back["zeros"], torch.zeros(1000))
+    assert os.path.getsize(path) < 700
+
+
+def test_only_kept_values_take_room(path):
+    sizes = []
+    for density in (0.01, 0.02):
+        weight = sparse(1000, 1000, density=density)
+        save_sparse({"a": weight}, path)
+        sizes.append(os.path.getsize(path))
+        assert sizes[-1] < 5.3 * int(weight.count_nonzero()) + 600  # 4 bytes a value, its place in less than 11 bits
+    assert sizes[1] > 1.8 * sizes[0]
+
+
+def test_tied_weights_are_stored_once_and_come_back_tied(path):
+    model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))
+    save_sparse(model, path)
+    single = os.path.getsize(path)
+    model[1].weight = model[0].weight
+    save_sparse(model, path)
+    assert os.path.getsize(path) < 0.6 * single
+    back = load_sparse(path)
+    assert back["1.weight"] is back["0.weight"]
+    assert torch.equal(back["0.weight"], model[0].weight)
+    load_sparse_into(nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False)), path)
+
+
+def test_views_of_one_storage_that_differ_are_stored_each(path):
+    whole = sparse(4, 50, density=0.5)
+    state = {"whole": whole, "row": whole[0], "column": whole[:, 0], "flat": whole.view(-1)}
+    save_sparse(state, path)
+    assert all(torch.equal(value, state[name]) for name, value in load_sparse(path).items())
+
+
+def test_a_model_is_read_into_in_place_whatever_its_dtype(path):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    model[3].weight.data.copy_(sparse(2, 16, density=0.2))
+    save_sparse(model, path)
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).double()
+    weight = other[3].weight
+    load_sparse_into(other, path)
+    assert other[3].weight is weight
+    assert all(
+        torch.equal(value.double(), other.state_dict()[name].double()) for name, value in load_sparse(path).items()
+    )
+
+
+def test_another_architecture_is_refused_with_every_key_and_left_as_it_was(path):
+    save_sparse(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), path)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(5, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AutoPruneError) as error:
+        load_sparse_into(model, path)
+    for part in (
+        "is of another architecture than Sequential: '1.weight' is missing in the file; '1.bias' is missing in the",
+        "'2.weight' is not in the model",
+        "Build the model that was saved",
+    ):
+        assert part in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(AutoPruneError, match=r"'0.weight' has shape \(3, 4\) in the file and \(4, 3\) in the model"):
+        load_sparse_into(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(3, 2)), path)
+
+
+def test_metadata_say_version_sparsity_and_metrics(path):
+    import lightning_autoprune
+
+    weight = torch.zeros(10, 10)
+    weight[0, :5] = 1
+    save_sparse({"a": weight, "b": torch.ones(3)}, path, metrics={"val_error": 0.25, "step": 7})
+    assert sparse_metadata(path) == {
+        "version": lightning_autoprune.__version__,
+        "sparsity": {"a": 0.95},
+        "metrics": {"val_error": 0.25, "step": 7.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "'a' is a int, not a tensor: leave it out and keep it elsewhere"),
+        (torch.ones(2, 2).to_sparse(), "'a' is of layout torch.sparse_coo, dtype torch.float32; only dense tensors"),
+        (torch.ones(2, device="meta"), "'a' is on the meta device; only dense tensors with values"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused_by_name(value, message, path):
+    with pytest.raises(AutoPruneError, match=message):
+        save_sparse({"a": value}, path)
+    assert not path.exists()
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(path, tmp_path, monkeypatch):
+    save_sparse({"a": torch.ones(3)}, path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_sparse({"a": torch.zeros(3)}, path)
+    assert torch.equal(load_sparse(path)["a"], torch.ones(3))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_file_that_is_not_there_is_an_oserror_with_its_name(path):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        load_sparse(path)
+
+
+def test_other_files_are_refused(path):
+    save_file({"a": torch.ones(3)}, path)
+    with pytest.raises(AutoPruneError, match="'lightning_autoprune' is not in its metadata, so `save_sparse` has not"):
+        load_sparse(path)
+    torch.save({"a": torch.ones(3)}, path)
+    with pytest.raises(AutoPruneError, match=r"is not a whole sparse file: .* Make it anew with `save_sparse`"):
+        load_sparse(path)
+    path.write_bytes(b"")
+    with pytest.raises(AutoPruneError, match="is not a whole sparse file"):
+        load_sparse(path)
+
+
+def forged(path, change, **content):
+    """Writes a file with a valid checksum whose layout is changed."""
+    from lightning_autoprune import sparse_file
+
+    layout = {
+        "format": 1,
+        "version": "9",
+        "tensors": {"a": {"shape": [3], "dtype": "float32", "kept": 3}},
+        "metrics": {},
+    }
+    content = {"values": torch.zeros(12, dtype=torch.uint8), "masks": torch.zeros(0, dtype=torch.uint8), **content}
+    change(layout)
+    layout["crc32"] = sparse_file._checksum(layout, content)
+    save_file(content, path, {"lightning_autoprune": json.dumps(layout)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layout: layout.update(format=2), "has the format 2, and this version of lightning-autoprune reads 1"),
+        (lambda layout: layout["tensors"]["a"].update(kept=4), "does not hold 4 values of 'a'"),
+        (lambda layout: layout["tensors"]["a"].update(kept=2), "does not hold 2 values of 'a'"),
+        (lambda layout: layout["tensors"]["a"].update(bits=3, mask=1), "can't be 3 positions of 3"),
+        (lambda layout: layout["tensors"]["a"].update(shape=[-3]), "its metadata make no sense: a tensor with"),
+        (lambda layout: layout["tensors"]["a"].update(shape=[3.0]), "its metadata make no sense: a tensor with"),
+        (lambda layout: layout["tensors"]["a"].update(shape="abc"), "its metadata make no sense"),
+        (lambda layout: layout["tensors"]["a"].update(dtype="object"), "its metadata make no sense: a tensor with"),
+        (lambda layout: layout["tensors"]["a"].update(other=1), "its metadata make no sense: .*unexpected keyword"),
+        (lambda layout: layout["tensors"]["a"].update(same_as="b"), "is not a whole sparse file: 'b'"),
+        (lambda layout: layout["tensors"].update(a=7), "its metadata make no sense"),
+        (lambda layout: layout.update(tensors=[]), "its metadata make no sense"),
+        (lambda layout: layout["tensors"].clear(), "it holds more than its tensors"),
+        (lambda layout: layout.pop("metrics"), "'metrics' is not in its metadata"),
+    ],
+)
+def test_a_forged_layout_is_refused(change, message, path):
+    forged(path, change)
+    with pytest.raises(AutoPruneError, match=message):
+        load_sparse(path)
+
+
+def test_a_file_that_claims_to_be_huge_is_refused_before_anything_is_allocated(path):
+    forged(path, lambda layout: layout["tensors"]["a"].update(shape=[2**40], kept=3, bits=0, mask=0))
+    with pytest.raises(AutoPruneError, match="would grow to 4398046511104, more than `max_expansion=1000` allows"):
+        load_sparse(path)
+    model = nn.Module()
+    model.a = nn.Parameter(torch.zeros(3))
+    with pytest.raises(AutoPruneError, match=r"'a' has shape \(1099511627776,\) in the file and \(3,\) in the model"):
+        load_sparse_into(model, path)
+
+
+def test_an_own_file_of_zeros_only_can_be_read(path):
+    save_sparse({"a": torch.zeros(5_000_000)}, path)
+    assert load_sparse(path)["a"].count_nonzero() == 0
+
+
+def mutate(data, generator):
+    """One to three changes: bits flipped, bytes cut out, doubled or put in, the length in the header changed."""
+    data = bytearray(data)
+    for _ in range(generator.randint(1, 3)):
+        kind, at = generator.randrange(6), generator.randrange(len(data))
+        # half of the changes are in the header, which is where a reader can go wrong
+        at = at if generator.random() < 0.5 else generator.randrange(min(len(data), 700))
+        if kind == 0:
+            data[at] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            del data[at : at + generator.randint(1, 40)]
+        elif kind == 2:
+            data[at:at] = data[at : at + generator.randint(1, 40)]
+        elif kind == 3:
+            data[at] = generator.choice(b'0123456789"{}[],:-x')
+        elif kind == 4:
+            del data[at:]
+        else:
+            data[:8] = struct.pack("<Q", generator.choice([0, 1, 8, len(data), 2**31, 2**63, 2**64 - 1]))
+        if not data:
+            break
+    return bytes(data)
+
+
+def test_ten_thousand_damaged_files_are_refused_or_read_as_they_were(path):
+    state = {"a": sparse(20, 30), "b": torch.arange(5), "c": sparse(7, density=0.9).half()}
+    save_sparse(state, path, metrics={"error": 0.5})
+    whole, generator, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(10_000):
+        path.write_bytes(mutate(whole, generator))
+        try:
+            back = load_sparse(path)
+        except AutoPruneError:
+            refused += 1
+        else:
+            assert list(back) == list(state)
+            assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert refused > 9500
