@@ -5,6 +5,7 @@ from lightning_autoprune.callback import AutoPruneCallback
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.pruner import Pruner, Settings
+from lightning_autoprune.shrink import shrink
 from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
 from lightning_autoprune.sparsity import Sparsity, layer_sparsity, sparsity
 
@@ -22,6 +23,7 @@ __all__ = [
     "load_sparse_into",
     "prunable_weights",
     "save_sparse",
+    "shrink",
     "sparse_metadata",
     "sparsity",
 ]

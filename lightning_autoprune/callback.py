@@ -23,7 +23,7 @@ from lightning_autoprune.compatibility import (
 )
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.layers import being_pruned, prunable_weights
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
@@ -231,7 +231,9 @@ class AutoPruneCallback(Callback):
                 self._resume_source(self._loaded)
             self._loaded = None
         self._pruner.start()
-        if self._pruner.frozen and self._source is not None:
+        if not self._pruner.frozen:
+            being_pruned.update(pl_module.modules())
+        elif self._source is not None:
             self._source.finetune()
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._optimizers]
 
@@ -283,6 +285,7 @@ class AutoPruneCallback(Callback):
             self._held_out_step(trainer, self._source)
         frozen_now = self._pruner.end_step()
         if frozen_now:
+            being_pruned.difference_update(pl_module.modules())
             self._finish_pruning()
         metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu)
         if frozen_now or self._log_is_due(trainer):
@@ -345,18 +348,19 @@ class AutoPruneCallback(Callback):
                 f"Training ended after {self._pruner.step} of {self._pruner.phases.total} steps, before the masks were"
                 f" frozen: sparsity is {self._pruner.sparsity:.2%}. Resume to go on."
             )
-        self._release(trainer)
+        self._release(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the run; what has been pruned stays pruned."""
-        self._release(trainer)
+        self._release(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the run, if that has not happened yet."""
         if stage == "fit":
-            self._release(trainer)
+            self._release(trainer, pl_module)
 
-    def _release(self, trainer: Trainer) -> None:
+    def _release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        being_pruned.difference_update(pl_module.modules())
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -12,7 +13,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["prunable_weights"]
+__all__ = ["being_pruned", "prunable_weights"]
+
+being_pruned: WeakSet[nn.Module] = WeakSet()  # modules whose masks still change, under some callback
 
 # Layer types and the parameters of theirs that are matrices or kernels. Biases, norms and embeddings are not here.
 _PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (

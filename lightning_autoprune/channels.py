@@ -1,0 +1,208 @@
+"""Which parts of which layers make up a channel: what can only be removed, or pruned, as one.
+
+A channel is made by rows of linear layers and filters of convolutions, passes through normalisations, depthwise
+convolutions and functions, and is read by columns of other layers. Additions tie the channels of several layers
+together. The dependency graph is that of the package torch-pruning (Fang et al., "DepGraph", CVPR 2023), which needs
+one example input; what it can't follow is ``fixed`` here, and what it may follow wrongly is for the caller to check.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.inputs import as_arguments, tensors_in
+
+__all__ = ["Channel", "find_channels", "is_depthwise"]
+
+Parts = dict[str, list[int]]
+
+
+@dataclass
+class Channel:
+    """One channel: layers by name, with the positions that belong to it.
+
+    Attributes:
+        made: rows of linear layers, filters of convolutions.
+        passed: entries of BatchNorm, PReLU and depthwise convolutions on its way.
+        read: columns of the layers that use it.
+        fixed: why it must stay; empty if it may go.
+        follows: which parts come next after each, by name (or number, for functions).
+    """
+
+    made: Parts = field(default_factory=dict)
+    passed: Parts = field(default_factory=dict)
+    read: Parts = field(default_factory=dict)
+    fixed: str = ""
+    follows: dict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
+
+
+def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
+    """Finds the channels of all linear and convolution layers, in the order of the model.
+
+    Args:
+        model: a module; it is left as it was.
+        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Returns:
+        Every row and filter is in exactly one channel's ``made`` (``passed``, for depthwise convolutions), but for
+        those that have no part in the output.
+
+    Raises:
+        AutoPruneError: if the model does not run on the example, or its graph can't be traced.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+        >>> channel = find_channels(model, torch.zeros(1, 1, 4, 4))[1]
+        >>> channel.made, channel.passed, channel.read
+        ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
+    """
+    modes = {module: module.training for module in model.modules()}
+    trained = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in trained:
+            p.requires_grad_(p.is_floating_point())
+        graph, outputs = _trace(model, example_input)
+        return _collect(model, graph, outputs)
+    finally:
+        for p, flag in trained.items():
+            p.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each channel of a convolution is made of the same channel of its input alone."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
+    try:
+        import torch_pruning
+    except ImportError as error:
+        raise AutoPruneError(
+            "Finding channels needs the package torch-pruning: pip install 'lightning-autoprune[shrink]'."
+        ) from error
+    args, kwargs = as_arguments(example_input)
+    outputs: list[Tensor] = []
+    running: list[str] = []  # layers whose forward has begun and not ended
+
+    def forward(*_: Any) -> list[Tensor]:
+        outputs[:] = tensors_in(model(*args, **kwargs))
+        return outputs
+
+    handles = [
+        module.register_forward_pre_hook(lambda *_, n=name: running.append(n)) for name, module in _leaves(model)
+    ]
+    handles += [module.register_forward_hook(lambda *_: running.pop() and None) for _, module in _leaves(model)]
+    graph = torch_pruning.DependencyGraph()
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph.build_dependency(model, args or kwargs, forward_fn=forward, verbose=False)
+    except Exception as error:
+        where = f"layer {running[-1]!r} raised " if running else ""
+        shapes = [tuple(t.shape) for t in tensors_in((args, kwargs))]
+        raise AutoPruneError(
+            f"{type(model).__name__} could not be {'run' if running else 'traced'} on an example of shapes {shapes}:"
+            f" {where}{type(error).__name__}: {error}. Give an `example_input` on which the model runs as it is."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return graph, outputs
+
+
+def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if not list(module.children()))
+
+
+def _collect(model: nn.Module, graph: Any, outputs: list[Tensor]) -> list[Channel]:
+    names = {module: name for name, module in model.named_modules()}
+    ends = {tensor.grad_fn for tensor in outputs}
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = {p for p, count in uses.items() if count > 1}
+    channels: list[Channel] = []
+    owner: dict[tuple[str, int], Channel] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, _ConvNd)) or is_depthwise(module) or module not in graph.module2node:
+            continue
+        prune = graph.get_pruner_of_module(module).prune_out_channels
+        for i in range(graph.get_out_channels(module)):
+            if (name, i) in owner:
+                continue
+            channel = _channel(graph, graph.get_pruning_group(module, prune, [i]), names, ends, shared)
+            for other in {id(o): o for key in _rows(channel) if (o := owner.get(key))}.values():
+                _merge(channel, other)  # seen from another of its rows
+                channels = [c for c in channels if c is not other]
+            owner.update(dict.fromkeys(_rows(channel), channel))
+            channels.append(channel)
+    return channels
+
+
+def _rows(channel: Channel) -> list[tuple[str, int]]:
+    return [(name, i) for name, indices in channel.made.items() for i in indices]
+
+
+def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[Any], shared: set[int]) -> Channel:
+    channel, reasons = Channel(), []
+    nodes: dict[Any, Any] = {}
+    for dep, indices in group:
+        node, module = dep.target, dep.target.module
+        name = names.get(module, "")
+        nodes[node] = name if module in names else id(node)
+        outward, inward = graph.is_out_channel_pruning_fn(dep.handler), graph.is_in_channel_pruning_fn(dep.handler)
+        layer = isinstance(module, (nn.Linear, _ConvNd)) and not is_depthwise(module) and outward != inward
+        reads = layer and inward
+        if not reads and (node.grad_fn in ends or node.type.name == "OUTPUT"):
+            reasons.append("it is an output of the model")
+        if module not in names:
+            if node.type.name == "PARAMETER":
+                reasons.append("a parameter of no layer is part of it")
+            continue
+        if layer:
+            part, size = (channel.read, _size(module, 1)) if reads else (channel.made, _size(module, 0))
+            if getattr(module, "groups", 1) != 1:
+                reasons.append(f"{name!r} is a grouped convolution")
+            if id(module.weight) in shared or not isinstance(module.weight, nn.Parameter):
+                reasons.append(f"{name!r} shares or computes its weight")
+        elif is_depthwise(module) or isinstance(module, (_BatchNorm, nn.PReLU)):
+            part, size = channel.passed, max(graph.get_out_channels(module), 1)
+        else:
+            reasons.append(f"it goes through {name!r}, a {type(module).__name__}")
+            continue
+        if max(indices) >= size:
+            reasons.append(f"its place in {name!r} can't be told")
+            continue
+        known = part.setdefault(name, [])
+        known += [i for i in indices if i not in known]
+    for node, key in nodes.items():
+        channel.follows[key] |= {nodes[after] for after in node.outputs if after in nodes}
+    channel.fixed = reasons[0] if reasons else ""
+    return channel
+
+
+def _size(module: nn.Module, dim: int) -> int:
+    """Rows (0) or columns (1) of a linear layer or convolution."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1 - dim if isinstance(module, _ConvTransposeNd) else dim]
+
+
+def _merge(channel: Channel, other: Channel) -> None:
+    for mine, theirs in ((channel.made, other.made), (channel.passed, other.passed), (channel.read, other.read)):
+        for name, indices in theirs.items():
+            known = mine.setdefault(name, [])
+            known += [i for i in indices if i not in known]
+    for key, after in other.follows.items():
+        channel.follows[key] |= after
+    channel.fixed = channel.fixed or other.fixed

@@ -1,0 +1,208 @@
+"""Dead channels: which they are, what they add to the layers that read them, and cutting them out.
+
+A channel is dead if the input can't change it (no weight leads into it), or if nothing reads it. A constant one adds a
+constant to the layers that read it, which belongs into their biases.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_autoprune.channels import Channel, is_depthwise
+from lightning_autoprune.inputs import outputs
+
+__all__ = ["remove", "silence"]
+
+
+class _Used:
+    """Which rows and columns of the layers have a weight that is not 0, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found: dict[tuple[str, int], list[bool]] = {}
+
+    def __call__(self, name: str, dim: int, i: int) -> bool:
+        """Whether row (0) or column (1) ``i`` of a layer has one; True for layers without such weights."""
+        if (name, dim) not in self._found:
+            module = self._model.get_submodule(name)
+            weight = module.weight
+            if not isinstance(weight, Tensor) or isinstance(module, nn.PReLU):
+                return True
+            slices = (weight != 0).movedim(_dim(module, dim), 0)
+            self._found[name, dim] = slices.reshape(len(slices), -1).any(1).tolist()
+        return self._found[name, dim][i]
+
+    def readers(self, channel: Channel) -> list[tuple[str, int]]:
+        """Layers and columns that read a channel with such a weight."""
+        return [(name, i) for name, indices in channel.read.items() for i in indices if self(name, 1, i)]
+
+    def alive(self, channel: Channel) -> bool:
+        """Whether the input can change the channel, and the change can reach a layer that reads it."""
+        reached: set[Any] = set()
+        front: list[Any] = [name for name, rows in channel.made.items() if any(self(name, 0, i) for i in rows)]
+        while front:
+            for after in channel.follows[front.pop()] - reached:
+                reached.add(after)
+                if any(self(after, 1, i) for i in channel.read.get(after, ())):
+                    return True
+                blocked = after in channel.passed and not any(self(after, 0, i) for i in channel.passed[after])
+                if not blocked and after not in channel.made and after not in channel.read:
+                    front.append(after)
+        return False
+
+
+def silence(model: nn.Module, channels: list[Channel], inputs: list[Any]) -> list[Channel]:
+    """Finds the dead channels, moves what they add into biases, and zeroes the weights that make and read them.
+
+    Args:
+        model: the model that they are of, changed in place.
+        channels: those that may go.
+        inputs: examples, on which constants are measured.
+
+    Returns:
+        Those that are dead, and that nothing reads any more.
+    """
+    dead: list[Channel] = []
+    left, found = list(channels), True
+    while found:
+        used, found = _Used(model), False
+        places = {id(channel): used.readers(channel) for channel in left if not used.alive(channel)}
+        constants = _constants(model, [place for some in places.values() for place in some], inputs)
+        for channel in [channel for channel in left if id(channel) in places]:
+            columns = places[id(channel)]
+            if all(_can_fold(model.get_submodule(name), constants[name, i]) for name, i in columns):
+                for name, i in columns:
+                    _fold(model.get_submodule(name), i, constants[name, i])
+                for name, indices in channel.made.items():
+                    _clear(model.get_submodule(name), indices, 0)
+                dead.append(channel)
+                found = True
+        gone = {id(channel) for channel in dead}
+        left = [channel for channel in left if id(channel) not in gone]
+    return dead
+
+
+def _clear(module: nn.Module, indices: list[int], dim: int) -> None:
+    """Zeroes rows (0) or columns (1) of a layer."""
+    assert isinstance(module.weight, Tensor)
+    module.weight.index_fill_(_dim(module, dim), _index(indices, module.weight), 0)
+
+
+def _dim(module: nn.Module, dim: int) -> int:
+    """The dimension of the weight that has a layer's rows (0) or columns (1)."""
+    return 1 - dim if isinstance(module, _ConvTransposeNd) and not is_depthwise(module) else dim
+
+
+def _index(indices: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(indices, device=like.device)
+
+
+# What constant channels add
+
+
+def _constants(model: nn.Module, places: list[tuple[str, int]], inputs: list[Any]) -> dict[tuple[str, int], float]:
+    """The value that reaches each place (a layer and its column); NaN where it is not one value."""
+    columns: dict[str, list[int]] = defaultdict(list)
+    for name, i in places:
+        columns[name].append(i)
+    seen: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def look(name: str, module: nn.Module, x: Tensor) -> None:
+        dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # type: ignore[arg-type]
+        rows = x.index_select(dim, _index(columns[name], x)).movedim(dim, 0).flatten(1)
+        for i, low, high in zip(columns[name], rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True):
+            seen[name, i] += [low, high]
+
+    modules = {name: model.get_submodule(name) for name in columns}
+    handles = [m.register_forward_pre_hook(lambda m, args, n=n: look(n, m, *args)) for n, m in modules.items()]
+    for example in inputs if modules else ():
+        outputs(model, example)
+    for handle in handles:
+        handle.remove()
+    values = {}
+    for key, found in seen.items():
+        low, high = min(found), max(found)
+        values[key] = low if high - low <= 1e-5 * max(abs(low), abs(high)) else float("nan")
+    return defaultdict(lambda: float("nan"), values)
+
+
+def _can_fold(layer: nn.Module, value: float) -> bool:
+    """Whether a constant in a column of a layer adds a constant to each of its outputs."""
+    if value == 0:
+        return True
+    if isinstance(layer, _ConvTransposeNd):
+        return False
+    edges = isinstance(layer, _ConvNd) and layer.padding_mode == "zeros"
+    padded = edges and layer.padding != "valid" and any(size != 0 for size in layer.padding)  # type: ignore[union-attr]
+    return value == value and not padded
+
+
+def _fold(layer: nn.Module, column: int, value: float) -> None:
+    """Moves what a constant column adds into the bias, and zeroes the column."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if value:
+        added = value * weight[:, column].flatten(1).sum(1) if weight.dim() > 2 else value * weight[:, column]
+        if isinstance(layer.bias, Tensor):
+            added += layer.bias
+        layer.bias = nn.Parameter(added, requires_grad=weight.requires_grad)
+    _clear(layer, [column], 1)
+
+
+# Removing
+
+
+def remove(model: nn.Module, dead: list[Channel]) -> None:
+    """Cuts channels out of the layers of a model, but for one where a layer would lose all."""
+    while full := [key for key, indices in _gone(dead).items() if len(indices) == _count(model, *key)]:
+        stays = next(channel for channel in dead if _has(channel, *full[0], 0))
+        dead = [channel for channel in dead if channel is not stays]
+    for (name, dim), indices in _gone(dead).items():
+        stay = [i for i in range(_count(model, name, dim)) if i not in indices]
+        _cut(model.get_submodule(name), dim, stay)
+
+
+def _gone(dead: list[Channel]) -> dict[tuple[str, int], set[int]]:
+    gone: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for channel in dead:
+        for dim, parts in ((0, channel.made), (0, channel.passed), (1, channel.read)):
+            for name, indices in parts.items():
+                gone[name, dim] |= set(indices)
+    return gone
+
+
+def _has(channel: Channel, name: str, dim: int, i: int) -> bool:
+    return i in (channel.read.get(name, []) if dim else channel.made.get(name, channel.passed.get(name, [])))
+
+
+def _count(model: nn.Module, name: str, dim: int) -> int:
+    """Number of rows (0) or columns (1) of a layer."""
+    module = model.get_submodule(name)
+    if isinstance(module, _BatchNorm):
+        return module.num_features
+    assert isinstance(module.weight, Tensor)
+    return module.weight.shape[_dim(module, dim)]
+
+
+_PARTS = {0: ("weight", "bias", "running_mean", "running_var"), 1: ("weight",)}
+_SIZES = {0: ("out_features", "out_channels", "num_features", "num_parameters"), 1: ("in_features", "in_channels")}
+
+
+def _cut(module: nn.Module, dim: int, stay: list[int]) -> None:
+    """Keeps some rows (0) or columns (1) of a layer, and says so in its sizes."""
+    depthwise = is_depthwise(module)
+    for name in _PARTS[dim]:
+        old = getattr(module, name, None)
+        if isinstance(old, Tensor):
+            new = old.index_select(_dim(module, dim) if name == "weight" else 0, _index(stay, old))
+            parameter = isinstance(old, nn.Parameter)
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new)
+    for size in (*_SIZES[0], *_SIZES[1], "groups") if depthwise else _SIZES[dim]:
+        if hasattr(module, size):
+            setattr(module, size, len(stay))

@@ -1,0 +1,118 @@
+"""``shrink``: the same function in a smaller network, without the channels that are dead. Torch, and torch-pruning."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autoprune.channels import Channel, find_channels
+from lightning_autoprune.dead import remove, silence
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.inputs import outputs, probes
+from lightning_autoprune.layers import being_pruned
+
+__all__ = ["shrink"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Model:
+    """Removes the channels of a pruned model that do nothing, and gives a smaller model with the same outputs.
+
+    A channel is dead if it can't change with the input (no weight leads into it) or nothing reads it. What a constant
+    one adds to the layers that read it goes into their biases. This goes on until nothing changes: one dead channel
+    often makes others so. The result has smaller layers of the same types and names, and its state loads into a network
+    built with the sizes that it prints. It is checked against the original on the example and random inputs like it.
+
+    Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
+    through a normalisation over channels (LayerNorm) or an attention layer, of grouped convolutions that are not
+    depthwise, and constants that a zero-padded convolution reads.
+
+    Args:
+        model: a module or LightningModule, in evaluation mode from here on; it is left as it was.
+        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments, with
+            a first dimension of rows.
+        tolerance: largest difference between the outputs of both, relative to the largest output; at least 8 times the
+            resolution of its dtype.
+
+    Returns:
+        A copy, shrunk. Its parameters are new: an optimiser of the original does not train them.
+
+    Raises:
+        AutoPruneError: if the model does not run on the example, its graph can't be traced, or the result is not the
+            same function.
+
+    Warns:
+        UserWarning: naming layers whose dead channels had to stay because outputs would have changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> model[0].weight.data[2:] = 0  # six of eight neurons are constant
+        >>> shrink(model, torch.zeros(1, 4))
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    if any(module in being_pruned for module in model.modules()):
+        raise AutoPruneError(
+            f"{type(model).__name__} is still being pruned: shrink it when fitting has ended, or once the masks are"
+            " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."
+        )
+    channels = find_channels(model, example_input)
+    inputs = list(probes(example_input))
+    with torch.no_grad():
+        wanted = [outputs(model, example) for example in inputs]
+    layers = list(dict.fromkeys(name for channel in channels if not channel.fixed for name in channel.made))
+
+    def attempt(names: set[str]) -> tuple[Model, str]:
+        """The model without the dead channels of some layers, and why it is not the same function, if so."""
+        small = copy.deepcopy(model)
+        with torch.no_grad():
+            allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
+            remove(small, silence(small, allowed, inputs))
+            return small, _difference(small, inputs, wanted, tolerance)
+
+    small, problem = attempt(set(layers))
+    if problem:
+        spoilt = [name for name in layers if attempt(_tied(channels, name))[1]]
+        small, problem = attempt(set(layers) - {tied for name in spoilt for tied in _tied(channels, name)})
+        if problem or not spoilt:
+            raise AutoPruneError(
+                f"{type(model).__name__} can't be shrunk: without the dead channels of {_list(layers)} {problem}."
+            )
+        warnings.warn(f"The dead channels of {_list(spoilt)} stay: without them the outputs change.", stacklevel=2)
+    return small
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _tied(channels: Iterable[Channel], name: str) -> set[str]:
+    """The layers that make channels together with one."""
+    return {layer for channel in channels if name in channel.made for layer in channel.made}
+
+
+def _difference(model: nn.Module, inputs: Iterable[Any], wanted: Iterable[list[Tensor]], tolerance: float) -> str:
+    for example, aims in zip(inputs, wanted, strict=True):
+        try:
+            found = outputs(model, example)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            return f"it does not run ({error})"
+        for output, aim in zip(found, aims, strict=True):
+            if output.shape != aim.shape:
+                return f"an output has the shape {tuple(output.shape)}, not {tuple(aim.shape)}"
+            if not aim.is_floating_point():
+                continue
+            largest = float(aim.abs().nan_to_num().max()) if aim.numel() else 0.0
+            allowed = max(tolerance, 8 * torch.finfo(aim.dtype).eps) * max(largest, 1e-6)
+            if not torch.allclose(output, aim, rtol=0, atol=allowed, equal_nan=True):
+                return f"an output changes by {float((output - aim).abs().max()):.2g} of {largest:.2g}"
+    return ""

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from architectures import DIFFICULT, EXACT, Twice, mobilenet, resnet
+from torch import nn
+
+from lightning_autoprune import AutoPruneError
+from lightning_autoprune.channels import find_channels, is_depthwise
+from lightning_autoprune.demo.networks import lenet5
+
+
+def channels_of(name):
+    make, shape = {**EXACT, **DIFFICULT}[name]
+    network = make()
+    return network, find_channels(network, torch.zeros(2, *shape))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *DIFFICULT])
+def test_each_row_is_in_one_channel(name):
+    network, channels = channels_of(name)
+    rows = [(layer, i) for channel in channels for layer, indices in channel.made.items() for i in indices]
+    assert len(rows) == len(set(rows))
+    for layer, module in network.named_modules():
+        made = sorted(i for name, i in rows if name == layer)
+        if isinstance(module, nn.Linear) and made:
+            assert made == list(range(module.out_features))
+
+
+def test_a_channel_of_a_convolution_is_read_by_all_columns_that_flattening_makes_of_it():
+    channels = find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
+    assert len(channels) == 20 + 50 + 500 + 10
+    second = channels[20 + 3]
+    assert (second.made, second.read, second.fixed) == ({"3": [3]}, {"7": list(range(48, 64))}, "")
+
+
+def test_additions_tie_the_channels_of_several_layers():
+    channels = find_channels(resnet(), torch.zeros(2, 3, 16, 16))
+    tied = next(channel for channel in channels if "3.conv2" in channel.made)
+    assert tied.made == {"3.conv2": [0], "3.shortcut.0": [0]}
+    assert tied.passed == {"3.norm2": [0], "3.shortcut.1": [0]}
+    assert tied.read == {"4.conv1": [0], "4.shortcut.0": [0]}
+
+
+def test_a_depthwise_convolution_passes_channels_on():
+    network = mobilenet()
+    channels = find_channels(network, torch.zeros(2, 3, 16, 16))
+    wide = next(channel for channel in channels if "3.layers.0" in channel.made)
+    assert is_depthwise(network[3].layers[3])
+    assert not is_depthwise(network[3].layers[0])
+    assert wide.passed == {"3.layers.1": [0], "3.layers.3": [0], "3.layers.4": [0]}
+    assert wide.read == {"3.layers.6": [0]}
+
+
+def test_a_layer_that_is_used_twice_makes_and_reads_the_same_channels():
+    channels = find_channels(Twice(), torch.zeros(2, 5))
+    assert (channels[2].made, channels[2].read) == ({"a": [2], "b": [2]}, {"b": [2], "c": [2]})
+
+
+def test_a_gate_ties_the_channels_that_it_multiplies():
+    _, channels = channels_of("gated")
+    assert sorted(channels[1].made["a"]) == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "why"),
+    [
+        ("lenet5", "9", "it is an output of the model"),
+        ("encoder", "embed", "it goes through 'layers.layers.0.self_attn', a MultiheadAttention"),
+        ("normalised", "0", "it goes through '1', a GroupNorm"),
+        ("grouped", "0", "'2' is a grouped convolution"),
+        ("tied", "a", "'a' shares or computes its weight"),
+        ("attention", "down", "it is an output of the model"),
+    ],
+)
+def test_channels_that_must_stay_say_why(name, layer, why):
+    _, channels = channels_of(name)
+    fixed = {channel.fixed for channel in channels if layer in channel.made}
+    assert fixed == {why}
+
+
+def test_the_network_is_left_as_it_was():
+    network = resnet()
+    network[2].eval()
+    network[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    find_channels(network, torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [m.training for m in network] == [m is not network[2] for m in network]
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["0.weight"]
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_it_works_without_gradients_being_on():
+    with torch.no_grad():
+        assert len(find_channels(lenet5(), torch.zeros(1, 1, 28, 28))) == 580
+
+
+def test_without_torch_pruning_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(AutoPruneError, match=r"torch-pruning: pip install 'lightning-autoprune\[shrink\]'"):
+        find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
+
+
+def test_a_layer_that_fails_is_named_with_the_shape_of_the_example():
+    with pytest.raises(
+        AutoPruneError, match=r"could not be run on an example of shapes \[\(1, 20\)\]: layer '0' raised"
+    ):
+        find_channels(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2)), torch.zeros(1, 20))

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from architectures import DIFFICULT, EXACT, prune, resnet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError
+from lightning_autoprune.demo.networks import lenet5
+from lightning_autoprune.shrink import shrink
+
+
+def size(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def assert_equal(a, b, shape, rows=1000, seed=1):
+    """The same outputs on random inputs, in evaluation mode, within float tolerance."""
+    inputs = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        one, two = copy.deepcopy(a).eval()(inputs), copy.deepcopy(b).eval()(inputs)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))
+
+
+@pytest.mark.parametrize("density", [0.03, 0.1, 0.3])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_shrunk_network_is_the_same_function(name, density):
+    make, shape = EXACT[name]
+    network = prune(make(), density)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing had to stay that the graph said could go
+        small = shrink(network, torch.zeros(2, *shape))
+    assert_equal(network, small, shape)
+    assert density > 0.03 or size(small) < 0.75 * size(network)
+
+
+@pytest.mark.parametrize("name", DIFFICULT)
+def test_where_the_graph_is_wrong_or_channels_can_not_go_alone_the_function_stays_the_same(name):
+    make, shape = DIFFICULT[name]
+    for density in (0.1, 0.3):
+        network = prune(make(), density)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            small = shrink(network, torch.randn(2, *shape))
+        assert_equal(network, small, shape)
+
+
+@given(
+    st.lists(st.integers(1, 12), min_size=2, max_size=5),
+    st.floats(0, 0.6),
+    st.sampled_from([nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU]),
+    st.booleans(),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_pruned_mlp_is_shrunk_to_the_same_function(widths, density, activation, bias, seed):
+    torch.manual_seed(seed)
+    layers = []
+    for inside, outside in itertools.pairwise(widths):
+        layers += [nn.Linear(inside, outside, bias=bias), activation()]
+    network = prune(nn.Sequential(*layers[:-1]), density, seed)
+    small = shrink(network, torch.zeros(2, widths[0]))
+    assert_equal(network, small, widths[:1], rows=50)
+    for layer in small[:-1]:  # no dead neuron is left but where one must stay
+        if isinstance(layer, nn.Linear) and layer.out_features > 1:
+            assert layer.weight.flatten(1).any(1).all()
+
+
+def test_neurons_without_inputs_or_readers_go_and_what_they_added_is_in_the_bias():
+    network = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2, bias=False))
+    network[0].weight.data[0] = 0  # constant: sigmoid of its bias
+    network[2].weight.data[:, 1] = 0  # not read
+    small = shrink(network, torch.zeros(1, 3))
+    assert torch.equal(small[0].weight, network[0].weight[2:])
+    torch.testing.assert_close(small[2].bias, network[2].weight[:, 0] * network[0].bias[0].sigmoid())
+    assert_equal(network, small, (3,))
+
+
+def test_one_dead_channel_makes_others_dead():
+    network = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    network[4].weight.data[:, 0] = 0  # so neuron 0 of the second layer is not read,
+    network[2].weight.data[1, 1] = 0  # and it was the only reader of neuron 1 of the first
+    small = shrink(network, torch.zeros(1, 3))
+    assert [tuple(small[i].weight.shape) for i in (0, 2, 4)] == [(1, 3), (1, 1), (2, 1)]
+    assert_equal(network, small, (3,))
+
+
+def test_a_layer_keeps_one_channel_if_all_are_dead():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network[0].weight.data.zero_()
+    small = shrink(network, torch.zeros(1, 3))
+    assert (small[0].out_features, small[2].in_features, small[2].out_features) == (1, 1, 2)
+    assert_equal(network, small, (3,))
+
+
+def test_a_constant_that_a_zero_padded_convolution_reads_stays():
+    def network(**options):
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 2, 3, **options), nn.Flatten())
+        made[0].weight.data[0] = 0
+        return made
+
+    for options, left in (
+        ({"padding": 1}, 3),
+        ({"padding": "same"}, 3),
+        ({"padding": 1, "padding_mode": "reflect"}, 2),
+        ({"padding": "valid"}, 2),
+        ({}, 2),
+    ):
+        made = network(**options)
+        small = shrink(made, torch.zeros(2, 1, 8, 8))
+        assert small[0].out_channels == left
+        assert_equal(made, small, (1, 8, 8))
+
+
+def test_a_relu_that_happens_to_be_off_is_not_dead():
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network[0].bias.data[0] = -1000.0  # off on all inputs that are tried
+    assert shrink(network, torch.zeros(1, 3))[0].out_features == 4
+
+
+def test_the_state_loads_into_a_network_of_the_printed_sizes():
+    small = shrink(prune(lenet5(), 0.01), torch.zeros(1, 1, 28, 28))
+    a, b, c, d = small[0], small[3], small[7], small[9]
+    again = lenet5()
+    again[0], again[3] = nn.Conv2d(1, a.out_channels, 5), nn.Conv2d(b.in_channels, b.out_channels, 5)
+    again[7], again[9] = nn.Linear(c.in_features, c.out_features), nn.Linear(d.in_features, 10)
+    assert str(again) == str(small)
+    again.load_state_dict(small.state_dict())
+    assert_equal(small, again, (1, 28, 28), rows=10)
+
+
+def test_the_model_is_left_as_it_was():
+    network = prune(resnet(), 0.05)
+    network[1].eval()
+    network[0].weight.requires_grad_(False)
+    before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
+    small = shrink(network, torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [m.training for m in network.modules()] == modes == [m.training for m in small.modules()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+    for net in (network, small):
+        assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["0.weight"]
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_inputs_may_be_a_tuple_or_keyword_arguments():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Embedding(5, 8), nn.Linear(8, 2)
+            self.a.weight.data[:4] = 0
+
+        def forward(self, x, index):
+            return {"out": (self.c(torch.relu(self.a(x))) * self.b(index).sum(-1, keepdim=True), None)}
+
+    network = Two()
+    x, index = torch.randn(4, 3), torch.tensor([0, 4, 2, 2])
+    for example in ((x, index), {"index": index, "x": x}):
+        small = shrink(network, example)
+        assert small.a.out_features == 4
+        torch.testing.assert_close(small(x, index)["out"][0], network(x, index)["out"][0])
+
+
+class Lit(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.save_hyperparameters()
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch):
+        x, y = batch
+        return nn.functional.mse_loss(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_pruned():
+    seen = {}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            pruner = callback._pruner
+            if pruner.step == pruner.phases.start + 1:
+                with pytest.raises(AutoPruneError) as error:
+                    shrink(pl_module.net, torch.zeros(1, 4))
+                seen["error"] = str(error.value)
+                shrink(copy.deepcopy(pl_module.net), torch.zeros(1, 4))
+            if pruner.frozen and "small" not in seen:
+                seen["small"] = shrink(pl_module, torch.zeros(1, 4))
+
+    callback = AutoPruneCallback(target_sparsity=0.9)
+    x = torch.randn(64, 4)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :1]), 16)
+    model = Lit()
+    Trainer(
+        max_epochs=5,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback, Watch()],
+    ).fit(model, loader)
+    assert seen["error"] == (
+        "Sequential is still being pruned: shrink it when fitting has ended, or once the masks are frozen, or shrink a"
+        " copy of it as it is now (`copy.deepcopy`)."
+    )
+    small = shrink(model, torch.zeros(1, 4))
+    assert isinstance(small, Lit)
+    assert small.net[0].out_features == seen["small"].net[0].out_features < 32
+    assert_equal(model, small, (4,))
+
+
+def test_layers_whose_dead_channels_must_stay_are_named():
+    make, shape = DIFFICULT["shuffled"]
+    network = make()
+    network.b.weight.data[:, :2] = 0  # the graph takes them for readers of the first two neurons of a, not the last
+    with pytest.warns(UserWarning, match="The dead channels of 'a' stay: without them the outputs change"):
+        shrink(network, torch.randn(2, *shape))
+
+
+def test_an_example_that_does_not_run_names_the_layer_and_the_shape():
+    with pytest.raises(AutoPruneError) as error:
+        shrink(lenet5(), torch.zeros(1, 3, 28, 28))
+    message = str(error.value)
+    assert message.startswith(
+        "Sequential could not be run on an example of shapes [(1, 3, 28, 28)]: layer '0' raised RuntimeError: "
+    )
+    assert message.endswith("Give an `example_input` on which the model runs as it is.")
