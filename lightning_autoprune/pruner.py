@@ -35,8 +35,8 @@ class Settings:
     initial_m: InitialM = "magnitude"
     initial_scale: float = 0.1
     mask_every_n_steps: int = 1
-    warmup: float = 0.1
-    finetune: float = 0.45
+    warmup: float = 0.25
+    finetune: float = 0.35
     layer_floor: float = 0.001
 
     def __post_init__(self) -> None:

@@ -1,0 +1,98 @@
+"""What a model costs: floating-point operations and parameters by layer, dense and with the zeros left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_autoprune.inputs import outputs
+
+__all__ = ["LayerCost", "ModelCost", "model_cost"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs.
+
+    Attributes:
+        flops: floating-point operations of all its matrix products and convolutions; a multiplication and an addition
+            are two.
+        effective_flops: those with weights that are not 0.
+        parameters: number of its parameters.
+        kept: number of those that are not 0.
+    """
+
+    flops: int
+    effective_flops: int
+    parameters: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class ModelCost(LayerCost):
+    """What a model costs, in all and by layer.
+
+    Attributes:
+        layers: the cost of each layer that has parameters of its own, by name. Operations between layers are in the
+            sum alone.
+    """
+
+    layers: dict[str, LayerCost]
+
+
+def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
+    """Counts the operations of one forward, by torch's own counter, and how many of them are with zeros.
+
+    Of linear layers and convolutions the effective operations are the share of their weights that is not 0. Everything
+    else (attention, products in the code of a ``forward``) counts as dense. Of a model from :func:`shrink`, ``flops``
+    is what runs; of a masked one, ``effective_flops`` is what would, if zeros cost nothing.
+
+    Args:
+        model: a module; run once, in evaluation mode, and left as it was.
+        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments. Give
+            one row to have the cost of one row.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> _ = model[0].weight.data[1:].zero_()
+        >>> cost = model_cost(model, torch.zeros(1, 4))
+        >>> cost.flops, cost.effective_flops, cost.layers["0"].effective_flops
+        (36, 20, 8)
+    """
+    counter = FlopCounterMode(display=False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # fused attention is not counted
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), counter:
+            outputs(model, example_input)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    layers = {}
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            whole = isinstance(module, nn.MultiheadAttention) or not list(module.children())
+            flops = counts.get(name, 0) if whole else 0
+            kept = sum(int(p.count_nonzero()) for p in own)
+            layers[name] = LayerCost(flops, round(flops * _density(module)), sum(p.numel() for p in own), kept)
+    parameters, total = list(model.parameters()), counter.get_total_flops()
+    return ModelCost(
+        flops=total,
+        effective_flops=total - sum(layer.flops - layer.effective_flops for layer in layers.values()),
+        parameters=sum(p.numel() for p in parameters),
+        kept=sum(int(p.count_nonzero()) for p in parameters),
+        layers=layers,
+    )
+
+
+def _density(module: nn.Module) -> float:
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        return float(module.weight.count_nonzero()) / max(module.weight.numel(), 1)
+    return 1.0

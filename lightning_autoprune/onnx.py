@@ -1,0 +1,107 @@
+"""``export_onnx``: the shrunk model as an ONNX file, checked in onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.inputs import as_arguments, outputs, probes, tensors_in
+from lightning_autoprune.shrink import shrink
+
+__all__ = ["export_onnx"]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    shrunk: bool = True,
+    tolerance: float = 1e-4,
+) -> None:
+    """Writes a model as an ONNX file for any number of rows, without its dead channels.
+
+    The file is made by torch's own exporter, and run in onnxruntime on the example and on inputs like it, one row and
+    several: its outputs are those of the model.
+
+    Args:
+        model: a module or LightningModule; it is left as it was.
+        path: of the file.
+        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments, with
+            a first dimension of rows.
+        shrunk: whether :func:`shrink` comes first; zeros are stored like other values either way.
+        tolerance: largest difference between the outputs of both, relative to the largest output.
+
+    Raises:
+        AutoPruneError: if onnx, onnxscript or onnxruntime is not installed, the model can't be shrunk or exported, or
+            its outputs in onnxruntime are others.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     export_onnx(model, f"{directory}/pruned.onnx", torch.zeros(1, 4))
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise AutoPruneError(f"Export to ONNX needs {error.name}: pip install 'lightning-autoprune[onnx]'.") from error
+    name = type(model).__name__
+    example = torch.utils._pytree.tree_map(_two_rows, example_input)  # one row would be taken for a constant
+    small = shrink(model, example) if shrunk else copy.deepcopy(model)
+    args, kwargs = as_arguments(example)
+    rows = torch.utils._pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs)
+    )
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    try:
+        log.setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                small.eval(),
+                args,
+                path,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=rows[1] if kwargs else rows[0],
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        raise AutoPruneError(f"{name} can't be exported to ONNX: {error}") from error
+    finally:
+        log.setLevel(level)
+    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    for inputs in [example_input, *probes(example)]:
+        with torch.no_grad():
+            aims = outputs(model, inputs)
+        given = [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
+        names = [entry.name for entry in session.get_inputs()]
+        found = session.run(None, dict(zip(names, given, strict=True)))
+        _check(name, [torch.from_numpy(output) for output in found], aims, tolerance)
+
+
+def _two_rows(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+
+
+def _check(name: str, found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float) -> None:
+    for output, aim in zip(found, aims, strict=True):
+        largest = float(aim.double().abs().nan_to_num().max()) if aim.numel() else 0.0
+        change = float((output.double() - aim.double().cpu()).abs().nan_to_num().max()) if aim.numel() else 0.0
+        if output.shape != aim.shape or change > tolerance * max(largest, 1e-6):
+            raise AutoPruneError(
+                f"{name} gives other outputs in onnxruntime: they differ by {change:.2g} of {largest:.2g}. Raise"
+                " `tolerance` if that is small enough."
+            )

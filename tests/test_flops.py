@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import DIFFICULT, EXACT, prune
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_autoprune import shrink
+from lightning_autoprune.demo.networks import lenet5
+from lightning_autoprune.flops import model_cost
+
+ALL = {**EXACT, **DIFFICULT}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dense_operations_are_those_of_torchs_counter(name):
+    make, shape = ALL[name]
+    network, inputs = make(), torch.zeros(2, *shape)
+    cost = model_cost(network, inputs)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
+        network(inputs)
+    assert cost.flops == counter.get_total_flops() > 0
+    assert cost.parameters == sum(p.numel() for p in network.parameters())
+
+
+def test_effective_operations_are_those_of_the_weights_that_are_left():
+    network = prune(lenet5(), 0.1)
+    cost = model_cost(network, torch.zeros(1, 1, 28, 28))
+    positions = {"0": 24 * 24, "3": 8 * 8, "7": 1, "9": 1}
+    for name, layer in cost.layers.items():
+        weight = network.get_submodule(name).weight
+        assert layer.flops == 2 * positions[name] * weight.numel()
+        assert layer.effective_flops == 2 * positions[name] * int(weight.count_nonzero())
+        assert layer.kept == int(weight.count_nonzero()) + len(network.get_submodule(name).bias)
+    assert cost.flops == sum(layer.flops for layer in cost.layers.values())
+    assert cost.effective_flops == sum(layer.effective_flops for layer in cost.layers.values())
+
+
+def test_a_shrunk_network_runs_fewer_operations_and_never_fewer_than_its_zeros_allow():
+    network, inputs = prune(lenet5(), 0.01), torch.zeros(1, 1, 28, 28)
+    masked, small = model_cost(network, inputs), model_cost(shrink(network, inputs), inputs)
+    assert small.effective_flops <= masked.effective_flops < small.flops < masked.flops
+
+
+def test_attention_counts_as_dense_and_what_is_between_layers_is_in_the_sum():
+    network = prune(EXACT["encoder"][0](), 0.1).eval()
+    inputs = torch.zeros(2, 5, 6)
+    with torch.no_grad():
+        cost = model_cost(network, inputs)
+    attention = cost.layers["layers.layers.0.self_attn"]
+    assert attention.effective_flops == attention.flops > 2 * 10 * (48 * 16 + 16 * 16)
+    assert cost.effective_flops < cost.flops
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_model_its_mode_and_the_random_numbers_are_left_alone():
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    state = torch.get_rng_state()
+    model_cost(network, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
+    assert network.training
+    assert network[1].training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
