@@ -23,14 +23,14 @@ class BadLoss:
 
 
 def test_one_bad_held_out_loss_is_warned_about_and_training_goes_on():
-    callback = AutoPruneCallback(target_sparsity=0.8, loss_fn=BadLoss(lambda call: call == 3))
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.1, loss_fn=BadLoss(lambda call: call == 3))
     with pytest.warns(UserWarning, match="At training step 5 the held-out loss is nan, not finite: no auxiliary step"):
         fit(callback)
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
 
 
 def test_ten_bad_held_out_losses_in_a_row_stop_training():
-    callback = AutoPruneCallback(loss_fn=BadLoss(lambda call: call > 2))
+    callback = AutoPruneCallback(warmup=0.1, loss_fn=BadLoss(lambda call: call > 2))
     with pytest.raises(AutoPruneError, match="step 14 the held-out loss is nan, not finite, for the 10th time"):
         fit(callback)
 

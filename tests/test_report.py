@@ -47,7 +47,7 @@ class Truth(Callback):
 
 def test_every_layers_curve_is_logged_at_the_trainers_interval_and_is_true():
     truth = Truth()
-    fit([AutoPruneCallback(target_sparsity=0.8), truth], logger=csv_logger(Path("logs")))
+    fit([AutoPruneCallback(target_sparsity=0.8, finetune=0.45), truth], logger=csv_logger(Path("logs")))
     logged = rows("logs")
     frozen = 32 - round(0.45 * 32)
     assert [row["step"] for row in logged] == sorted({*range(1, 32, 2), frozen - 1})
@@ -93,7 +93,7 @@ def test_a_real_offline_wandb_run_has_every_curve(tmp_path):
     import wandb
 
     logger = WandbLogger(project="test", save_dir=str(tmp_path))
-    callback = AutoPruneCallback(target_sparsity=0.8)
+    callback = AutoPruneCallback(target_sparsity=0.8, finetune=0.45)
     fit(callback, logger=logger)
     wandb.finish()
     history = [row for row in read_history(tmp_path) if "autoprune/sparsity" in row]
