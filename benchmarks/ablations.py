@@ -38,7 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "M stepped every 4th step": {"mask_every_n_steps": 4},
     "M stepped every 16th step": {"mask_every_n_steps": 16},
     "cubic path": {"power": 3},
-    "path with the power 16": {"power": 16},
+    "path with the power 8": {"power": 8},
     "dense start of 10%": {"warmup": 0.1},
     "dense start of 40%": {"warmup": 0.4},
     "frozen for 20% of the run": {"finetune": 0.2},

@@ -3,7 +3,7 @@
     python benchmarks/cost.py
 
 Each round times the same steps of every mode, one after the other, under a Lightning Trainer; the ratios are medians
-over the rounds. ``frozen``: masks are final. ``pruning``: the default, half of each batch held out. ``train``: M
+over the rounds. ``frozen``: masks are final. ``pruning``: the default, a quarter of each batch held out. ``train``: M
 follows the training gradients. Memory (Linux only) is the peak of a process of its own, less what it held before the
 model was made.
 """

@@ -41,24 +41,27 @@ class GradientScale:
         return math.sqrt(self.mean_square / (1 - self.decay**self.updates))
 
 
-def target_path(progress: float, start: float, target: float, share: float = 0.9, power: int = 8) -> float:
+def target_path(progress: float, start: float, target: float, share: float = 0.9, power: float | None = None) -> float:
     """Density that pruning should have reached: from ``start`` to ``target`` with a power of the time left, then flat.
 
-    Steep at first, where weights are many and easy to spare, and long near the target, where each swap of one weight
-    for another matters. Zhu and Gupta ("To prune, or not to prune", 2017) have the power 3; pruned weights can come
-    back here, and with 8 the error was lower by a tenth to a fifth at 200× (benchmarks/ablations.py).
+    Zhu and Gupta ("To prune, or not to prune", 2017) have the power 3 for all targets. Here the density is twice the
+    target when 45% of the way is over: a low density is long near its target, where each swap of one weight for another
+    matters, and a moderate one is not hurried, which a network that still learns much would pay for
+    (benchmarks/ablations.py compares them).
 
     Args:
         progress: how much of the pruning phase is over, 0 to 1 (values outside are clamped).
         start: density when pruning begins, in (0, 1].
         target: density to reach, in (0, 1].
         share: part of the phase after which the target is reached, in (0, 1].
-        power: of the time left, >= 1.
+        power: of the time left, >= 1. None: as said above, at least 1.
 
     Example:
-        >>> target_path(0.0, 1.0, 0.1), round(target_path(0.45, 1.0, 0.1), 4), target_path(0.95, 1.0, 0.1)
-        (1.0, 0.1035, 0.1)
+        >>> target_path(0.0, 1.0, 0.1), round(target_path(0.45 * 0.9, 1.0, 0.1), 4), target_path(0.95, 1.0, 0.1)
+        (1.0, 0.2, 0.1)
     """
+    if power is None:
+        power = max(math.log(max(start / target - 1, 1.0)) / math.log(1 / 0.55), 1.0)
     left = 1 - min(max(progress / share, 0.0), 1.0)
     return float(target + (start - target) * left**power)
 

@@ -35,6 +35,19 @@ def test_the_path_falls_from_start_to_target_and_stays(a, b):
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(path))
 
 
+@given(st.floats(1e-4, 0.35))
+def test_the_density_is_twice_the_target_when_45_percent_of_the_way_is_over(target):
+    assert target_path(0.45 * 0.9, 1, target) == pytest.approx(2 * target)
+
+
+def test_the_path_to_a_high_density_is_straight():
+    assert [target_path(i / 4, 1, 0.6, share=1) for i in range(5)] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_with_a_power_of_3_the_path_is_that_of_zhu_and_gupta():
+    assert target_path(0.25, 1, 0.1, share=1, power=3) == pytest.approx(0.1 + 0.9 * 0.75**3)
+
+
 def test_progress_outside_the_phase_is_clamped():
     assert target_path(-1, 1, 0.1) == 1
     assert target_path(2, 1, 0.1) == 0.1

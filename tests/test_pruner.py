@@ -63,7 +63,7 @@ def test_the_controller_is_close_to_the_target_before_the_last_correction_along_
     pruner = started(model, 2000, target_sparsity=0.9, warmup=0, finetune=0)
     curve = list(train(pruner, model, x, y, 1999))
     assert curve[-1] == pytest.approx(0.9, abs=0.01)
-    assert max(abs(b - a) for a, b in pairwise(curve)) < 0.03
+    assert max(abs(b - a) for a, b in pairwise(curve)) < 0.04
     path = [1 - target_path((i + 1) / 2000, 1, 0.1) for i in range(1999)]
     distance = [abs(a - b) for a, b in zip(curve, path, strict=True)]
     assert max(distance) < 0.3  # the first steps prune at once what is smallest

@@ -20,7 +20,7 @@ class Variant(AutoPrune):
     """``AutoPruneCallback`` with one or more of these.
 
     Args:
-        power: of the path to the target.
+        power: of the path to the target, in place of the package's choice.
         regrowth: share of the pruning phase, at its end, with no pressure, after 0.8 of the density asked for.
         distillation: weight of the divergence KL(teacher ‖ network) in the loss once the masks are frozen; the teacher
             is the network as it was at the end of the dense phase, so no further training is spent.
@@ -32,7 +32,7 @@ class Variant(AutoPrune):
         self,
         compression: float | None,
         seed: int = 0,
-        power: int | None = None,
+        power: float | None = None,
         regrowth: float = 0.0,
         distillation: float = 0.0,
         batchnorm: bool = False,
