@@ -31,7 +31,7 @@ from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
 
-__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM"]
+__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM", "latent", "write"]
 
 InitialM = Literal["magnitude", "constant"]
 INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
@@ -110,7 +110,7 @@ class AuxiliaryParameters:
         for name, t in zip(self.weights, T, strict=True):
             _check_values(name, t, initial)
         self.dormant = [torch.zeros_like(t) for t in T]
-        self.M = [_initial(t, initial, scale) for t in T]
+        self.M = self._initial_M(initial, scale)
         self.squares = RunningSquares(self.M) if rule == "adaptive" else None
         self._bits = [torch.full_like(as_bits(t), -1) for t in T]
         self.kept = list(self.totals)
@@ -120,7 +120,7 @@ class AuxiliaryParameters:
     def W(self) -> list[Tensor]:  # noqa: N802
         """Latent weights, new tensors: kept ones as they are now, pruned ones as they went. Empty once frozen."""
         parts = zip(self._effective(), self._bits, self.dormant, strict=False)
-        return [_latent(T, bits, dormant) for T, bits, dormant in parts]
+        return [latent(T, bits, dormant) for T, bits, dormant in parts]
 
     # Sizes
 
@@ -173,12 +173,12 @@ class AuxiliaryParameters:
         Returns:
             Whether a step was taken: it is not where a gradient is not finite.
         """
-        G = sensitivity(dL_dT, self.W, self.rule)
-        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / self.total
+        G = self._sensitivity(dL_dT)
+        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / sum(m.numel() for m in self.M)
         if not math.isfinite(mean_square):
             return False
         torch._foreach_div_(G, self.scale.update(mean_square) or 1.0)
-        torch._foreach_add_(G, mu)
+        self._press(G, mu)
         if self.squares:
             self.squares.normalise(G)
         for g, m in zip(G, self.M, strict=True):
@@ -195,13 +195,16 @@ class AuxiliaryParameters:
         """
         parts = zip(self._effective(), self.dormant, self.M, self._bits, strict=True)
         for i, (T, dormant, M, bits) in enumerate(parts):
-            W = _latent(T, bits, dormant)
+            W = latent(T, bits, dormant)
             self.kept[i] = decide(M, bits)
             if self.kept[i] < self.floors[i]:
                 keep_best([M], [self.floors[i]], self.floors[i], prune=False)
                 self.kept[i] = decide(M, bits)
-            t = torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
-            torch.bitwise_xor(as_bits(W), t, out=as_bits(dormant))  # what T does not have of W
+            write(T, dormant, bits, W)
+
+    def meet(self, density: float) -> None:
+        """Moves M so that the density is met exactly, up to one weight."""
+        self.keep(round(density * self.total))
 
     def keep(self, count: int) -> None:
         """Moves M so that exactly ``count`` weights are kept: those of largest m, each layer's floor first.
@@ -258,18 +261,35 @@ class AuxiliaryParameters:
         if state["frozen"]:
             self.freeze()
         else:
-            self.M = [m.to(t.device, copy=True) for m, t in zip(state["M"], T, strict=True)]
+            self.M = [saved.to(m.device, copy=True) for saved, m in zip(state["M"], self.M, strict=True)]
             if self.squares:
                 self.squares.load_state_dict(state["squares"])
             for d, mask, values in zip(self.dormant, masks, state["dormant"], strict=True):
                 d.zero_()[~mask] = values.to(d.device, d.dtype)
         self.after_weight_step()
 
+    # What differs where M is not one entry a weight
+
+    def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
+        return [_initial(T, initial, scale) for T in self._effective()]
+
+    def _sensitivity(self, dL_dT: Sequence[Tensor]) -> list[Tensor]:
+        return sensitivity(dL_dT, self.W, self.rule)
+
+    def _press(self, G: list[Tensor], mu: float) -> None:
+        torch._foreach_add_(G, mu)
+
     def _effective(self) -> list[Tensor]:
         return [weight.detach() for weight in self.weights.values()]
 
 
-def _latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
+def write(T: Tensor, dormant: Tensor, bits: Tensor, W: Tensor) -> None:
+    """Writes T = W ⊙ h(M), and what it does not have of W into the dormant values."""
+    t = torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
+    torch.bitwise_xor(as_bits(W), t, out=as_bits(dormant))
+
+
+def latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
     """W as a new tensor: T where kept (whoever wrote it), the dormant value where pruned."""
     return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
 

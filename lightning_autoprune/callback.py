@@ -23,8 +23,11 @@ from lightning_autoprune.compatibility import (
 )
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
+from lightning_autoprune.flops import ModelCost
 from lightning_autoprune.layers import being_pruned, prunable_weights
-from lightning_autoprune.pruner import Pruner, Settings
+from lightning_autoprune.neurons import Cost
+from lightning_autoprune.plan import check_example, plan
+from lightning_autoprune.pruner import Granularity, Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
 from lightning_autoprune.shield import held_out_gradients
@@ -46,6 +49,12 @@ class AutoPruneCallback(Callback):
     Args:
         target_sparsity: fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen.
             None: the pressure alone decides.
+        target_flops: with neurons, the fraction of the model's operations to keep, in (0, 1], in place of
+            ``target_sparsity``; met by the model that ``shrink`` gives.
+        granularity: ``"weight"``: one m a weight. ``"neuron"``: one m a channel, that is, a neuron or filter; channels
+            that must go together share it. The module needs an ``example_input_array``.
+        cost: with neurons, what the pressure weighs each by, the ``"parameters"`` or ``"flops"`` that go with it. None:
+            that of the target.
         pressure: μ, how strongly M is pushed towards pruning, > 0, in units of the typical gradient of the loss. It
             stays as it is without a target; with one it is where a controller starts.
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
@@ -103,6 +112,9 @@ class AutoPruneCallback(Callback):
         self,
         target_sparsity: float | None = None,
         *,
+        target_flops: float | None = None,
+        granularity: Granularity = "weight",
+        cost: Cost | None = None,
         pressure: float = 0.05,
         auxiliary_lr: float = 30.0,
         estimator: Estimator = "linear",
@@ -126,6 +138,9 @@ class AutoPruneCallback(Callback):
     ) -> None:
         self.settings = Settings(
             target_sparsity=target_sparsity,
+            target_flops=target_flops,
+            granularity=granularity,
+            cost=cost,
             pressure=pressure,
             auxiliary_lr=auxiliary_lr,
             estimator=estimator,
@@ -155,6 +170,7 @@ class AutoPruneCallback(Callback):
         self._bad_losses = 0
         self._last_auxiliary_step = -1
         self._optimizers: list[Optimizer] = []  # those that train prunable weights
+        self._cost: ModelCost | None = None  # of the dense model
         self._train_gradients: list[Tensor] = []  # of the weight step under way, where M follows them too
 
     @property
@@ -188,6 +204,7 @@ class AutoPruneCallback(Callback):
         if not self.enabled:
             return
         weights, _ = self._trained_weights(trainer, pl_module)
+        check_example(pl_module, self.settings.granularity)
         every = prunable_weights(pl_module, self.include, self.exclude, trained_only=False)
         dense = [name for name in every if name not in weights]
         if dense:
@@ -221,7 +238,8 @@ class AutoPruneCallback(Callback):
         if self._source is not None:
             self._source.start(trainer, lambda: self._upcoming(trainer))
         weights, self._optimizers = self._trained_weights(trainer, pl_module)
-        self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer))
+        weights, neurons, self._cost = plan(pl_module, weights, self.settings)
+        self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
             self._report.load_state_dict(self._loaded["report"], weights.values())
@@ -287,7 +305,8 @@ class AutoPruneCallback(Callback):
         if frozen_now:
             being_pruned.difference_update(pl_module.modules())
             self._finish_pruning()
-        metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu)
+        flops = self._cost.flops_left(self._pruner.layer_sparsity()) if self._cost else None
+        metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu, flops)
         if frozen_now or self._log_is_due(trainer):
             self._report.log(trainer, metrics, self._pruner.layer_sparsity(), self._pruner.masks())
 

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.inputs import as_arguments, tensors_in
 
-__all__ = ["Channel", "find_channels", "is_depthwise"]
+__all__ = ["Channel", "find_channels", "is_depthwise", "weight_dim"]
 
 Parts = dict[str, list[int]]
 
@@ -83,6 +83,11 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
 def is_depthwise(module: nn.Module) -> bool:
     """Whether each channel of a convolution is made of the same channel of its input alone."""
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+
+
+def weight_dim(module: nn.Module, dim: int) -> int:
+    """The dimension of a layer's weight that has its rows (0) or columns (1)."""
+    return 1 - dim if isinstance(module, _ConvTransposeNd) and not is_depthwise(module) else dim
 
 
 def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
@@ -170,7 +175,7 @@ def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[A
                 reasons.append("a parameter of no layer is part of it")
             continue
         if layer:
-            part, size = (channel.read, _size(module, 1)) if reads else (channel.made, _size(module, 0))
+            part, size = channel.read if reads else channel.made, module.weight.shape[weight_dim(module, int(reads))]
             if getattr(module, "groups", 1) != 1:
                 reasons.append(f"{name!r} is a grouped convolution")
             if id(module.weight) in shared or not isinstance(module.weight, nn.Parameter):
@@ -189,13 +194,6 @@ def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[A
         channel.follows[key] |= {nodes[after] for after in node.outputs if after in nodes}
     channel.fixed = reasons[0] if reasons else ""
     return channel
-
-
-def _size(module: nn.Module, dim: int) -> int:
-    """Rows (0) or columns (1) of a linear layer or convolution."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[1 - dim if isinstance(module, _ConvTransposeNd) else dim]
 
 
 def _merge(channel: Channel, other: Channel) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_autoprune.channels import Channel, is_depthwise
+from lightning_autoprune.channels import Channel, is_depthwise, weight_dim
 from lightning_autoprune.inputs import outputs
 
 __all__ = ["remove", "silence"]
@@ -34,7 +34,7 @@ class _Used:
             weight = module.weight
             if not isinstance(weight, Tensor) or isinstance(module, nn.PReLU):
                 return True
-            slices = (weight != 0).movedim(_dim(module, dim), 0)
+            slices = (weight != 0).movedim(weight_dim(module, dim), 0)
             self._found[name, dim] = slices.reshape(len(slices), -1).any(1).tolist()
         return self._found[name, dim][i]
 
@@ -91,12 +91,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any]) -> lis
 def _clear(module: nn.Module, indices: list[int], dim: int) -> None:
     """Zeroes rows (0) or columns (1) of a layer."""
     assert isinstance(module.weight, Tensor)
-    module.weight.index_fill_(_dim(module, dim), _index(indices, module.weight), 0)
-
-
-def _dim(module: nn.Module, dim: int) -> int:
-    """The dimension of the weight that has a layer's rows (0) or columns (1)."""
-    return 1 - dim if isinstance(module, _ConvTransposeNd) and not is_depthwise(module) else dim
+    module.weight.index_fill_(weight_dim(module, dim), _index(indices, module.weight), 0)
 
 
 def _index(indices: list[int], like: Tensor) -> Tensor:
@@ -187,7 +182,7 @@ def _count(model: nn.Module, name: str, dim: int) -> int:
     if isinstance(module, _BatchNorm):
         return module.num_features
     assert isinstance(module.weight, Tensor)
-    return module.weight.shape[_dim(module, dim)]
+    return module.weight.shape[weight_dim(module, dim)]
 
 
 _PARTS = {0: ("weight", "bias", "running_mean", "running_var"), 1: ("weight",)}
@@ -200,7 +195,7 @@ def _cut(module: nn.Module, dim: int, stay: list[int]) -> None:
     for name in _PARTS[dim]:
         old = getattr(module, name, None)
         if isinstance(old, Tensor):
-            new = old.index_select(_dim(module, dim) if name == "weight" else 0, _index(stay, old))
+            new = old.index_select(weight_dim(module, dim) if name == "weight" else 0, _index(stay, old))
             parameter = isinstance(old, nn.Parameter)
             setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new)
     for size in (*_SIZES[0], *_SIZES[1], "groups") if depthwise else _SIZES[dim]:

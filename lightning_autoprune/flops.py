@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,15 @@ class ModelCost(LayerCost):
     """
 
     layers: dict[str, LayerCost]
+
+    def flops_left(self, sparsity: Mapping[str, float]) -> float:
+        """Fraction of the operations, in [0, 1], that is left if layers have so many zeros.
+
+        Args:
+            sparsity: fraction of zeros of each layer's weights, by name; layers that are not there have none.
+        """
+        gone = sum(self.layers[name].flops * zeros for name, zeros in sparsity.items() if name in self.layers)
+        return 1 - gone / self.flops if self.flops else 1.0
 
 
 def model_cost(model: nn.Module, example_input: Any) -> ModelCost:

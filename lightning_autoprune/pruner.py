@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -12,10 +12,14 @@ from lightning_autoprune.auxiliary import INITIAL_M, AuxiliaryParameters, Initia
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import ESTIMATORS, Estimator
 from lightning_autoprune.masks import check_count
+from lightning_autoprune.neurons import COSTS, Cost, NeuronParameters, Neurons
 from lightning_autoprune.pressure import PressureController, target_path
 from lightning_autoprune.rules import UPDATE_RULES, UpdateRule
 
-__all__ = ["Phases", "Pruner", "Settings"]
+__all__ = ["Granularity", "Phases", "Pruner", "Settings"]
+
+Granularity = Literal["weight", "neuron"]
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class Settings:
     """
 
     target_sparsity: float | None = None
+    target_flops: float | None = None
+    granularity: Granularity = "weight"
+    cost: Cost | None = None
     pressure: float = 0.05
     auxiliary_lr: float = 30.0
     estimator: Estimator = "linear"
@@ -43,6 +50,22 @@ class Settings:
         if self.target_sparsity is not None:
             hint = "It is the fraction of weights to prune."
             check_range("target_sparsity", self.target_sparsity, 0, 1, high_open=True, hint=hint)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        if self.target_flops is not None:
+            hint = "It is the fraction of the dense model's operations to keep."
+            check_range("target_flops", self.target_flops, 0, 1, low_open=True, hint=hint)
+            if self.target_sparsity is not None:
+                raise AutoPruneError("`target_flops` and `target_sparsity` are both given: one target can be met.")
+        if self.cost is not None:
+            check_choice("cost", self.cost, COSTS)
+        for name, value in (("target_flops", self.target_flops), ("cost", self.cost)):
+            if value is not None and self.granularity == "weight":
+                raise AutoPruneError(
+                    f"`{name}` is {value!r}, and single weights are pruned, which makes no layer smaller: use"
+                    ' `granularity="neuron"`.'
+                )
+        if self.target_flops is not None and self.cost == "parameters":
+            raise AutoPruneError('`target_flops` is given, so `cost` must be "flops" or None.')
         check_range("pressure", self.pressure, 0, low_open=True)
         check_range("auxiliary_lr", self.auxiliary_lr, 0, low_open=True)
         check_choice("estimator", self.estimator, ESTIMATORS)
@@ -59,6 +82,16 @@ class Settings:
                 f"`warmup` {self.warmup:g} and `finetune` {self.finetune:g} leave no time to prune: together they must"
                 " be below 1. To switch pruning off, use `enabled=False`."
             )
+
+    @property
+    def counts_flops(self) -> bool:
+        """Whether what a neuron costs is counted in operations."""
+        return self.cost == "flops" or self.target_flops is not None
+
+    @property
+    def target_density(self) -> float | None:
+        """Fraction of the weights, or of the operations, to keep; None without a target."""
+        return self.target_flops if self.target_sparsity is None else 1 - self.target_sparsity
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,7 @@ class Pruner:
         settings: how.
         total_steps: length of the run in training steps.
         step: number of steps that are over.
+        neurons: the channels to prune in place of single weights, made and read by those parameters.
 
     Attributes:
         step: number of training steps that are over.
@@ -124,16 +158,25 @@ class Pruner:
         0.75
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], settings: Settings, total_steps: int, step: int = 0) -> None:
-        self.weights, self.settings, self.step = dict(weights), settings, step
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        settings: Settings,
+        total_steps: int,
+        step: int = 0,
+        neurons: Neurons | None = None,
+    ) -> None:
+        self.weights, self.settings, self.step, self.neurons = dict(weights), settings, step, neurons
         self.phases = Phases.of(total_steps, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
-        self._target: int | None = None
-        totals = [weight.numel() for weight in self.weights.values()]
-        if settings.target_sparsity is not None:
-            self._target = round((1 - settings.target_sparsity) * sum(totals))
-            check_count(self._target, totals, settings.layer_floor)
+        self._target = settings.target_density
+        if self._target is not None:
+            if neurons is None:
+                totals = [weight.numel() for weight in self.weights.values()]
+                check_count(round(self._target * sum(totals)), totals, settings.layer_floor)
+            else:
+                neurons.check_density(self._target, settings.layer_floor)
 
     def start(self) -> None:
         """Enters the phase that the run is in."""
@@ -189,8 +232,8 @@ class Pruner:
         if self.due:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
-            if self.settings.target_sparsity is not None:
-                path = target_path(self.phases.progress(self.step + 1), 1.0, 1 - self.settings.target_sparsity)
+            if self._target is not None:
+                path = target_path(self.phases.progress(self.step + 1), 1.0, self._target)
                 self._controller.update(self.auxiliary.density, path)
         self.step += 1
         return self._enter_phase()
@@ -201,21 +244,23 @@ class Pruner:
         if self.auxiliary is None or self.auxiliary.frozen or self.step < self.phases.end:
             return False
         if self._target is not None:
-            self.auxiliary.keep(self._target)
+            self.auxiliary.meet(self._target)
         self.auxiliary.freeze()
         return True
 
     def _attached(self) -> AuxiliaryParameters:
         s = self.settings
-        return AuxiliaryParameters(
-            self.weights,
-            initial=s.initial_m,
-            scale=s.initial_scale,
-            rule=s.update_rule,
-            estimator=s.estimator,
-            leaky_slope=s.leaky_slope,
-            layer_floor=s.layer_floor,
-        )
+        options: dict[str, Any] = {
+            "initial": s.initial_m,
+            "scale": s.initial_scale,
+            "rule": s.update_rule,
+            "estimator": s.estimator,
+            "leaky_slope": s.leaky_slope,
+            "layer_floor": s.layer_floor,
+        }
+        if self.neurons is None:
+            return AuxiliaryParameters(self.weights, **options)
+        return NeuronParameters(self.weights, self.neurons, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights."""

@@ -20,7 +20,8 @@ class Report:
 
     Metrics (``monitor=`` of ModelCheckpoint and EarlyStopping takes them): ``autoprune/sparsity`` and
     ``autoprune/density`` in [0, 1], ``autoprune/compression`` (all weights per weight kept), ``autoprune/pressure``
-    (μ) and, from the first held-out batch on, ``autoprune/held_out_loss`` (mean since the last log).
+    (μ), ``autoprune/flops`` (operations with the weights that are left, / all, in [0, 1]) of a module with an
+    ``example_input_array``, and from the first held-out batch on ``autoprune/held_out_loss`` (mean since the last log).
 
     The loggers also get ``autoprune/sparsity/<layer>``, and ``autoprune/pruned`` and ``autoprune/revived``: how many
     weights are pruned now that were not at the last log, and the other way round.
@@ -35,7 +36,7 @@ class Report:
         self._loss_sum += loss
         self._losses += 1
 
-    def publish(self, trainer: Trainer, density: float, mu: float) -> dict[str, float]:
+    def publish(self, trainer: Trainer, density: float, mu: float, flops: float | None = None) -> dict[str, float]:
         """Makes the metrics of this moment available to callbacks and the progress bar, and returns them."""
         metrics = {
             "autoprune/sparsity": 1 - density,
@@ -43,6 +44,8 @@ class Report:
             "autoprune/compression": 1 / density,
             "autoprune/pressure": mu,
         }
+        if flops is not None:
+            metrics["autoprune/flops"] = flops
         if self._losses:
             metrics["autoprune/held_out_loss"] = self._loss_sum / self._losses
         _set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ def data(rows: int = ROWS, seed: int = 0) -> TensorDataset:
 
 def loader(rows: int = ROWS, batch: int = BATCH, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
     return DataLoader(data(rows, seed), batch_size=batch, shuffle=shuffle)
+
+
+class Resumable:
+    """A loader that can go on in the middle of an epoch: Lightning asks for these two methods."""
+
+    def __init__(self) -> None:
+        self.batches = list(loader())
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for i in range(self.position, len(self.batches)):
+            self.position = (i + 1) % len(self.batches)
+            yield self.batches[i]
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
 
 
 class Net(LightningModule):
@@ -102,11 +125,16 @@ def fit(
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:
     """All rows that a CSVLogger wrote, without the columns of this package."""
-    import csv
-
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith("autoprune")} for row in csv.DictReader(file)]
     return [row for row in rows if set(row) - {"step", "epoch"}]
+
+
+def rows(folder: Path | str) -> list[dict[str, float]]:
+    """The rows of this package that a CSVLogger wrote."""
+    with (Path(folder) / "metrics.csv").open() as file:
+        found = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row for row in found if "autoprune/sparsity" in row]
 
 
 def csv_logger(folder: Path) -> CSVLogger:

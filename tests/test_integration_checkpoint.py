@@ -8,33 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import BATCH, Net, csv_logger, data, fit, flat, loader, same
+from helpers import BATCH, Net, Resumable, csv_logger, data, fit, flat, loader, same
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
-
-
-class Resumable:
-    """A loader that can go on in the middle of an epoch: Lightning asks for these two methods."""
-
-    def __init__(self) -> None:
-        self.batches = list(loader())
-        self.position = 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self):
-        for i in range(self.position, len(self.batches)):
-            self.position = (i + 1) % len(self.batches)
-            yield self.batches[i]
-
-    def state_dict(self):
-        return {"position": self.position}
-
-    def load_state_dict(self, state):
-        self.position = state["position"]
 
 
 def saving(folder: str = "checkpoints", **options) -> ModelCheckpoint:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import csv_logger, fit, loader
+from helpers import csv_logger, fit, loader, rows
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from wandb_file import read_history
@@ -25,12 +24,6 @@ SCALARS = {
 }
 COUNTS = {"autoprune/pruned", "autoprune/revived"}
 LAYERS = {"autoprune/sparsity/first", "autoprune/sparsity/last"}
-
-
-def rows(folder: str) -> list[dict[str, float]]:
-    with (Path(folder) / "metrics.csv").open() as file:
-        found = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [row for row in found if "autoprune/sparsity" in row]
 
 
 class Truth(Callback):

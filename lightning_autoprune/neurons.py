@@ -1,0 +1,281 @@
+r"""Neuron pruning: one auxiliary parameter m for each channel, that is, each neuron or filter. Torch only.
+
+With a the activations of a channel, all that read it compute with a · h(m). That is the same as T = W ⊙ h(M) with one m
+for all the weights that read the channel, and it is done so, in place. The derivative of the loss is
+
+    dL/dm = Σ dL/dT · w · h'(m),   over the weights that read the channel,
+
+under the paper's rule Σ dL/dT · sgn(w). (For a neuron without normalisation it is the sum over the weights, and the
+bias, that make it. Were those masked instead, a ReLU would be at 0 and pass no gradient, and no neuron ever came back.)
+When the masks are frozen, the rows that make pruned channels are zeroed too, which changes nothing.
+
+Channels differ in size. Under ``"adaptive"`` each g is divided by its own running root mean square, and size has no
+part in it; under the others the sum is divided by the root of the number of weights in it.
+
+Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron pruning and does not state its rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, latent, write
+from lightning_autoprune.channels import find_channels, weight_dim
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.masks import floors
+
+__all__ = ["COSTS", "Cost", "NeuronParameters", "Neurons"]
+
+Cost = Literal["parameters", "flops"]
+COSTS: tuple[Cost, ...] = get_args(Cost)
+
+
+@dataclass
+class Neurons:
+    """The channels of a model that may be pruned, seen from its weights.
+
+    Attributes:
+        count: number of channels.
+        groups: numbers of the channels that the same layers make together.
+        rows: for each weight, by layer name, the channel that each of its rows makes; ``count`` where it makes none.
+        columns: the channel that each of its columns reads; ``count`` where it reads none.
+        dims: the dimensions of each weight that have rows and columns.
+        sizes: number of weights of each layer.
+        costs: what each layer costs with all its channels: the same, until it is set to something else.
+    """
+
+    count: int
+    groups: list[Tensor]
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor]
+    dims: dict[str, tuple[int, int]]
+    sizes: dict[str, float]
+    costs: dict[str, float]
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: Mapping[str, Tensor], example_input: Any) -> Neurons:
+        """Finds the channels of a model that are made and read by the given weights alone.
+
+        Args:
+            model: a module.
+            weights: weights by layer name; those of layers that are neither linear nor convolutions are left out.
+            example_input: what its ``forward`` takes.
+
+        Raises:
+            AutoPruneError: if there are none (says why), or the model does not run on the example.
+        """
+        modules = dict(model.named_modules())
+        weights = {name: weight for name, weight in weights.items() if name in modules}
+        channels = find_channels(model, example_input)
+        free = [c for c in channels if not c.fixed and c.read and {*c.made, *c.read} <= weights.keys()]
+        if not free:
+            reasons = list(dict.fromkeys(c.fixed or "its layers are not chosen, or nothing reads it" for c in channels))
+            raise AutoPruneError(
+                f'`granularity="neuron"` finds no channel to prune in {type(model).__name__}: {"; ".join(reasons)}. Use'
+                ' `granularity="weight"`.'
+            )
+        dims = {name: (weight_dim(modules[name], 0), weight_dim(modules[name], 1)) for name in weights}
+        rows = {n: torch.full((w.shape[dims[n][0]],), len(free)) for n, w in weights.items()}
+        columns = {n: torch.full((w.shape[dims[n][1]],), len(free)) for n, w in weights.items()}
+        together: dict[frozenset[str], list[int]] = {}
+        for number, channel in enumerate(free):
+            for maps, parts in ((rows, channel.made), (rows, channel.passed), (columns, channel.read)):
+                for name in parts.keys() & weights.keys():  # of what a channel passes, depthwise convolutions
+                    maps[name][parts[name]] = number
+            together.setdefault(frozenset(channel.made), []).append(number)
+        device = next(iter(weights.values())).device
+        sizes = {name: float(weight.numel()) for name, weight in weights.items()}
+        return cls(
+            count=len(free),
+            groups=[torch.tensor(numbers, device=device) for numbers in together.values()],
+            rows={name: numbers.to(device) for name, numbers in rows.items()},
+            columns={name: numbers.to(device) for name, numbers in columns.items()},
+            dims=dims,
+            sizes=sizes,
+            costs=dict(sizes),
+        )
+
+    def shares(self, alive: Tensor) -> dict[str, tuple[float, float]]:
+        """Fractions of the rows and of the columns of each layer that are left; ``alive`` is bool, one a channel."""
+        h = torch.cat([alive, alive.new_ones(1)]).float()
+        parts = torch.stack([h[maps[name]].mean() for name in self.rows for maps in (self.rows, self.columns)]).tolist()
+        return dict(zip(self.rows, zip(parts[::2], parts[1::2], strict=True), strict=True))
+
+    def density(self, alive: Tensor) -> float:
+        """What is left of the cost if the channels that are not alive are cut out, as a fraction."""
+        return self.left(alive, self.costs)
+
+    def left(self, alive: Tensor, costs: Mapping[str, float]) -> float:
+        """The same for other costs of the layers."""
+        kept = sum(costs[name] * rows * columns for name, (rows, columns) in self.shares(alive).items())
+        return kept / sum(costs.values())
+
+    def check_density(self, density: float, layer_floor: float) -> None:
+        """Raises unless the density can be met with what the layers keep whatever happens.
+
+        Raises:
+            AutoPruneError: naming the numbers, and what to change.
+        """
+        least = torch.zeros(self.count, dtype=torch.bool, device=self.groups[0].device)
+        for group, floor in zip(self.groups, floors([len(group) for group in self.groups], layer_floor), strict=True):
+            least[group[:floor]] = True
+        if self.density(least) > density:
+            raise AutoPruneError(
+                f"Keeping {density:.4g} of the model is not possible by pruning neurons: with"
+                f" `layer_floor={layer_floor:g}` {int(least.sum())} of {self.count} must stay, which with what is no"
+                f" neuron's is"
+                f" {self.density(least):.4g}. Ask for less, or lower `layer_floor`."
+            )
+
+    def marginal(self, alive: Tensor) -> Tensor:
+        """What each channel costs beside those that are alive, / the mean of that; shape (count,)."""
+        cost = torch.zeros(self.count + 1, device=alive.device)
+        for name, (rows, columns) in self.shares(alive).items():
+            for numbers, other in ((self.rows[name], columns), (self.columns[name], rows)):
+                cost.index_add_(0, numbers, torch.full(numbers.shape, self.costs[name] * other / len(numbers)).to(cost))
+        return cost[:-1] / cost[:-1].mean().clamp_min(1e-30)
+
+
+class NeuronParameters(AuxiliaryParameters):
+    """Auxiliary parameters M with one entry a channel; otherwise as :class:`AuxiliaryParameters`.
+
+    Args:
+        weights: parameters by layer name, of all layers that make or read the channels.
+        neurons: the channels.
+        options: as of :class:`AuxiliaryParameters`; the initial m is ``scale`` times the norm of the weights that read
+            a channel / the root mean square of that over the channels of the same layers; ``layer_floor`` is a share of
+            those channels.
+
+    Attributes:
+        M: one tensor, of shape (number of channels,).
+        alive: whether each channel is kept, bool, of the same shape.
+
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], neurons: Neurons, **options: Any) -> None:
+        self.neurons = neurons
+        device = next(iter(weights.values())).device
+        self.alive = torch.ones(neurons.count, dtype=torch.bool, device=device)
+        self._floors = floors([len(group) for group in neurons.groups], options.get("layer_floor", 0.001))
+        sizes = torch.zeros(neurons.count + 1, device=device)
+        for name, weight in weights.items():
+            numbers = neurons.columns[name]
+            sizes.index_add_(0, numbers, torch.full(numbers.shape, weight.numel() / len(numbers)).to(sizes))
+        self._root_sizes = sizes[:-1].sqrt()
+        super().__init__(weights, **options)
+
+    @property
+    def density(self) -> float:
+        """Fraction of the cost that is left if pruned channels are cut out, in (0, 1]; what a target is for."""
+        return self.neurons.density(self.alive)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that are cut out with the pruned channels, in [0, 1)."""
+        return 1 - self.neurons.left(self.alive, self.neurons.sizes)
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Fraction of each layer's weights that are cut out with the pruned channels, in [0, 1), by layer name."""
+        return {name: 1 - rows * columns for name, (rows, columns) in self.neurons.shares(self.alive).items()}
+
+    def update_masks(self) -> None:
+        """Decides anew which channels are kept, and writes T = W ⊙ h(M) into the weights that read them."""
+        m = self.M[0]
+        for group, floor in zip(self.neurons.groups, self._floors, strict=True):
+            if int((m[group] > 0).sum()) < floor:
+                best = group[m[group].topk(floor).indices]
+                m[best] = m[best].clamp_min(1e-8)
+        self.alive = m > 0
+        self._write(rows=False)
+
+    def _write(self, rows: bool) -> None:
+        h = torch.cat([self.alive, self.alive.new_ones(1)])
+        for i, (name, T) in enumerate(zip(self.weights, self._effective(), strict=True)):
+            W, bits = latent(T, self._bits[i], self.dormant[i]), self._bits[i]
+            mask = _along(h[self.neurons.columns[name]], T, self.neurons.dims[name][1])
+            if rows:
+                mask = mask & _along(h[self.neurons.rows[name]], T, self.neurons.dims[name][0])
+            bits.copy_(mask.expand_as(bits)).neg_()
+            self.kept[i] = int(torch.count_nonzero(bits))
+            write(T, self.dormant[i], bits, W)
+
+    def meet(self, density: float) -> None:
+        """Prunes or brings back channels in the order of m, until the density is the largest that is not above."""
+        m = self.M[0]
+        score = m.clone()
+        for group, floor in zip(self.neurons.groups, self._floors, strict=True):
+            score[group[m[group].topk(floor).indices]] = torch.inf
+        order = score.argsort(descending=True)
+        low, high = sum(self._floors), self.neurons.count
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.neurons.density(_first(order, middle)) <= density
+            low, high = (middle, high) if fits else (low, middle - 1)
+        self.M[0] = torch.where(_first(order, low), m.clamp_min(1e-8), m.clamp_max(0))
+        self.update_masks()
+
+    def freeze(self) -> None:
+        """Makes the masks final and zeroes the rows that make pruned channels."""
+        if not self.frozen and self.M:
+            self._write(rows=True)
+        super().freeze()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs beside the weights T."""
+        return {**super().state_dict(), "alive": self.alive.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment."""
+        if "alive" not in state:
+            raise AutoPruneError(
+                'The checkpoint\'s run pruned weights, and this callback has `granularity="neuron"`: resume with the'
+                " same granularity, or start from the checkpoint's weights alone."
+            )
+        if len(state["alive"]) != self.neurons.count:
+            raise AutoPruneError(
+                f"The checkpoint's run pruned {len(state['alive'])} channels, and this one has {self.neurons.count}:"
+                " resume with the same model, `include` and `exclude`."
+            )
+        self.alive = state["alive"].to(self.alive.device)
+        super().load_state_dict(state)
+
+    # One entry a channel
+
+    def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
+        if initial == "constant":
+            return [torch.full_like(self._root_sizes, scale)]
+        norms = self._sum_over_channels([T.float().square() for T in self._effective()]).sqrt()
+        for group in self.neurons.groups:
+            norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
+        return [scale * norms]
+
+    def _sensitivity(self, dL_dT: Sequence[Tensor]) -> list[Tensor]:
+        g = self._sum_over_channels(super()._sensitivity(dL_dT))
+        return [g if self.rule == "adaptive" else g / self._root_sizes]
+
+    def _press(self, G: list[Tensor], mu: float) -> None:
+        G[0].add_(self.neurons.marginal(self.alive), alpha=mu)
+
+    def _sum_over_channels(self, values: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros(self.neurons.count + 1, device=self.alive.device, dtype=values[0].dtype)
+        for name, value in zip(self.weights, values, strict=True):
+            dim = self.neurons.dims[name][1]
+            total.index_add_(0, self.neurons.columns[name], value.movedim(dim, 0).flatten(1).sum(1))
+        return total[:-1]
+
+
+def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Values along one dimension of a tensor, to be broadcast along the others."""
+    return values.view([-1 if d == dim else 1 for d in range(like.dim())])
+
+
+def _first(order: Tensor, count: int) -> Tensor:
+    """Bool, True at the first numbers of an order."""
+    chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    chosen[order[:count]] = True
+    return chosen

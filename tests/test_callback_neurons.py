@@ -1,0 +1,122 @@
+"""``AutoPruneCallback`` with ``granularity="neuron"`` and with an ``example_input_array``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import FEATURES, Net, Resumable, csv_logger, fit, rows
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError, model_cost, prunable_weights, shrink
+
+
+class Example(Net):
+    def __init__(self, **options):
+        super().__init__(hidden=32, **options)
+        self.example_input_array = torch.zeros(2, FEATURES)
+
+
+def neurons(**options):
+    return AutoPruneCallback(granularity="neuron", **options)
+
+
+@pytest.mark.parametrize("target", [{"target_sparsity": 0.75}, {"target_flops": 0.25}])
+def test_a_target_is_met_by_the_model_that_shrink_gives(target):
+    callback = neurons(**target)
+    model = Example()
+    fit(callback, model=model, epochs=6)
+    small = shrink(model, model.example_input_array)
+    dense, left = (model_cost(m, torch.zeros(1, FEATURES)) for m in (model, small))
+    assert 0.2 < left.flops / dense.flops <= 0.25
+    assert callback.sparsity == pytest.approx(1 - small.first.out_features / 32)
+    x = torch.randn(100, FEATURES)
+    with torch.no_grad():
+        torch.testing.assert_close(small.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+def test_flops_are_logged_for_weights_and_for_neurons(tmp_path):
+    for name, callback in (("w", AutoPruneCallback(target_sparsity=0.75)), ("n", neurons(target_flops=0.25))):
+        fit(callback, model=Example(), logger=csv_logger(tmp_path / name))
+        curve = [row["autoprune/flops"] for row in rows(tmp_path / name) if "autoprune/flops" in row]
+        assert curve[0] == 1
+        assert curve[-1] == pytest.approx(1 - callback.sparsity)  # each weight does its work once a row
+
+
+def test_without_an_example_no_flops_are_logged_and_neurons_are_refused(tmp_path):
+    fit(AutoPruneCallback(target_sparsity=0.75), logger=csv_logger(tmp_path))
+    assert not any("autoprune/flops" in row for row in rows(tmp_path))
+    with pytest.raises(AutoPruneError) as error:
+        fit(neurons(target_flops=0.5))
+    assert str(error.value) == (
+        '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it, to a batch of inputs of'
+        " its `forward`."
+    )
+
+
+def test_an_example_that_does_not_run_is_a_warning_for_weights_and_an_error_for_neurons():
+    class Wrong(Net):
+        example_input_array = torch.zeros(2, 3)
+
+    with pytest.warns(
+        UserWarning, match="`example_input_array` does not run, so `autoprune/flops` is not logged: mat1"
+    ):
+        fit(AutoPruneCallback(), model=Wrong())
+    with pytest.raises(
+        AutoPruneError, match=r"Wrong could not be run on an example of shapes \[\(2, 3\)\]: layer 'first'"
+    ):
+        fit(neurons(target_flops=0.5), model=Wrong())
+
+
+@pytest.mark.parametrize("granularity", ["weight", "neuron"])
+def test_looking_at_the_example_leaves_the_run_as_it_is(granularity):
+    def weights(callbacks):
+        torch.manual_seed(0)
+        model = Example(noisy=True)
+        fit(callbacks, model=model, epochs=2)
+        return model.state_dict()
+
+    # no m gets below 0 in so few steps: what is left is what the callback does besides
+    quiet = AutoPruneCallback(granularity=granularity, held_out="train", auxiliary_lr=1e-9, warmup=0.0, finetune=0.0)
+    plain, watched = weights([]), weights([quiet])
+    assert quiet.sparsity == 0
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("at", [5, 12, 28])  # dense, pruning, frozen
+def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(at, tmp_path):
+    def run(steps, **options):
+        torch.manual_seed(0)
+        model, callback = Example(), neurons(target_flops=0.3, auxiliary_lr=100.0)
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fit([callback, keep], model=model, train=Resumable(), epochs=4, enable_checkpointing=True, **options)
+        return copy.deepcopy(model.state_dict()), callback
+
+    whole, one = run(32)
+    resumed, two = run(32, ckpt_path=tmp_path / f"step={at}.ckpt")
+    assert one.sparsity == two.sparsity > 0.5
+    assert torch.equal(one._pruner.auxiliary.alive, two._pruner.auxiliary.alive)
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
+    def fit_with(callback, **options):
+        keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=12)
+        fit([callback, keep], model=Example(), epochs=4, enable_checkpointing=True, **options)
+
+    fit_with(AutoPruneCallback(target_sparsity=0.5))
+    with pytest.raises(
+        AutoPruneError, match="The checkpoint's run pruned weights, and this callback has `granularity="
+    ):
+        fit_with(neurons(target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_pruned_neurons_are_not_read_in_any_checkpoint():
+    callback, model = neurons(target_flops=0.3), Example()
+    fit(callback, model=model)
+    dead = ~callback._pruner.auxiliary.alive
+    assert dead.any()
+    weights = prunable_weights(model)
+    assert not weights["last"][:, dead].any()
+    assert not weights["first"][dead].any()
