@@ -50,8 +50,8 @@ def test_without_an_example_no_flops_are_logged_and_neurons_are_refused(tmp_path
     with pytest.raises(AutoPruneError) as error:
         fit(neurons(target_flops=0.5))
     assert str(error.value) == (
-        '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it, to a batch of inputs of'
-        " its `forward`."
+        '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it, to a batch of inputs'
+        " of its `forward`."
     )
 
 

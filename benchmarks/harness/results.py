@@ -8,7 +8,7 @@ import fcntl
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -57,12 +57,17 @@ def missing(path: Path, runs: Iterable[Run]) -> list[Run]:
 
 
 def append(path: Path, run: Run, outcome: Outcome) -> None:
-    """Adds a row, with the date, the versions and the command."""
+    """Adds the row of a run."""
+    write_row(path, run, asdict(outcome))
+
+
+def write_row(path: Path, run: Run, figures: Mapping[str, object]) -> None:
+    """Adds a row of any figures, with the date, the versions and the command."""
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"lightning-autoprune": lightning_autoprune, "torch": torch, "lightning": lightning}
     row = {
         **run.key(),
-        **asdict(outcome),
+        **figures,
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items()),
         "command": Path(sys.argv[0]).name,

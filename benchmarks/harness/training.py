@@ -52,6 +52,10 @@ class Learner(LightningModule):
         self.network, self.lr, self.rows = network, lr, [0]
         object.__setattr__(self, "method", method)
 
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The logits."""
+        return self.network(inputs)
+
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Loss of a batch (inputs, labels)."""
         inputs, labels = batch
@@ -105,16 +109,32 @@ def evaluate(network: nn.Module, rows: tuple[Tensor, Tensor]) -> tuple[float, fl
     return 100 * wrong / count, loss / count
 
 
-def train(
+@dataclass
+class Trained:
+    """A network after training, with plain weights.
+
+    Attributes:
+        test: rows to test on.
+        passes, seconds: as of :class:`Outcome`.
+    """
+
+    network: nn.Module
+    test: tuple[Tensor, Tensor]
+    passes: float
+    seconds: float
+
+
+def trained(
     task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
-) -> Outcome:
-    """Trains and tests one network; ``validate``: tests on a sixth of the training rows in place of the test rows."""
+) -> Trained:
+    """Trains one network; ``validate``: with a sixth of the training rows in place of the test rows."""
     data, epochs = task.data(directory, seed), epochs or task.epochs
     if validate:
         data = data.without_test()
     seed_everything(seed, verbose=False)
     network = task.network().to(memory_format=torch.channels_last)
     learner = Learner(method.prepare(network, data.train[0][: task.batch]), method, task.lr)
+    learner.example_input_array = data.train[0][:1]
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -127,18 +147,26 @@ def train(
     began = time.perf_counter()
     trainer.fit(learner, batches(data.train, task.batch, seed))
     seconds = time.perf_counter() - began
-    network = method.finish(learner.network)
-    error, loss = evaluate(network, data.test)
-    weights = prunable_weights(network)
+    passes = learner.rows[0] / (len(data.train[0]) * epochs)
+    return Trained(method.finish(learner.network), data.test, round(passes, 2), round(seconds, 1))
+
+
+def train(
+    task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
+) -> Outcome:
+    """Trains and tests one network; ``validate``: tests on a sixth of the training rows in place of the test rows."""
+    run = trained(task, method, seed, directory, epochs, validate)
+    error, loss = evaluate(run.network, run.test)
+    weights = prunable_weights(run.network)
     total, kept = sum(w.numel() for w in weights.values()), sum(int(w.count_nonzero()) for w in weights.values())
-    rest = sum(p.numel() for p in network.parameters()) - total
+    rest = sum(p.numel() for p in run.network.parameters()) - total
     return Outcome(
         error=round(error, 3),
         loss=round(loss, 5),
         sparsity=round(1 - kept / total, 6),
         compression=round(total / kept, 1),
         compression_all=round((total + rest) / (kept + rest), 1),
-        passes=round(learner.rows[0] / (len(data.train[0]) * epochs), 2),
+        passes=run.passes,
         layers=" ".join(f"{n}:{100 * float(w.count_nonzero()) / w.numel():.2f}%" for n, w in weights.items()),
-        seconds=round(seconds, 1),
+        seconds=run.seconds,
     )
