@@ -84,6 +84,8 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a
             shield that leaves the run untouched. Needed for manual optimisation.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
+            type ``model`` with the alias ``pruned``; sparsity, operations and the monitored metric are its metadata.
         seed: decides which rows are held out.
         enabled: whether to do anything at all; False gives the same training as no callback, bit for bit.
 
@@ -133,6 +135,7 @@ class AutoPruneCallback(Callback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        log_artifact: bool = False,
         seed: int = 0,
         enabled: bool = True,
     ) -> None:
@@ -157,6 +160,7 @@ class AutoPruneCallback(Callback):
             check_range("log_every_n_steps", log_every_n_steps, 1, whole=True)
         self.include, self.exclude = include, exclude
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
+        self.log_artifact = log_artifact
         self.enabled = enabled and warmup < 1
         self._source: Source | None = make_source(held_out, redraw_held_out, seed)
         self.train_gradients = train_gradients
@@ -368,6 +372,17 @@ class AutoPruneCallback(Callback):
                 f" frozen: sparsity is {self._pruner.sparsity:.2%}. Resume to go on."
             )
         self._release(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
+        if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
+            from lightning_autoprune._wandb import log_artifact
+
+            layers = self._pruner.layer_sparsity()
+            metadata = {"sparsity": self._pruner.sparsity, "layer_sparsity": layers}
+            if self._cost:
+                metadata["flops"] = self._cost.flops_left(layers)
+            log_artifact(trainer, self._pruner.weights, metadata)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the run; what has been pruned stays pruned."""

@@ -29,19 +29,23 @@ def records(path: Path) -> list[Any]:
     return found
 
 
-def read_history(folder: Path, seconds: float = 30) -> list[dict[str, Any]]:
-    """The rows that the only run below a folder logged; waits until the file is whole."""
+def read_records(folder: Path, seconds: float = 30) -> list[Any]:
+    """All records of the only run below a folder; waits until the file is whole."""
     deadline = time.monotonic() + seconds
     while True:
         (path,) = folder.rglob("*.wandb")
         found = records(path)
         if any(record.WhichOneof("record_type") == "exit" for record in found):
-            break
+            return found
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path} has no exit record")
         time.sleep(0.1)
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """The rows that the only run below a folder logged."""
     rows = []
-    for record in found:
+    for record in read_records(folder):
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
