@@ -1,8 +1,10 @@
 """Sparse files: tensors without their zeros, in one safetensors file that is safe to open whoever made it.
 
 The file has two tensors of bytes: ``values``, the entries of all tensors that are not 0, and ``masks``, where they
-belong (see :mod:`lightning_autoprune.indices`). Its metadata has one entry, JSON: shape, dtype and code of each tensor
-(those without zeros have no mask), the package's version, the sparsity, the caller's own figures, and a checksum.
+belong (see :mod:`lightning_autoprune.indices`). The values are there byte by byte, first all lowest bytes of a tensor,
+last all highest, as a zlib stream: signs and exponents of weights are much alike. The metadata have one entry, JSON:
+shape, dtype and code of each tensor (those without zeros have no mask), the package's version, the caller's own
+figures, and a checksum.
 """
 
 from __future__ import annotations
@@ -94,7 +96,8 @@ def save_sparse(
         entries[name], stored, code = _entry(tensor.detach().cpu())
         values.append(stored)
         masks.append(code)
-    content = {"values": torch.cat(values), "masks": torch.cat(masks)}
+    stream = zlib.compress(torch.cat(values).numpy().data, 9)
+    content = {"values": torch.frombuffer(bytearray(stream), dtype=torch.uint8), "masks": torch.cat(masks)}
     layout = {
         "format": _FORMAT,
         "version": _version(),
@@ -224,7 +227,7 @@ class _Opened:
             if _checksum(layout, content) != self.layout["crc32"]:
                 raise ValueError("its checksum is not that of its content")
             return _restore(self.entries, content["values"], content["masks"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, zlib.error, KeyError, TypeError, ValueError) as error:
             raise self._damaged(str(error)) from error
 
 
@@ -246,8 +249,8 @@ def _entry(tensor: Tensor) -> tuple[_Entry, Tensor, Tensor]:
     kept = int(mask.sum())
     bits, code = encode(mask)
     if kept * raw.shape[1] + len(code) >= raw.numel():
-        return _Entry(shape, dtype, len(raw)), raw.flatten(), code[:0]
-    return _Entry(shape, dtype, kept, bits, len(code)), raw[mask].flatten(), code
+        return _Entry(shape, dtype, len(raw)), raw.T.flatten(), code[:0]
+    return _Entry(shape, dtype, kept, bits, len(code)), raw[mask].T.flatten(), code
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -255,23 +258,36 @@ def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous().flatten().view(torch.uint8).view(tensor.numel(), tensor.dtype.itemsize)
 
 
-def _restore(entries: Mapping[str, _Entry], values: Tensor, masks: Tensor) -> dict[str, Tensor]:
+def _inflate(stream: Tensor, size: int) -> Tensor:
+    """The bytes of a zlib stream that must be so many; no more are ever made."""
+    inflater = zlib.decompressobj()
+    values = inflater.decompress(stream.numpy().data, size + 1)
+    if len(values) != size or not inflater.eof or inflater.unused_data:
+        raise ValueError(f"it does not hold {size} bytes of values")
+    return torch.frombuffer(bytearray(values), dtype=torch.uint8) if values else torch.empty(0, dtype=torch.uint8)
+
+
+def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    for name, entry in entries.items():
+        n = math.prod(entry.shape)
+        if entry.kept > n or (entry.bits is None and entry.same_as is None and entry.kept != n):
+            raise ValueError(f"it does not hold {entry.kept} values of {name!r}")
+    values = _inflate(stream, sum(entry.kept * _DTYPES[entry.dtype].itemsize for entry in entries.values()))
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.same_as is not None:
             tensors[name] = tensors[entry.same_as]
             continue
         n, size = math.prod(entry.shape), _DTYPES[entry.dtype].itemsize
-        stored, values = values[: entry.kept * size], values[entry.kept * size :]
-        if len(stored) != entry.kept * size or entry.kept > n or (entry.bits is None and entry.kept != n):
-            raise ValueError(f"it does not hold {entry.kept} values of {name!r}")
+        stored = values[: entry.kept * size].view(size, entry.kept).T
+        values = values[entry.kept * size :]
         if entry.bits is None:
-            raw = stored.clone()
+            raw = stored.contiguous()
         else:
             kept = decode(masks[: entry.mask], n, entry.kept, entry.bits)
             masks = masks[entry.mask :]
             raw = torch.zeros(n, size, dtype=torch.uint8)
-            raw[kept] = stored.view(-1, size)
+            raw[kept] = stored
         tensors[name] = raw.flatten().view(_DTYPES[entry.dtype]).view(entry.shape)
     if len(values) or len(masks):
         raise ValueError("it holds more than its tensors")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import zlib
 
 import pytest
 import torch
@@ -191,7 +192,8 @@ def forged(path, change, **content):
         "tensors": {"a": {"shape": [3], "dtype": "float32", "kept": 3}},
         "metrics": {},
     }
-    content = {"values": torch.zeros(12, dtype=torch.uint8), "masks": torch.zeros(0, dtype=torch.uint8), **content}
+    values = torch.frombuffer(bytearray(zlib.compress(bytes(12))), dtype=torch.uint8)
+    content = {"values": values, "masks": torch.zeros(0, dtype=torch.uint8)} | content
     change(layout)
     layout["crc32"] = sparse_file._checksum(layout, content)
     save_file(content, path, {"lightning_autoprune": json.dumps(layout)})
@@ -212,12 +214,28 @@ def forged(path, change, **content):
         (lambda layout: layout["tensors"]["a"].update(same_as="b"), "is not a whole sparse file: 'b'"),
         (lambda layout: layout["tensors"].update(a=7), "its metadata make no sense"),
         (lambda layout: layout.update(tensors=[]), "its metadata make no sense"),
-        (lambda layout: layout["tensors"].clear(), "it holds more than its tensors"),
+        (lambda layout: layout["tensors"].clear(), "it does not hold 0 bytes of values"),
         (lambda layout: layout.pop("metrics"), "'metrics' is not in its metadata"),
     ],
 )
 def test_a_forged_layout_is_refused(change, message, path):
     forged(path, change)
+    with pytest.raises(AutoPruneError, match=message):
+        load_sparse(path)
+
+
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        (b"not zlib", "Error -3 while decompressing"),
+        (zlib.compress(bytes(11)), "it does not hold 12 bytes of values"),
+        (zlib.compress(bytes(10**8)), "it does not hold 12 bytes of values"),  # a bomb
+        (zlib.compress(bytes(12)) + b"more", "it does not hold 12 bytes of values"),
+        (zlib.compress(bytes(12))[:-1], "it does not hold 12 bytes of values"),
+    ],
+)
+def test_forged_values_are_refused(stream, message, path):
+    forged(path, lambda layout: None, values=torch.frombuffer(bytearray(stream), dtype=torch.uint8))
     with pytest.raises(AutoPruneError, match=message):
         load_sparse(path)
 

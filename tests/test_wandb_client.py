@@ -1,0 +1,86 @@
+"""The real W&B client, online, with a server on the loopback: what the server receives, and what its failure does."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Net
+from wandb_stub import WandbStub
+
+from lightning_autoprune import sparsity
+
+FIT = """
+import torch
+from helpers import fit
+from lightning.pytorch.loggers import WandbLogger
+from lightning_autoprune import AutoPruneCallback, sparsity
+
+torch.set_num_threads(1)
+callback = AutoPruneCallback(target_sparsity=0.75, log_artifact=True)
+model, _ = fit(callback, logger=WandbLogger(project="test", save_dir="."))
+print(sparsity(model))
+"""
+WARNING = "The pruned checkpoint was not logged to W&B"
+GIVE_UP_SOON = {
+    f"WANDB__{part}_RETRY_{name}": value
+    for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
+    for name, value in {"MAX": "1", "WAIT_MIN_SECONDS": "0.1", "WAIT_MAX_SECONDS": "0.1"}.items()
+}
+
+
+def fit_online(folder: Path, url: str) -> tuple[float, str]:
+    """Fits in a process of its own, as the client can't change its mode; returns the sparsity and the messages."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+        environment[name] = str(folder / name.lower())
+        (folder / name.lower()).mkdir()
+    environment |= {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": url,
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",  # it would go to a server of W&B's
+        "NO_PROXY": "127.0.0.1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        **GIVE_UP_SOON,
+    }
+    command = [sys.executable, "-c", FIT]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout), done.stderr
+
+
+def test_the_server_receives_the_pruned_checkpoint_and_its_figures(tmp_path):
+    with WandbStub() as stub:
+        reached, messages = fit_online(tmp_path, stub.url)
+    assert WARNING not in messages
+    [artifact] = [variables["input"] for variables in stub.asked("CreateArtifact")]
+    assert artifact["artifactTypeName"] == "model"
+    assert "pruned" in {alias["alias"] for alias in artifact["aliases"]}
+    assert json.loads(artifact["metadata"])["sparsity"] == pytest.approx(0.75, abs=0.01)
+    assert json.loads(stub.uploads["manifest.json"])["contents"].keys() == {"model.ckpt"}
+    assert len(stub.asked("CommitArtifact")) == 1
+    plain = Net()
+    plain.load_state_dict(torch.load(io.BytesIO(stub.uploads["model.ckpt"]), weights_only=True)["state_dict"])
+    assert sparsity(plain) == reached == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [{"failing": ("CreateArtifact",)}, {"failing": ("model.ckpt",)}, {"last": "CreateArtifact"}],
+    ids=["artifacts fail", "the upload fails", "the server is gone"],
+)
+def test_training_ends_well_when_the_server_does_not(tmp_path, trouble):
+    with WandbStub(**trouble) as stub:
+        reached, messages = fit_online(tmp_path, stub.url)
+    assert stub.asked("CreateArtifact")
+    assert not stub.asked("CommitArtifact")
+    assert WARNING in messages
+    assert reached == pytest.approx(0.75, abs=0.01)

@@ -1,0 +1,123 @@
+"""What the W&B client needs of a server, on the loopback: it answers, and keeps what it is sent."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+PROJECT = {"id": "p", "internalId": "p", "name": "test", "entity": {"id": "e", "name": "someone"}}
+
+
+class WandbStub:
+    """A context manager.
+
+    Args:
+        failing: GraphQL operations and names of uploaded files that get a server error.
+        last: the GraphQL operation after which the server is gone: connections are refused.
+    """
+
+    def __init__(self, failing: tuple[str, ...] = (), last: str | None = None) -> None:
+        self.failing, self.last = failing, last
+        self.operations: list[tuple[str, dict[str, Any]]] = []  # names and variables
+        self.uploads: dict[str, bytes] = {}  # by name
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (_Handler,), {"stub": self}))
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> WandbStub:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def asked(self, operation: str) -> list[dict[str, Any]]:
+        """The variables of an operation, for each time that it was asked for."""
+        return [variables for name, variables in self.operations if name == operation]
+
+    def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """The data of an operation; what the client can do without is left out."""
+        if operation == "UpsertBucket":
+            bucket = {"id": "b", "name": variables["name"], "displayName": "run", "project": PROJECT}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if operation == "CreateRunFiles":
+            files = [{"name": name, "uploadUrl": f"{self.url}/{name}"} for name in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if operation == "ArtifactType":  # of an earlier version
+            return {"project": {"artifact": None}}
+        if operation == "CreateArtifact":
+            return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": {}}}}
+        if operation == "CreateArtifactManifest":
+            file = {"id": "f", "uploadUrl": f"{self.url}/manifest.json", "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+        if operation == "CreateArtifactFiles":
+            names = [file["name"] for file in variables["input"]["artifactFiles"]]
+            nodes = [{"storagePath": n, "uploadUrl": f"{self.url}/{n}", "artifact": {"id": "a"}} for n in names]
+            return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
+        if operation == "CommitArtifact":
+            return {"commitArtifact": {"artifact": {"id": "a", "digest": "0"}}}
+        if operation == "ArtifactByID":
+            return {"artifact": self._committed()}
+        return {}
+
+    def _committed(self) -> dict[str, Any]:
+        sent = self.asked("CreateArtifact")[-1]["input"]
+        of_the_server = {"id": "a", "versionIndex": 0, "state": "COMMITTED", "size": 0, "fileCount": 1, "tags": []}
+        empty = dict.fromkeys(["description", "historyStep", "commitHash", "updatedAt"])
+        return {
+            **of_the_server,
+            **empty,
+            "artifactSequence": {"name": sent["artifactCollectionName"], "project": PROJECT},
+            "artifactType": {"name": sent["artifactTypeName"]},
+            "metadata": sent["metadata"],
+            "digest": sent["digest"],
+            "ttlDurationSeconds": -1,
+            "ttlIsInherited": False,
+            "createdAt": "2026-01-01T00:00:00",
+        }
+
+
+class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the server
+    stub: WandbStub
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path != "/graphql":  # metrics of the run, and of the client
+            self._reply(200, {})
+            return
+        request = json.loads(body)
+        operation = re.search(r"(query|mutation)\s+(\w+)", request["query"])[2]
+        variables = request.get("variables") or {}
+        self.stub.operations.append((operation, variables))
+        if operation in self.stub.failing:
+            self._reply(500)
+            return
+        if operation == self.stub.last:
+            self.stub.stop()
+        self._reply(200, {"data": self.stub.answer(operation, variables)})
+
+    def do_PUT(self) -> None:
+        name, body = self.path[1:], self._body()
+        if name in self.stub.failing:
+            self._reply(500)
+            return
+        self.stub.uploads[name] = body
+        self._reply(200)
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def _reply(self, status: int, content: Any = None) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(b"" if content is None else json.dumps(content).encode())
+
+    def log_message(self, *_: object) -> None:
+        """Prints nothing."""
