@@ -15,11 +15,11 @@ class WandbStub:
     """A context manager.
 
     Args:
-        failing: GraphQL operations and names of uploaded files that get a server error.
-        last: the GraphQL operation after which the server is gone: connections are refused.
+        failing: a GraphQL operation that gets a server error, each time.
+        last: a GraphQL operation after which the server is gone: connections are refused.
     """
 
-    def __init__(self, failing: tuple[str, ...] = (), last: str | None = None) -> None:
+    def __init__(self, failing: str | None = None, last: str | None = None) -> None:
         self.failing, self.last = failing, last
         self.operations: list[tuple[str, dict[str, Any]]] = []  # names and variables
         self.uploads: dict[str, bytes] = {}  # by name
@@ -44,6 +44,8 @@ class WandbStub:
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
         """The data of an operation; what the client can do without is left out."""
+        if operation == "Viewer":  # whose key it is
+            return {"viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}"}}
         if operation == "UpsertBucket":
             bucket = {"id": "b", "name": variables["name"], "displayName": "run", "project": PROJECT}
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
@@ -96,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         operation = re.search(r"(query|mutation)\s+(\w+)", request["query"])[2]
         variables = request.get("variables") or {}
         self.stub.operations.append((operation, variables))
-        if operation in self.stub.failing:
+        if operation == self.stub.failing:
             self._reply(500)
             return
         if operation == self.stub.last:
@@ -104,11 +106,7 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         self._reply(200, {"data": self.stub.answer(operation, variables)})
 
     def do_PUT(self) -> None:
-        name, body = self.path[1:], self._body()
-        if name in self.stub.failing:
-            self._reply(500)
-            return
-        self.stub.uploads[name] = body
+        self.stub.uploads[self.path[1:]] = self._body()
         self._reply(200)
 
     def _body(self) -> bytes:
