@@ -46,7 +46,7 @@ def log_artifact(trainer: Trainer, weights: Mapping[str, Tensor], metadata: Mapp
                 artifact.add_file(str(path), name="model.ckpt")
                 run.log_artifact(artifact, aliases=["pruned"])
                 if not run.offline:
-                    artifact.wait()  # the file may be a temporary one
+                    artifact.wait()  # else a failed upload goes unnoticed
     except Exception as error:
         rank_zero_warn(f"The pruned checkpoint was not logged to W&B: {type(error).__name__}: {error}")
 
