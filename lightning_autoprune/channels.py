@@ -8,6 +8,7 @@ one example input; what it can't follow is ``fixed`` here, and what it may follo
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import as_arguments, tensors_in
+from lightning_autoprune.inputs import as_arguments, outputs, probes, tensors_in
 
-__all__ = ["Channel", "find_channels", "is_depthwise", "weight_dim"]
+__all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
 Parts = dict[str, list[int]]
 
@@ -71,13 +72,59 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
     try:
         for p in trained:
             p.requires_grad_(p.is_floating_point())
-        graph, outputs = _trace(model, example_input)
-        return _collect(model, graph, outputs)
+        return _collect(model, *_trace(model, example_input))
     finally:
         for p, flag in trained.items():
             p.requires_grad_(flag)
         for module, mode in modes.items():
             module.training = mode
+
+
+@torch.no_grad()
+def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any) -> None:
+    """Marks as ``fixed`` channels that still change the outputs when the columns that should read them are 0.
+
+    The graph does not see every way of a channel: another order of channels, a softmax over them. Half of the channels
+    that layers make together are tried at a time, on a copy.
+
+    Args:
+        model: the module that they are of; it is left as it was.
+        channels: those that :func:`find_channels` gave.
+        example_input: what its ``forward`` takes.
+    """
+    trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    inputs = list(probes(example_input))[1]
+    together: dict[frozenset[str], list[Channel]] = defaultdict(list)
+    for channel in channels:
+        if not channel.fixed:
+            together[frozenset(channel.made)].append(channel)
+
+    def fill(parts: Parts, dim: int, scale: float) -> None:
+        """Overwrites rows (0) or columns (1) with normal numbers."""
+        for name, indices in parts.items():
+            weight = trial.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            index = torch.tensor(indices, device=weight.device)
+            along = weight_dim(trial.get_submodule(name), dim)
+            values = scale * torch.randn(weight.index_select(along, index).shape, generator=generator)
+            weight.index_copy_(along, index, values.to(weight))
+
+    for group in together.values():
+        before = {name: p.clone() for name, p in trial.named_parameters()}
+        for some in (group[::2], group[1::2]):
+            for channel in some:
+                fill(channel.read, 1, 0.0)
+            aims = outputs(trial, inputs)
+            for channel in some:
+                fill(channel.made, 0, 1.0)
+            same = zip(outputs(trial, inputs), aims, strict=True)
+            if not all(torch.allclose(output, aim, rtol=1e-4, atol=1e-6, equal_nan=True) for output, aim in same):
+                for channel in group:
+                    channel.fixed = (
+                        f"{', '.join(map(repr, channel.made))} reaches the outputs in a way that can't be told"
+                    )
+            for name, p in trial.named_parameters():
+                p.copy_(before[name])
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -98,12 +145,12 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
             "Finding channels needs the package torch-pruning: pip install 'lightning-autoprune[shrink]'."
         ) from error
     args, kwargs = as_arguments(example_input)
-    outputs: list[Tensor] = []
+    given: list[Tensor] = []
     running: list[str] = []  # layers whose forward has begun and not ended
 
     def forward(*_: Any) -> list[Tensor]:
-        outputs[:] = tensors_in(model(*args, **kwargs))
-        return outputs
+        given[:] = tensors_in(model(*args, **kwargs))
+        return given
 
     handles = [
         module.register_forward_pre_hook(lambda *_, n=name: running.append(n)) for name, module in _leaves(model)
@@ -124,16 +171,16 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    return graph, outputs
+    return graph, given
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if not list(module.children()))
 
 
-def _collect(model: nn.Module, graph: Any, outputs: list[Tensor]) -> list[Channel]:
+def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]:
     names = {module: name for name, module in model.named_modules()}
-    ends = {tensor.grad_fn for tensor in outputs}
+    ends = {tensor.grad_fn for tensor in given}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     shared = {p for p, count in uses.items() if count > 1}
     channels: list[Channel] = []

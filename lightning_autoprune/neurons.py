@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, latent, write
-from lightning_autoprune.channels import find_channels, weight_dim
+from lightning_autoprune.channels import find_channels, fix_entangled, weight_dim
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.masks import floors
 
@@ -72,6 +72,7 @@ class Neurons:
         modules = dict(model.named_modules())
         weights = {name: weight for name, weight in weights.items() if name in modules}
         channels = find_channels(model, example_input)
+        fix_entangled(model, channels, example_input)
         free = [c for c in channels if not c.fixed and c.read and {*c.made, *c.read} <= weights.keys()]
         if not free:
             reasons = list(dict.fromkeys(c.fixed or "its layers are not chosen, or nothing reads it" for c in channels))
@@ -128,8 +129,7 @@ class Neurons:
             raise AutoPruneError(
                 f"Keeping {density:.4g} of the model is not possible by pruning neurons: with"
                 f" `layer_floor={layer_floor:g}` {int(least.sum())} of {self.count} must stay, which with what is no"
-                f" neuron's is"
-                f" {self.density(least):.4g}. Ask for less, or lower `layer_floor`."
+                f" neuron's is {self.density(least):.4g}. Ask for less, or lower `layer_floor`."
             )
 
     def marginal(self, alive: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from architectures import DIFFICULT, EXACT, Twice, mobilenet, resnet
 from torch import nn
 
 from lightning_autoprune import AutoPruneError
-from lightning_autoprune.channels import find_channels, is_depthwise
+from lightning_autoprune.channels import find_channels, fix_entangled, is_depthwise
 from lightning_autoprune.demo.networks import lenet5
 
 
@@ -110,3 +110,18 @@ def test_a_layer_that_fails_is_named_with_the_shape_of_the_example():
         AutoPruneError, match=r"could not be run on an example of shapes \[\(1, 20\)\]: layer '0' raised"
     ):
         find_channels(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2)), torch.zeros(1, 20))
+
+
+def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
+    found = {}
+    for name in (*EXACT, "shuffled", "softmax", "gated", "twice", "attention", "upsampler"):
+        network, channels = channels_of(name)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        fixed = {id(channel) for channel in channels if channel.fixed}
+        fix_entangled(network, channels, torch.zeros(2, *{**EXACT, **DIFFICULT}[name][1]))
+        found[name] = {channel.fixed for channel in channels if channel.fixed and id(channel) not in fixed}
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert found["shuffled"] == {"'a' reaches the outputs in a way that can't be told"}
+    assert found["softmax"] == {"'0' reaches the outputs in a way that can't be told"}
+    assert found["attention"] == {"'qkv' reaches the outputs in a way that can't be told"}
+    assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
