@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -24,18 +23,16 @@ from lightning_autoprune.compatibility import (
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
 from lightning_autoprune.flops import ModelCost
+from lightning_autoprune.gradients import MaskGradients
 from lightning_autoprune.layers import being_pruned, prunable_weights
 from lightning_autoprune.neurons import Cost
 from lightning_autoprune.plan import check_example, plan
 from lightning_autoprune.pruner import Granularity, Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
-from lightning_autoprune.shield import held_out_gradients
 from lightning_autoprune.sources import Source, make_source
 
 __all__ = ["AutoPruneCallback"]
-
-_MAX_BAD_LOSSES = 10
 
 
 class AutoPruneCallback(Callback):
@@ -171,11 +168,8 @@ class AutoPruneCallback(Callback):
     def _forget(self) -> None:
         self._pruner: Pruner | None = None
         self._report = Report()
-        self._bad_losses = 0
-        self._last_auxiliary_step = -1
-        self._optimizers: list[Optimizer] = []  # those that train prunable weights
+        self._gradients: MaskGradients | None = None
         self._cost: ModelCost | None = None  # of the dense model
-        self._train_gradients: list[Tensor] = []  # of the weight step under way, where M follows them too
 
     @property
     def sparsity(self) -> float:
@@ -225,15 +219,6 @@ class AutoPruneCallback(Callback):
             needed = "train_gradients=True"
         return trained_weights(trainer, weights, needed)
 
-    @property
-    def _follows_training(self) -> bool:
-        """Whether M follows the gradients of the weight steps."""
-        if self._source is None:
-            return True
-        if self.train_gradients is not None:
-            return self.train_gradients
-        return self._source.joins and len(self._optimizers) == 1
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
         if not self.enabled:
@@ -241,14 +226,16 @@ class AutoPruneCallback(Callback):
         self._forget()
         if self._source is not None:
             self._source.start(trainer, lambda: self._upcoming(trainer))
-        weights, self._optimizers = self._trained_weights(trainer, pl_module)
+        weights, optimizers = self._trained_weights(trainer, pl_module)
         weights, neurons, self._cost = plan(pl_module, weights, self.settings)
         self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
+        self._gradients = MaskGradients(
+            self._pruner, self._source, optimizers, self._report, self.train_gradients, self.loss_fn, self.seed
+        )
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
             self._report.load_state_dict(self._loaded["report"], weights.values())
-            self._bad_losses = self._loaded["bad_losses"]
-            self._last_auxiliary_step = self._loaded["last_auxiliary_step"]
+            self._gradients.load_state_dict(self._loaded["gradients"])
             if not self._pruner.frozen:
                 self._resume_source(self._loaded)
             self._loaded = None
@@ -257,7 +244,7 @@ class AutoPruneCallback(Callback):
             being_pruned.update(pl_module.modules())
         elif self._source is not None:
             self._source.finetune()
-        self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in self._optimizers]
+        self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in optimizers]
 
     @property
     def _held_out(self) -> str:
@@ -281,17 +268,9 @@ class AutoPruneCallback(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
-        if not self._handles or self._pruner is None:
-            return
-        owns = any(optimizer is owner for owner in self._optimizers)
-        if self._follows_training and self._pruner.due and owns and self._last_auxiliary_step < self._pruner.step:
-            weights = self._pruner.weights.values()
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            if self._source is None:
-                self._auxiliary_step(gradients)
-            else:
-                self._train_gradients = [gradient.clone() for gradient in gradients]
-        self._pruner.before_weight_step()
+        if self._handles and self._pruner is not None and self._gradients is not None:
+            self._gradients.before_weight_step(optimizer)
+            self._pruner.before_weight_step()
 
     def _after_weight_step(self, *_: Any) -> None:
         if self._pruner is not None:
@@ -301,10 +280,9 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Steps M on a held-out batch, updates the masks, moves on to the next phase, and reports."""
-        if not self._handles or self._pruner is None or not has_stepped(trainer):
+        if not self._handles or self._pruner is None or self._gradients is None or not has_stepped(trainer):
             return
-        if self._source is not None and self._pruner.due:
-            self._held_out_step(trainer, self._source)
+        self._gradients.after_weight_step(trainer)
         frozen_now = self._pruner.end_step()
         if frozen_now:
             being_pruned.difference_update(pl_module.modules())
@@ -316,45 +294,11 @@ class AutoPruneCallback(Callback):
 
     def _finish_pruning(self) -> None:
         assert self._pruner is not None
+        assert self._gradients is not None
         if self._source is not None:
             self._source.finetune()
-        if self._last_auxiliary_step < 0 and self._pruner.phases.end > self._pruner.phases.start:
+        if self._gradients.last < 0 and self._pruner.phases.end > self._pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
-
-    def _held_out_step(self, trainer: Trainer, source: Source) -> None:
-        assert self._pruner is not None
-        batch, own, self._train_gradients = source.batch(trainer), self._train_gradients, []
-        if batch is None:
-            if own:
-                self._auxiliary_step(own)
-            return
-        weights = list(self._pruner.weights.values())
-        result = held_out_gradients(trainer, batch, weights, self.loss_fn, self.seed, self._pruner.step)
-        if isinstance(result, str):
-            self._bad_loss(f"the held-out loss is {result}")
-            return
-        loss, gradients = result
-        self._report.held_out_loss(loss)
-        if own:
-            gradients = list(torch._foreach_mul(gradients, source.share))
-            torch._foreach_add_(gradients, own, alpha=1 - source.share)
-        self._auxiliary_step(gradients)
-
-    def _auxiliary_step(self, gradients: list[Tensor]) -> None:
-        assert self._pruner is not None
-        self._last_auxiliary_step = self._pruner.step
-        if self._pruner.auxiliary_step(gradients):
-            self._bad_losses = 0
-        else:
-            self._bad_loss("the gradient for the auxiliary step is not finite")
-
-    def _bad_loss(self, what: str) -> None:
-        assert self._pruner is not None
-        self._bad_losses += 1
-        text = f"At training step {self._pruner.step} {what}"
-        if self._bad_losses >= _MAX_BAD_LOSSES:
-            raise AutoPruneError(f"{text}, for the {self._bad_losses}th time in a row: look at the data and the loss.")
-        rank_zero_warn(f"{text}: no auxiliary step is taken, and training goes on.")
 
     def _log_is_due(self, trainer: Trainer) -> bool:
         assert self._pruner is not None
@@ -407,15 +351,14 @@ class AutoPruneCallback(Callback):
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
         if self._loaded is not None:  # restored, and training has not started
             return dict(self._loaded)
-        if self._pruner is None:
+        if self._pruner is None or self._gradients is None:
             return {}
         return {
             "source": self._held_out,
-            "last_auxiliary_step": self._last_auxiliary_step,
+            "gradients": self._gradients.state_dict(),
             "pruner": self._pruner.state_dict(),
             "report": self._report.state_dict(),
             "held_out": self._source.state_dict() if self._source else {},
-            "bad_losses": self._bad_losses,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

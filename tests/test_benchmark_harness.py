@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deploy import as_csr
+from harness.latency import side_by_side
 from harness.methods import METHODS
 from harness.report import compression_table
 from harness.results import Run, append, means, missing, read
@@ -166,3 +168,38 @@ def test_the_other_benchmarks_carry_out_every_run(script, tmp_path):
     assert len(rows) >= 12
     assert len({(row["method"], row["options"]) for row in rows}) == len(rows)
     assert all(json.loads(row["options"]) is not None for row in rows)
+
+
+def test_models_that_take_turns_are_compared_with_the_first(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("harness.latency.time.perf_counter", lambda: clock[0])
+
+    def takes(seconds: float):
+        return lambda x: clock.__setitem__(0, clock[0] + seconds)
+
+    ratios = side_by_side({"one": takes(0.004), "half": takes(0.002), "ten": takes(0.04)}, None, rounds=5)
+    assert ratios == pytest.approx({"one": 1, "half": 0.5, "ten": 10})
+
+
+@pytest.mark.parametrize(("script", "options"), [("deploy", []), ("neurons", ["--flops", "0.5"])])
+def test_what_is_left_of_a_pruned_network_is_measured_and_shown(script, options, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--tasks", "tabular", "--seeds", "0", "--epochs", "4"]
+    command += ["--results", "a.csv", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row = read(tmp_path / "a.csv")[-1]
+    assert row["task"] == "tabular"
+    if script == "deploy":
+        assert float(row["bytes_sparse"]) < float(row["bytes_zstd_19"]) < float(row["bytes_dense"])
+        assert float(row["flops"]) >= float(row["effective_flops"])
+        assert "| tabular, 30× |" in done.stdout
+    else:
+        assert 0.4 < float(row["flops"]) <= 0.5
+        assert "| 0.5 | 4 |" in done.stdout
+
+
+def test_csr_layers_give_the_same_outputs():
+    network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3, bias=False))
+    network[0].weight.data[:, :4] = 0
+    inputs = torch.randn(2, 7, 6)
+    torch.testing.assert_close(as_csr(network)(inputs), network(inputs))

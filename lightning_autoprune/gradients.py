@@ -1,0 +1,112 @@
+"""Where the gradients come from that M follows: held-out batches, the weight steps, or both as one mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.pruner import Pruner
+from lightning_autoprune.report import Report
+from lightning_autoprune.shield import held_out_gradients
+from lightning_autoprune.sources import Source
+
+__all__ = ["MaskGradients"]
+
+_MAX_BAD_LOSSES = 10
+
+
+class MaskGradients:
+    """Takes the auxiliary steps of a run, one after each weight step where one is due.
+
+    Args:
+        pruner: whose M is stepped.
+        source: of the held-out batches; None: M follows the weight steps alone.
+        optimizers: those that train the weights.
+        report: gets the held-out losses.
+        train_gradients: whether M follows the weight steps too; None: where the source splits each batch and there is
+            one optimiser.
+        loss_fn: the user's, for held-out batches.
+        seed: of the random numbers in the held-out pass.
+
+    Attributes:
+        last: the training step of the last auxiliary step; -1 before the first.
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner,
+        source: Source | None,
+        optimizers: Sequence[Optimizer],
+        report: Report,
+        train_gradients: bool | None,
+        loss_fn: Callable[[LightningModule, Any], Tensor] | None,
+        seed: int,
+    ) -> None:
+        self._pruner, self._source, self._optimizers, self._report = pruner, source, optimizers, report
+        self._loss_fn, self._seed = loss_fn, seed
+        joined = source is None or (source.joins and len(optimizers) == 1)
+        self._follows_training = joined if train_gradients is None or source is None else train_gradients
+        self._own: list[Tensor] = []  # of the weight step under way
+        self._bad_losses = 0
+        self.last = -1
+
+    def before_weight_step(self, optimizer: Optimizer) -> None:
+        """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
+        owns = any(optimizer is owner for owner in self._optimizers)
+        if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
+            weights = self._pruner.weights.values()
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            if self._source is None:
+                self._step(gradients)
+            else:
+                self._own = [gradient.clone() for gradient in gradients]
+
+    def after_weight_step(self, trainer: Trainer) -> None:
+        """Passes a held-out batch, if a step is due, and steps M."""
+        if self._source is None or not self._pruner.due:
+            return
+        batch, own, self._own = self._source.batch(trainer), self._own, []
+        if batch is None:
+            if own:
+                self._step(own)
+            return
+        weights = list(self._pruner.weights.values())
+        result = held_out_gradients(trainer, batch, weights, self._loss_fn, self._seed, self._pruner.step)
+        if isinstance(result, str):
+            self._bad_loss(f"the held-out loss is {result}")
+            return
+        loss, gradients = result
+        self._report.held_out_loss(loss)
+        if own:
+            gradients = list(torch._foreach_mul(gradients, self._source.share))
+            torch._foreach_add_(gradients, own, alpha=1 - self._source.share)
+        self._step(gradients)
+
+    def _step(self, gradients: list[Tensor]) -> None:
+        self.last = self._pruner.step
+        if self._pruner.auxiliary_step(gradients):
+            self._bad_losses = 0
+        else:
+            self._bad_loss("the gradient for the auxiliary step is not finite")
+
+    def _bad_loss(self, what: str) -> None:
+        self._bad_losses += 1
+        text = f"At training step {self._pruner.step} {what}"
+        if self._bad_losses >= _MAX_BAD_LOSSES:
+            raise AutoPruneError(f"{text}, for the {self._bad_losses}th time in a row: look at the data and the loss.")
+        rank_zero_warn(f"{text}: no auxiliary step is taken, and training goes on.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {"last": self.last, "bad_losses": self._bad_losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+        self.last, self._bad_losses = state["last"], state["bad_losses"]
