@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import as_arguments, outputs, probes, tensors_in
+from lightning_autoprune.inputs import as_arguments, copied, difference, outputs, probes, tensors_in
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
@@ -85,7 +85,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
     """Marks as ``fixed`` channels that still change the outputs when the columns that should read them are 0.
 
     The graph does not see every way of a channel: another order of channels, a softmax over them. Half of the channels
-    that layers make together are tried at a time, on a copy.
+    that layers make together are tried at a time, on a copy, so that each two of them are once in different halves.
 
     Args:
         model: the module that they are of; it is left as it was.
@@ -93,7 +93,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         example_input: what its ``forward`` takes.
     """
     trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    inputs = list(probes(example_input))[1]
+    inputs = probes(model, example_input)[-1]
     together: dict[frozenset[str], list[Channel]] = defaultdict(list)
     for channel in channels:
         if not channel.fixed:
@@ -111,20 +111,26 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
 
     for group in together.values():
         before = {name: p.clone() for name, p in trial.named_parameters()}
-        for some in (group[::2], group[1::2]):
+        for some in _halves(group):
             for channel in some:
                 fill(channel.read, 1, 0.0)
             aims = outputs(trial, inputs)
             for channel in some:
                 fill(channel.made, 0, 1.0)
-            same = zip(outputs(trial, inputs), aims, strict=True)
-            if not all(torch.allclose(output, aim, rtol=1e-4, atol=1e-6, equal_nan=True) for output, aim in same):
+            if difference(outputs(trial, inputs), aims, 1e-4):
                 for channel in group:
                     channel.fixed = (
                         f"{', '.join(map(repr, channel.made))} reaches the outputs in a way that can't be told"
                     )
             for name, p in trial.named_parameters():
                 p.copy_(before[name])
+
+
+def _halves(group: list[Channel]) -> Iterator[list[Channel]]:
+    """By each bit of a channel's place in the group."""
+    for bit in range(max((len(group) - 1).bit_length(), 1)):
+        for value in (0, 1):
+            yield [channel for place, channel in enumerate(group) if place >> bit & 1 == value]
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -144,7 +150,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
         raise AutoPruneError(
             "Finding channels needs the package torch-pruning: pip install 'lightning-autoprune[shrink]'."
         ) from error
-    args, kwargs = as_arguments(example_input)
+    args, kwargs = as_arguments(copied(example_input))
     given: list[Tensor] = []
     running: list[str] = []  # layers whose forward has begun and not ended
 
@@ -158,7 +164,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
     handles += [module.register_forward_hook(lambda *_: running.pop() and None) for _, module in _leaves(model)]
     graph = torch_pruning.DependencyGraph()
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.build_dependency(model, args or kwargs, forward_fn=forward, verbose=False)
     except Exception as error:
@@ -227,6 +233,8 @@ def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[A
                 reasons.append(f"{name!r} is a grouped convolution")
             if id(module.weight) in shared or not isinstance(module.weight, nn.Parameter):
                 reasons.append(f"{name!r} shares or computes its weight")
+        elif isinstance(module, nn.PReLU) and module.num_parameters == 1:
+            continue  # one slope for all channels: a function
         elif is_depthwise(module) or isinstance(module, (_BatchNorm, nn.PReLU)):
             part, size = channel.passed, max(graph.get_out_channels(module), 1)
         else:

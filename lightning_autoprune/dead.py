@@ -57,13 +57,14 @@ class _Used:
         return False
 
 
-def silence(model: nn.Module, channels: list[Channel], inputs: list[Any]) -> list[Channel]:
+def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], constants_too: bool) -> list[Channel]:
     """Finds the dead channels, moves what they add into biases, and zeroes the weights that make and read them.
 
     Args:
         model: the model that they are of, changed in place.
         channels: those that may go.
         inputs: examples, on which constants are measured.
+        constants_too: whether a channel that is read, and measured to be constant, counts as dead.
 
     Returns:
         Those that are dead, and that nothing reads any more.
@@ -73,6 +74,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any]) -> lis
     while found:
         used, found = _Used(model), False
         places = {id(channel): used.readers(channel) for channel in left if not used.alive(channel)}
+        places = {key: some for key, some in places.items() if constants_too or not some}
         constants = _constants(model, [place for some in places.values() for place in some], inputs)
         for channel in [channel for channel in left if id(channel) in places]:
             columns = places[id(channel)]

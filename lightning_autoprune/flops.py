@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,17 +80,20 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # fused attention is not counted
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             outputs(model, example_input)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    flops_of: dict[nn.Module, int] = defaultdict(int)  # counted under one of the names that a module has
+    for name, module in model.named_modules(remove_duplicate=False):
+        flops_of[module] += counts.get(name, 0)
     layers = {}
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own:
-            whole = isinstance(module, nn.MultiheadAttention) or not list(module.children())
-            flops = counts.get(name, 0) if whole else 0
+            whole = isinstance(module, (nn.Linear, _ConvNd, nn.MultiheadAttention)) or not list(module.children())
+            flops = flops_of[module] if whole else 0
             kept = sum(int(p.count_nonzero()) for p in own)
             layers[name] = LayerCost(flops, round(flops * _density(module)), sum(p.numel() for p in own), kept)
     parameters, total = list(model.parameters()), counter.get_total_flops()

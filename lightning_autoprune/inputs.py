@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_arguments", "outputs", "probes", "tensors_in"]
+__all__ = ["all_vary", "as_arguments", "copied", "difference", "outputs", "probes", "tensors_in"]
 
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -24,29 +24,83 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def probes(example_input: Any) -> Iterable[Any]:
-    """The example, then inputs of the same kind: normal numbers for floating ones, a permutation for others."""
+def probes(model: nn.Module, example_input: Any) -> list[Any]:
+    """The example, then inputs of the same kind on which a model runs.
+
+    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def other(tensor: Any) -> Any:
         if not isinstance(tensor, Tensor):
             return tensor
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             scale = float(tensor.std()) if tensor.numel() > 1 and tensor.std() > 0 else 1.0
             return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
+        if tensor.dtype == torch.bool:
+            return (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
+        if tensor.dim():  # columns may have ranges of their own
+            order = torch.rand(tensor.shape, generator=generator).argsort(0)
+            if not torch.equal(changed := tensor.gather(0, order.to(tensor.device)), tensor):
+                return changed
         return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
 
-    yield example_input
+    found = [example_input]
     for _ in range(3):
-        yield torch.utils._pytree.tree_map(other, example_input)
+        inputs = torch.utils._pytree.tree_map(other, example_input)
+        try:
+            with torch.no_grad():
+                outputs(model, inputs)
+        except (RuntimeError, IndexError, ValueError, KeyError):  # values of one kind in the place of another
+            continue
+        found.append(inputs)
+    return found
+
+
+def all_vary(inputs: list[Any]) -> bool:
+    """Whether each tensor of the first inputs has other values in some of the others."""
+    first, *others = [list(tensors_in(as_arguments(some))) for some in inputs]
+    return all(any(not torch.equal(x, other[i]) for other in others) for i, x in enumerate(first))
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that a model gives in evaluation mode; its modes are left as they were."""
-    args, kwargs = as_arguments(inputs)
+    """The tensors that a model gives in evaluation mode; its modes, the inputs and the random numbers stay."""
+    args, kwargs = as_arguments(copied(inputs))
     modes = {module: module.training for module in model.modules()}
     try:
-        return list(tensors_in(model.eval()(*args, **kwargs)))
+        with torch.random.fork_rng(devices=[]):
+            return list(tensors_in(model.eval()(*args, **kwargs)))
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def copied(inputs: Any) -> Any:
+    """Inputs that a model may write into."""
+    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+
+
+def difference(found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float) -> str:
+    """In what outputs differ from what they should be; empty if they do not.
+
+    Args:
+        found: tensors.
+        aims: what they should be.
+        tolerance: largest difference of an entry, relative to it and to the median of all entries that are not 0; at
+            least 8 times the resolution of the dtype.
+    """
+    for output, aim in zip(found, aims, strict=True):
+        if output.shape != aim.shape:
+            return f"an output has the shape {tuple(output.shape)}, not {tuple(aim.shape)}"
+        if not (aim.is_floating_point() or aim.is_complex()):
+            continue
+        x, y = (torch.view_as_real(t) if t.is_complex() else t for t in (output.cpu(), aim.cpu()))
+        finite = y.isfinite()
+        if not torch.equal(x.isfinite(), finite) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+            return "an output has entries that are not finite where it should not, or the other way round"
+        sizes = y[finite].double().abs()
+        scale = float(sizes[sizes > 0].median()) if sizes.any() else 1e-6
+        change = (x[finite].double() - y[finite].double()).abs()
+        if (change > max(tolerance, 8 * torch.finfo(y.dtype).eps) * (sizes + scale)).any():
+            return f"an output changes by {float(change.max()):.2g}, where its entries are about {scale:.2g}"
+    return ""

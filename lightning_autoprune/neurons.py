@@ -47,6 +47,7 @@ class Neurons:
         dims: the dimensions of each weight that have rows and columns.
         sizes: number of weights of each layer.
         costs: what each layer costs with all its channels: the same, until it is set to something else.
+        rest: what the rest of the model costs.
     """
 
     count: int
@@ -56,6 +57,7 @@ class Neurons:
     dims: dict[str, tuple[int, int]]
     sizes: dict[str, float]
     costs: dict[str, float]
+    rest: float = 0.0
 
     @classmethod
     def of(cls, model: nn.Module, weights: Mapping[str, Tensor], example_input: Any) -> Neurons:
@@ -77,7 +79,8 @@ class Neurons:
         if not free:
             reasons = list(dict.fromkeys(c.fixed or "its layers are not chosen, or nothing reads it" for c in channels))
             raise AutoPruneError(
-                f'`granularity="neuron"` finds no channel to prune in {type(model).__name__}: {"; ".join(reasons)}. Use'
+                f'`granularity="neuron"` finds no channel to prune in {type(model).__name__}:'
+                f" {'; '.join(reasons) or 'its outputs carry no gradient'}. Use"
                 ' `granularity="weight"`.'
             )
         dims = {name: (weight_dim(modules[name], 0), weight_dim(modules[name], 1)) for name in weights}
@@ -109,12 +112,12 @@ class Neurons:
 
     def density(self, alive: Tensor) -> float:
         """What is left of the cost if the channels that are not alive are cut out, as a fraction."""
-        return self.left(alive, self.costs)
+        return self.left(alive, self.costs, self.rest)
 
-    def left(self, alive: Tensor, costs: Mapping[str, float]) -> float:
-        """The same for other costs of the layers."""
+    def left(self, alive: Tensor, costs: Mapping[str, float], rest: float = 0.0) -> float:
+        """The same for other costs of the layers and of the rest."""
         kept = sum(costs[name] * rows * columns for name, (rows, columns) in self.shares(alive).items())
-        return kept / sum(costs.values())
+        return (kept + rest) / (sum(costs.values()) + rest)
 
     def check_density(self, density: float, layer_floor: float) -> None:
         """Raises unless the density can be met with what the layers keep whatever happens.
@@ -129,7 +132,7 @@ class Neurons:
             raise AutoPruneError(
                 f"Keeping {density:.4g} of the model is not possible by pruning neurons: with"
                 f" `layer_floor={layer_floor:g}` {int(least.sum())} of {self.count} must stay, which with what is no"
-                f" neuron's is {self.density(least):.4g}. Ask for less, or lower `layer_floor`."
+                f" neuron's is {self.density(least):.4g}. Keep more, or lower `layer_floor`."
             )
 
     def marginal(self, alive: Tensor) -> Tensor:
@@ -262,10 +265,10 @@ class NeuronParameters(AuxiliaryParameters):
         G[0].add_(self.neurons.marginal(self.alive), alpha=mu)
 
     def _sum_over_channels(self, values: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros(self.neurons.count + 1, device=self.alive.device, dtype=values[0].dtype)
+        total = torch.zeros(self.neurons.count + 1, device=self.alive.device)
         for name, value in zip(self.weights, values, strict=True):
             dim = self.neurons.dims[name][1]
-            total.index_add_(0, self.neurons.columns[name], value.movedim(dim, 0).flatten(1).sum(1))
+            total.index_add_(0, self.neurons.columns[name], value.movedim(dim, 0).flatten(1).sum(1).to(total))
         return total[:-1]
 
 

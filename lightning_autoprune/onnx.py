@@ -6,14 +6,14 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import as_arguments, outputs, probes, tensors_in
+from lightning_autoprune.inputs import as_arguments, copied, difference, outputs, probes, tensors_in
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_onnx"]
@@ -34,11 +34,11 @@ def export_onnx(
 
     Args:
         model: a module or LightningModule; it is left as it was.
-        path: of the file.
+        path: of the file; it is replaced whole or not at all.
         example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments, with
             a first dimension of rows.
         shrunk: whether :func:`shrink` comes first; zeros are stored like other values either way.
-        tolerance: largest difference between the outputs of both, relative to the largest output.
+        tolerance: as of :func:`shrink`.
 
     Raises:
         AutoPruneError: if onnx, onnxscript or onnxruntime is not installed, the model can't be shrunk or exported, or
@@ -58,7 +58,32 @@ def export_onnx(
     name = type(model).__name__
     example = torch.utils._pytree.tree_map(_two_rows, example_input)  # one row would be taken for a constant
     small = shrink(model, example) if shrunk else copy.deepcopy(model)
-    args, kwargs = as_arguments(example)
+    args, kwargs = as_arguments(copied(example))
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        _write(small.eval(), name, temporary, args, kwargs)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        for inputs in [example_input, *probes(model, example)]:
+            with torch.no_grad():
+                aims = outputs(model, inputs)
+            given = [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
+            found = [torch.from_numpy(output) for output in session.run(None, dict(zip(names, given, strict=True)))]
+            if problem := difference(found, aims, tolerance):
+                raise AutoPruneError(
+                    f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if it may."
+                )
+        os.replace(temporary, path)
+    except AutoPruneError:
+        raise
+    except Exception as error:
+        raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     rows = torch.utils._pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs)
     )
@@ -69,7 +94,7 @@ def export_onnx(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                small.eval(),
+                model,
                 args,
                 path,
                 kwargs=kwargs,
@@ -82,26 +107,7 @@ def export_onnx(
         raise AutoPruneError(f"{name} can't be exported to ONNX: {error}") from error
     finally:
         log.setLevel(level)
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
-    for inputs in [example_input, *probes(example)]:
-        with torch.no_grad():
-            aims = outputs(model, inputs)
-        given = [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
-        names = [entry.name for entry in session.get_inputs()]
-        found = session.run(None, dict(zip(names, given, strict=True)))
-        _check(name, [torch.from_numpy(output) for output in found], aims, tolerance)
 
 
 def _two_rows(leaf: Any) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
-
-
-def _check(name: str, found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float) -> None:
-    for output, aim in zip(found, aims, strict=True):
-        largest = float(aim.double().abs().nan_to_num().max()) if aim.numel() else 0.0
-        change = float((output.double() - aim.double().cpu()).abs().nan_to_num().max()) if aim.numel() else 0.0
-        if output.shape != aim.shape or change > tolerance * max(largest, 1e-6):
-            raise AutoPruneError(
-                f"{name} gives other outputs in onnxruntime: they differ by {change:.2g} of {largest:.2g}. Raise"
-                " `tolerance` if that is small enough."
-            )

@@ -59,4 +59,5 @@ def plan(
         cost = model_cost(module, inputs)
     if settings.counts_flops:
         neurons.costs = {name: float(cost.layers[name].flops) for name in neurons.rows}
+        neurons.rest = cost.flops - sum(neurons.costs.values())
     return {name: weights[name] for name in neurons.rows}, neurons, cost

@@ -88,12 +88,13 @@ def save_sparse(
     first: dict[tuple[Any, ...], str] = {}  # the name under which each place in memory was met
     for name, tensor in state.items():
         _check_dense(name, tensor)
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         known = first.setdefault(place, name) if tensor.numel() else name
         if known != name:
             entries[name] = _Entry(tuple(tensor.shape), entries[known].dtype, 0, same_as=known)
             continue
-        entries[name], stored, code = _entry(tensor.detach().cpu())
+        entries[name], stored, code = _entry(tensor.cpu())
         values.append(stored)
         masks.append(code)
     stream = zlib.compress(torch.cat(values).numpy().data, 9)
@@ -108,6 +109,7 @@ def save_sparse(
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()  # an OSError where there is no such folder
         save_file(content, temporary, {_KEY: json.dumps(layout, separators=(",", ":"))})
         os.replace(temporary, path)
     finally:
@@ -180,7 +182,7 @@ def sparse_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with _Opened(path) as file:
         sizes = {name: math.prod(entry.shape) for name, entry in file.entries.items()}
-        sparsity = {n: 1 - e.kept / sizes[n] for n, e in file.entries.items() if e.bits is not None}
+        sparsity = {n: 1 - e.kept / max(sizes[n], 1) for n, e in file.entries.items() if e.bits is not None}
         return {"version": file.layout["version"], "sparsity": sparsity, "metrics": file.layout["metrics"]}
 
 
@@ -223,11 +225,13 @@ class _Opened:
         """All tensors, zeros and all."""
         try:
             content = {name: self._file.get_tensor(name) for name in ("values", "masks")}
+            if any(t.dtype != torch.uint8 or t.dim() != 1 for t in content.values()):
+                raise ValueError("its content is not bytes")
             layout = {key: value for key, value in self.layout.items() if key != "crc32"}
             if _checksum(layout, content) != self.layout["crc32"]:
                 raise ValueError("its checksum is not that of its content")
             return _restore(self.entries, content["values"], content["masks"])
-        except (SafetensorError, zlib.error, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, zlib.error, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise self._damaged(str(error)) from error
 
 
@@ -270,12 +274,16 @@ def _inflate(stream: Tensor, size: int) -> Tensor:
 def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> dict[str, Tensor]:
     for name, entry in entries.items():
         n = math.prod(entry.shape)
-        if entry.kept > n or (entry.bits is None and entry.same_as is None and entry.kept != n):
+        alone = entry.same_as is None
+        if entry.kept > n or (entry.kept and not alone) or (alone and entry.bits is None and entry.kept != n):
             raise ValueError(f"it does not hold {entry.kept} values of {name!r}")
     values = _inflate(stream, sum(entry.kept * _DTYPES[entry.dtype].itemsize for entry in entries.values()))
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
         if entry.same_as is not None:
+            other = entries[entry.same_as]
+            if entry != _Entry(other.shape, other.dtype, 0, same_as=entry.same_as):
+                raise ValueError(f"{name!r} is not what {entry.same_as!r} is")
             tensors[name] = tensors[entry.same_as]
             continue
         n, size = math.prod(entry.shape), _DTYPES[entry.dtype].itemsize

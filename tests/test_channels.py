@@ -8,7 +8,7 @@ from architectures import DIFFICULT, EXACT, Twice, mobilenet, resnet
 from torch import nn
 
 from lightning_autoprune import AutoPruneError
-from lightning_autoprune.channels import find_channels, fix_entangled, is_depthwise
+from lightning_autoprune.channels import Channel, find_channels, fix_entangled, is_depthwise
 from lightning_autoprune.demo.networks import lenet5
 
 
@@ -125,3 +125,23 @@ def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
     assert found["softmax"] == {"'0' reaches the outputs in a way that can't be told"}
     assert found["attention"] == {"'qkv' reaches the outputs in a way that can't be told"}
     assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
+
+
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
+def test_no_permutation_of_the_channels_goes_unseen(order):
+    class Permuted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, len(order)), nn.Linear(len(order), 3)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return self.b(torch.stack([y[:, i] for i in order], 1))
+
+    network, x = Permuted(), torch.zeros(2, 5)
+    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(len(order))]
+    fix_entangled(network, channels, x)
+    assert all(channel.fixed for channel in channels)
+    right = [Channel(made={"a": [i]}, read={"b": [order.index(i)]}) for i in range(len(order))]
+    fix_entangled(network, right, x)
+    assert not any(channel.fixed for channel in right)

@@ -56,7 +56,11 @@ def test_attention_counts_as_dense_and_what_is_between_layers_is_in_the_sum():
 
 
 def test_the_model_its_mode_and_the_random_numbers_are_left_alone():
-    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x)
+
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), Noise())
     before = {name: value.clone() for name, value in network.state_dict().items()}
     state = torch.get_rng_state()
     model_cost(network, torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
@@ -64,3 +68,20 @@ def test_the_model_its_mode_and_the_random_numbers_are_left_alone():
     assert network[1].training
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_a_layer_under_two_names_is_counted():
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+            self.head = self.net[2]
+
+        def forward(self, x):
+            return self.net(x)
+
+    network = Alias()
+    network.head.weight.data[0] = 0
+    cost = model_cost(network, torch.zeros(1, 4))
+    assert (cost.flops, cost.effective_flops) == (96, 80)
+    assert cost.layers["net.2"].flops == 32

@@ -205,7 +205,7 @@ def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
         Pruner(neurons_weights(network, neurons), settings_, 10, neurons=neurons)
     assert str(error.value) == (
         "Keeping 0.001 of the model is not possible by pruning neurons: with `layer_floor=0.001` 2 of 70 must stay,"
-        " which with what is no neuron's is 0.007927. Ask for less, or lower `layer_floor`."
+        " which with what is no neuron's is 0.007927. Keep more, or lower `layer_floor`."
     )
 
 
@@ -240,3 +240,13 @@ def test_layers_that_are_left_out_keep_their_channels():
     network = lenet5()
     neurons = Neurons.of(network, prunable_weights(network, exclude=["3"]), torch.zeros(1, 1, 28, 28))
     assert [len(group) for group in neurons.groups] == [500]  # "3" makes the others, or reads them
+
+
+def test_the_operations_of_the_rest_of_the_model_count():
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 200))
+    neurons = Neurons.of(network, prunable_weights(network, exclude=["4"]), torch.zeros(2, 8))
+    neurons.costs = {"0": 128.0, "2": 128.0}
+    neurons.rest = 3200.0
+    alive = torch.zeros(8, dtype=torch.bool)
+    alive[0] = True
+    assert neurons.density(alive) == pytest.approx((16 + 16 + 3200) / 3456)

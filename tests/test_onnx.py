@@ -75,15 +75,22 @@ def test_what_can_not_be_exported_says_so(tmp_path):
         export_onnx(Loop(), tmp_path / "a.onnx", torch.randn(4, 3))
 
 
-def test_other_outputs_in_onnxruntime_are_refused(tmp_path):
-    with pytest.raises(AutoPruneError, match=r"Sequential gives other outputs in onnxruntime: they differ by .* Raise"):
-        export_onnx(
-            nn.Sequential(nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 2)),
-            tmp_path / "a.onnx",
-            torch.randn(64, 300),
-            shrunk=False,
-            tolerance=1e-12,
-        )
+def test_other_outputs_in_onnxruntime_are_refused_and_an_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"old")
+    network = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    run = onnxruntime.InferenceSession.run
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", lambda *args: [out + 1 for out in run(*args)])
+    with pytest.raises(AutoPruneError, match="Sequential gives other outputs in onnxruntime: an output changes by 1"):
+        export_onnx(network, path, torch.randn(4, 3))
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+    assert path.read_bytes() == b"old"
+
+
+def test_what_onnxruntime_can_not_run_says_so(tmp_path):
+    network = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).bfloat16()
+    with pytest.raises(AutoPruneError, match="Sequential can't be run in onnxruntime: "):
+        export_onnx(network, tmp_path / "a.onnx", torch.randn(4, 3).bfloat16())
 
 
 def test_without_onnxruntime_it_says_what_to_install(tmp_path, monkeypatch):

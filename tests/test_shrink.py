@@ -223,6 +223,80 @@ def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_prun
     assert_equal(model, small, (4,))
 
 
+class Masked(nn.Module):
+    """A sum over the steps that a mask leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.a.weight.data[2:] = 0
+
+    def forward(self, x, mask):
+        return self.b((torch.relu(self.a(x)) * mask[..., None]).sum(1))
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.int64)])
+def test_a_constant_that_hangs_on_a_mask_stays(mask):
+    network, x = Masked(), torch.randn(2, 5, 4)
+    small = shrink(network, (x, mask))
+    other = torch.rand(2, 5, generator=torch.Generator().manual_seed(1)) < 0.5
+    torch.testing.assert_close(small(x, other), network(x, other))
+
+
+def test_integers_of_columns_with_different_ranges_are_not_mixed():
+    class Categories(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Embedding(100, 4), nn.Embedding(3, 4)
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 2)
+            self.a.weight.data[3:] = 0
+
+        def forward(self, i):
+            return self.b(torch.relu(self.a(torch.cat([self.one(i[:, 0]), self.two(i[:, 1])], 1))))
+
+    network, i = Categories(), torch.tensor([[50, 1], [70, 2], [99, 0]])
+    small = shrink(network, i)
+    assert small.a.out_features == 3
+    torch.testing.assert_close(small(i), network(i))
+    assert shrink(network, i[:1]).a.out_features in (3, 6)  # of one row, the two can't be told apart
+
+
+@pytest.mark.parametrize("kind", ["-inf", "-1e9", "complex", "nan"])
+def test_no_entry_of_the_outputs_hides_a_wrong_one(kind):
+    class Hides(DIFFICULT["shuffled"][0]):
+        def forward(self, x):
+            y = super().forward(x)
+            if kind == "complex":
+                return torch.complex(y, y)
+            return torch.cat([y, torch.full_like(y, float(kind))], -1)
+
+    network = Hides()
+    network.b.weight.data[:, :2] = 0
+    with pytest.warns(UserWarning, match="The dead channels of 'a' stay"):
+        small = shrink(network, torch.randn(2, 5))
+    assert small.a.out_features == 6
+
+
+def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 2))
+            self.net[0].weight.data[3:] = 0
+
+        def forward(self, x):
+            torch.rand(3)
+            return self.net(x.sub_(0.5).div_(0.2))
+
+    network, x = InPlace(), torch.randn(2, 4)
+    before, state = x.clone(), torch.get_rng_state()
+    small = shrink(network, x)
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert small.net[0].out_features == 3
+    torch.testing.assert_close(small(x.clone()), network(x.clone()))
+
+
 def test_layers_whose_dead_channels_must_stay_are_named():
     make, shape = DIFFICULT["shuffled"]
     network = make()

@@ -211,8 +211,17 @@ def forged(path, change, **content):
         (lambda layout: layout["tensors"]["a"].update(shape="abc"), "its metadata make no sense"),
         (lambda layout: layout["tensors"]["a"].update(dtype="object"), "its metadata make no sense: a tensor with"),
         (lambda layout: layout["tensors"]["a"].update(other=1), "its metadata make no sense: .*unexpected keyword"),
-        (lambda layout: layout["tensors"]["a"].update(same_as="b"), "is not a whole sparse file: 'b'"),
+        (lambda layout: layout["tensors"]["a"].update(same_as="b", kept=0), "is not a whole sparse file: "),
         (lambda layout: layout["tensors"].update(a=7), "its metadata make no sense"),
+        (
+            lambda layout: layout["tensors"].update(b={"shape": [4], "dtype": "float32", "same_as": "a"}),
+            "'b' is not what 'a' is",
+        ),
+        (
+            lambda layout: layout["tensors"].update(b={"shape": [3], "dtype": "float32", "kept": 3, "same_as": "a"}),
+            "does not hold 3 values of 'b'",
+        ),
+        (lambda layout: layout["tensors"]["a"].update(shape=[2**47, 2**47, 0], kept=0), "is not a whole sparse file"),
         (lambda layout: layout.update(tensors=[]), "its metadata make no sense"),
         (lambda layout: layout["tensors"].clear(), "it does not hold 0 bytes of values"),
         (lambda layout: layout.pop("metrics"), "'metrics' is not in its metadata"),
@@ -238,6 +247,31 @@ def test_forged_values_are_refused(stream, message, path):
     forged(path, lambda layout: None, values=torch.frombuffer(bytearray(stream), dtype=torch.uint8))
     with pytest.raises(AutoPruneError, match=message):
         load_sparse(path)
+
+
+@pytest.mark.parametrize("masks", [torch.tensor(1, dtype=torch.uint8), torch.zeros(2), torch.zeros(1, 1).byte()])
+def test_forged_masks_are_refused(masks, path):
+    forged(path, lambda layout: None, masks=masks)
+    with pytest.raises(AutoPruneError, match="its content is not bytes"):
+        load_sparse(path)
+
+
+def test_metadata_of_an_empty_tensor_can_be_read(path):
+    forged(path, lambda layout: layout["tensors"]["a"].update(shape=[0], kept=0, bits=0))
+    assert sparse_metadata(path)["sparsity"] == {"a": 1.0}
+
+
+def test_conjugate_views_keep_their_values(path):
+    x = torch.randn(20, dtype=torch.complex64)
+    save_sparse({"a": x, "b": x.conj(), "c": x.conj().imag}, path)
+    back = load_sparse(path)
+    assert torch.equal(back["b"], x.conj().resolve_conj())
+    assert torch.equal(back["c"], -x.imag)
+
+
+def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        save_sparse({"a": torch.ones(2)}, tmp_path / "no" / "a.safetensors")
 
 
 def test_a_file_that_claims_to_be_huge_is_refused_before_anything_is_allocated(path):
