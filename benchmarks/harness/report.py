@@ -18,11 +18,12 @@ MARKERS = "osD^vPX<>*h"
 
 
 def cell(mean: Mean | None, figure: str) -> str:
-    """Mean ± spread for a table; a dash where there was no run."""
+    """Mean ± spread for a table, the value alone of one seed; a dash where there was no run."""
     if mean is None:
         return "–"
     digits = 2 if figure == "error" else 3
-    return f"{mean.mean:.{digits}f} ± {mean.spread:.{digits}f}"
+    spread = f" ± {mean.spread:.{digits}f}" if len(mean.values) > 1 else ""  # of one seed there is none
+    return f"{mean.mean:.{digits}f}{spread}"
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
