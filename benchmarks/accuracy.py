@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import warnings
 from pathlib import Path
 
-import torch
 from harness.methods import LABELS, METHODS
 from harness.report import compression_picture, compression_table, save
 from harness.results import Run, append, missing, read
 from harness.tasks import TASKS
-from harness.training import train
+from harness.training import quiet, train
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 PICTURE = Path(__file__).parents[1] / "docs" / "accuracy.png"
@@ -40,9 +37,7 @@ def arguments(description: str | None, results: Path, picture: Path | None = Non
 
 def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
     """Carries out the runs that the file does not have, and shows each; ``validate``: without the test rows."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     for i, run in enumerate(runs, 1):
         if not missing(results, [run]):
             continue

@@ -11,17 +11,16 @@ model was made.
 from __future__ import annotations
 
 import argparse
-import logging
 import re
 import statistics
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.training import quiet, quiet_trainer
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
@@ -66,16 +65,7 @@ def fit(network: str, mode: str, steps: int, batch: int) -> float:
     images = Split(torch.randn(steps * batch, 1, 28, 28), torch.randint(10, (steps * batch,)))
     options, clock = MODES[mode], Clock()
     prune = [] if options is None else [AutoPruneCallback(target_sparsity=0.95, warmup=0.0, **options)]
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, *prune],
-    )
-    trainer.fit(Classifier(NETWORKS[network]()), loader(images, batch))
+    quiet_trainer(1, [clock, *prune]).fit(Classifier(NETWORKS[network]()), loader(images, batch))
     return 1000 * clock.seconds / (steps - SKIP)
 
 
@@ -99,9 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(args.threads)
+    quiet(args.threads)
 
     if args.peak:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten

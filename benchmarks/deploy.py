@@ -11,11 +11,9 @@ from __future__ import annotations
 import copy
 import gzip
 import io
-import logging
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,12 @@ from harness.latency import side_by_side
 from harness.methods import METHODS
 from harness.report import markdown
 from harness.results import Run, missing, read, write_row
+from harness.shrunk import shrunk
 from harness.tasks import TASKS
-from harness.training import trained
+from harness.training import quiet, trained
 from torch import Tensor, nn
 
-from lightning_autoprune import export_onnx, model_cost, prunable_weights, save_sparse, shrink
+from lightning_autoprune import export_onnx, model_cost, prunable_weights, save_sparse
 
 RESULTS = Path(__file__).parent / "results" / "deploy.csv"
 # task, options, epochs
@@ -96,7 +95,7 @@ def sizes(network: nn.Module, small: nn.Module, path: str) -> dict[str, float]:
     bits = 0.0
     for tensor in network.state_dict().values():
         n, k = tensor.numel(), int(tensor.count_nonzero())
-        bits += 8 * tensor.element_size() * k + math.log2(math.comb(n, k)) if n < 3000 else 32 * k + _log2_choose(n, k)
+        bits += 8 * tensor.element_size() * k + _log2_choose(n, k)
     return {**found, "bound": round(bits / 8)}
 
 
@@ -110,16 +109,14 @@ def figures(run: Run, options: dict[str, Any], data: Path) -> dict[str, Any]:
     compression = run.target if run.method == "weight" else None
     result = trained(task, METHODS["autoprune"](compression, run.seed, **options), run.seed, data, run.epochs)
     masked, rows = result.network.eval(), result.test[0]
-    small = shrink(masked, rows[:1]).eval()
-    dense = task.network().to(memory_format=torch.channels_last).eval()
-    whole, left = model_cost(dense, rows[:1]), model_cost(small, rows[:1])
+    dense, small, left = shrunk(task, masked, rows)
+    effective = model_cost(masked, rows[:1]).effective_flops / model_cost(dense, rows[:1]).flops
     kept = sum(int(w.count_nonzero()) for w in prunable_weights(masked).values())
     total = sum(w.numel() for w in prunable_weights(masked).values())
     found: dict[str, Any] = {
         "compression": round(total / kept, 1),
-        "effective_flops": round(model_cost(masked, rows[:1]).effective_flops / whole.flops, 4),
-        "flops": round(left.flops / whole.flops, 4),
-        "parameters": round(left.parameters / whole.parameters, 4),
+        "effective_flops": round(effective, 5),
+        **left,
     }
     with tempfile.TemporaryDirectory() as folder:
         found |= {f"bytes_{name}": size for name, size in sizes(masked, small, f"{folder}/a").items()}
@@ -134,9 +131,7 @@ def figures(run: Run, options: dict[str, Any], data: Path) -> dict[str, Any]:
 def main() -> None:
     parser = arguments(__doc__, RESULTS)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     for task, compression, options, epochs in CASES:
         granularity = options.get("granularity", "weight")
         run = Run(task, granularity, compression or options["target_flops"], args.epochs or epochs, 0)
@@ -145,7 +140,10 @@ def main() -> None:
             print(*run.key().values(), flush=True)
     rows = [row for row in read(args.results) if row["task"] in args.tasks]
     names = [
-        f"{row['task']}, {float(row['target']):g}{'×' if row['method'] == 'weight' else ' of flops'}" for row in rows
+        f"{row['task']}, {float(row['target']):g}×"
+        if row["method"] == "weight"
+        else f"{row['task']}, neurons to {float(row['target']):.0%} of the FLOPs"
+        for row in rows
     ]
     kinds = ("gzip", "zstd_19", "sparse", "sparse_shrunk", "bound")
     lines = [

@@ -1,26 +1,23 @@
 """Neuron pruning of LeNet-5 to a share of its operations: error, operations, parameters and latency of what is left.
 
-The network is shrunk after training; its error is that of the shrunk one. Rows go to ``results/neurons.csv``:
+The network is shrunk after training; its error is that of the shrunk one. Rows go to ``results/neurons.csv``; those of
+the dense network, trained alike, are ``accuracy.py``'s:
 
     python benchmarks/neurons.py --data-dir DIR --flops 0.07 0.04 --seeds 0 1 2
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 
-import torch
 from accuracy import arguments
 from harness.latency import side_by_side
 from harness.methods import METHODS
 from harness.report import cell, markdown
 from harness.results import Run, means, missing, read, write_row
+from harness.shrunk import shrunk
 from harness.tasks import TASKS
-from harness.training import evaluate, trained
-
-from lightning_autoprune import model_cost, shrink
+from harness.training import evaluate, quiet, trained
 
 RESULTS = Path(__file__).parent / "results" / "neurons.csv"
 FIGURES = ("error", "flops", "parameters", "latency_1", "latency_64")
@@ -29,18 +26,14 @@ FIGURES = ("error", "flops", "parameters", "latency_1", "latency_64")
 def figures(run: Run, data_dir: Path) -> dict[str, float]:
     """Trains and shrinks one network, and measures it against the dense one."""
     task = TASKS[run.task]
-    options = {} if run.target is None else {"granularity": "neuron", "target_flops": run.target}
-    method = METHODS["autoprune"](None, run.seed, **options) if options else METHODS["dense"](None, run.seed)
+    method = METHODS["autoprune"](None, run.seed, granularity="neuron", target_flops=run.target)
     result = trained(task, method, run.seed, data_dir, run.epochs)
     rows = result.test[0]
-    dense = task.network().to(memory_format=torch.channels_last).eval()  # as it is trained
-    small = shrink(result.network, rows[:1]).eval()
-    whole, left = model_cost(dense, rows[:1]), model_cost(small, rows[:1])
+    dense, small, left = shrunk(task, result.network, rows)
     latency = {n: side_by_side({"dense": dense, "shrunk": small}, rows[:n])["shrunk"] for n in (1, 64)}
     return {
         "error": round(evaluate(small, result.test)[0], 3),
-        "flops": round(left.flops / whole.flops, 5),
-        "parameters": round(left.parameters / whole.parameters, 5),
+        **left,
         **{f"latency_{n}": round(ratio, 3) for n, ratio in latency.items()},
         "seconds": result.seconds,
     }
@@ -51,15 +44,11 @@ def main() -> None:
     parser.set_defaults(tasks=["lenet-5"])
     parser.add_argument("--flops", type=float, nargs="+", default=[0.07, 0.04], help="shares of the dense operations")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
+    quiet()
     for seed in args.seeds:
         for task in args.tasks:
-            for target in (None, *args.flops):
-                run = Run(
-                    task, "dense" if target is None else "neuron", target, args.epochs or TASKS[task].epochs, seed
-                )
+            for target in args.flops:
+                run = Run(task, "neuron", target, args.epochs or TASKS[task].epochs, seed)
                 if missing(args.results, [run]):
                     found = figures(run, args.data_dir)
                     write_row(args.results, run, found)
@@ -68,7 +57,7 @@ def main() -> None:
     for task in args.tasks:
         found = {f: means([r for r in rows if r["task"] == task], f, ("target", "epochs")) for f in FIGURES}
         lines = [
-            [target or "dense", epochs, *(cell(found[f][target, epochs], "loss") for f in FIGURES)]
+            [target, epochs, *(cell(found[f][target, epochs], "loss") for f in FIGURES)]
             for target, epochs in found["error"]
         ]
         print(markdown([f"{task}: operations asked for", "epochs", "error, %", *FIGURES[1:]], lines))

@@ -159,7 +159,7 @@ class AutoPruneCallback(Callback):
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
         self.log_artifact = log_artifact
         self.enabled = enabled and warmup < 1
-        self._source: Source | None = make_source(held_out, redraw_held_out, seed)
+        self._source: Source = make_source(held_out, redraw_held_out, seed)
         self.train_gradients = train_gradients
         self._handles: list[Any] = []  # not empty while the hooks are at work
         self._loaded: Mapping[str, Any] | None = None
@@ -187,10 +187,9 @@ class AutoPruneCallback(Callback):
         if stage != "fit" or not self.enabled:
             return
         self._loaded = None
-        check_trainer(trainer, AutoPruneCallback, self._source is not None, self.loss_fn is not None)
-        if self._source is not None:
-            self._source.clock = self._steps_done
-            self._source.setup(trainer)
+        check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.loss_fn is not None)
+        self._source.clock = self._steps_done
+        self._source.setup(trainer)
 
     def _steps_done(self) -> int:
         if self._loaded is not None:
@@ -213,7 +212,7 @@ class AutoPruneCallback(Callback):
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
         weights = prunable_weights(pl_module, self.include, self.exclude)
         needed = None
-        if self._source is None:
+        if not self._source.holds_out:
             needed = 'held_out="train"'
         elif self.train_gradients:
             needed = "train_gradients=True"
@@ -224,8 +223,7 @@ class AutoPruneCallback(Callback):
         if not self.enabled:
             return
         self._forget()
-        if self._source is not None:
-            self._source.start(trainer, lambda: self._upcoming(trainer))
+        self._source.start(trainer, lambda: self._upcoming(trainer))
         weights, optimizers = self._trained_weights(trainer, pl_module)
         weights, neurons, self._cost = plan(pl_module, weights, self.settings)
         self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
@@ -242,23 +240,17 @@ class AutoPruneCallback(Callback):
         self._pruner.start()
         if not self._pruner.frozen:
             being_pruned.update(pl_module.modules())
-        elif self._source is not None:
+        else:
             self._source.finetune()
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in optimizers]
 
-    @property
-    def _held_out(self) -> str:
-        """What is held out, for messages and to compare with a checkpoint."""
-        return self._source.name if self._source else '"train"'
-
     def _resume_source(self, state: Mapping[str, Any]) -> None:
-        if self._held_out != state["source"]:
+        if self._source.name != state["source"]:
             raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {self._held_out}. Resume"
+                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.name}. Resume"
                 " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
             )
-        if self._source is not None:
-            self._source.load_state_dict(state["held_out"])
+        self._source.load_state_dict(state["held_out"])
 
     # Each step
 
@@ -287,16 +279,16 @@ class AutoPruneCallback(Callback):
         if frozen_now:
             being_pruned.difference_update(pl_module.modules())
             self._finish_pruning()
-        flops = self._cost.flops_left(self._pruner.layer_sparsity()) if self._cost else None
+        layers = self._pruner.layer_sparsity()
+        flops = self._cost.flops_left(layers) if self._cost else None
         metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu, flops)
         if frozen_now or self._log_is_due(trainer):
-            self._report.log(trainer, metrics, self._pruner.layer_sparsity(), self._pruner.masks())
+            self._report.log(trainer, metrics, layers, self._pruner.masks())
 
     def _finish_pruning(self) -> None:
         assert self._pruner is not None
         assert self._gradients is not None
-        if self._source is not None:
-            self._source.finetune()
+        self._source.finetune()
         if self._gradients.last < 0 and self._pruner.phases.end > self._pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
@@ -342,8 +334,7 @@ class AutoPruneCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._source is not None:
-            self._source.stop(trainer)
+        self._source.stop(trainer)
 
     # Checkpoints
 
@@ -354,16 +345,16 @@ class AutoPruneCallback(Callback):
         if self._pruner is None or self._gradients is None:
             return {}
         return {
-            "source": self._held_out,
+            "source": self._source.name,
             "gradients": self._gradients.state_dict(),
             "pruner": self._pruner.state_dict(),
             "report": self._report.state_dict(),
-            "held_out": self._source.state_dict() if self._source else {},
+            "held_out": self._source.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until training starts."""
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
-        if auxiliary and auxiliary["frozen"] and self._source is not None:
+        if auxiliary and auxiliary["frozen"]:
             self._source.finetune()  # before the training loader is made

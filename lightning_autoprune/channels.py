@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import as_arguments, copied, difference, outputs, probes, tensors_in
+from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.inputs import as_arguments, difference, evaluating, outputs, probes, tensors_in
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
@@ -36,6 +36,7 @@ class Channel:
         made: rows of linear layers, filters of convolutions.
         passed: entries of BatchNorm, PReLU and depthwise convolutions on its way.
         read: columns of the layers that use it.
+        counted: attributes that count what the channel is part of, by module name, and by how much they shrink with it.
         fixed: why it must stay; empty if it may go.
         follows: which parts come next after each, by name (or number, for functions).
     """
@@ -43,6 +44,7 @@ class Channel:
     made: Parts = field(default_factory=dict)
     passed: Parts = field(default_factory=dict)
     read: Parts = field(default_factory=dict)
+    counted: dict[str, dict[str, int]] = field(default_factory=dict)
     fixed: str = ""
     follows: dict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
 
@@ -67,17 +69,15 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
         >>> channel.made, channel.passed, channel.read
         ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
     """
-    modes = {module: module.training for module in model.modules()}
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in trained:
             p.requires_grad_(p.is_floating_point())
-        return _collect(model, *_trace(model, example_input))
+        with evaluating(model):
+            return _collect(model, *_trace(model, example_input))
     finally:
         for p, flag in trained.items():
             p.requires_grad_(flag)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         example_input: what its ``forward`` takes.
     """
     trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
-    inputs = probes(model, example_input)[-1]
+    inputs, _ = probes(model, example_input)[-1]
     together: dict[frozenset[str], list[Channel]] = defaultdict(list)
     for channel in channels:
         if not channel.fixed:
@@ -109,21 +109,24 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
             values = scale * torch.randn(weight.index_select(along, index).shape, generator=generator)
             weight.index_copy_(along, index, values.to(weight))
 
+    def entangled(some: list[Channel]) -> bool:
+        """Whether what makes some channels has a say where nothing should read them."""
+        layers = {trial.get_submodule(name) for channel in some for name in (*channel.made, *channel.read)}
+        before = [(layer.weight, layer.weight.clone()) for layer in layers]  # type: ignore[operator]
+        for channel in some:
+            fill(channel.read, 1, 0.0)
+        aims = outputs(trial, inputs)
+        for channel in some:
+            fill(channel.made, 0, 1.0)
+        changes = difference(outputs(trial, inputs), aims, 1e-4)
+        for weight, old in before:
+            weight.copy_(old)  # type: ignore[operator]
+        return bool(changes)
+
     for group in together.values():
-        before = {name: p.clone() for name, p in trial.named_parameters()}
-        for some in _halves(group):
-            for channel in some:
-                fill(channel.read, 1, 0.0)
-            aims = outputs(trial, inputs)
-            for channel in some:
-                fill(channel.made, 0, 1.0)
-            if difference(outputs(trial, inputs), aims, 1e-4):
-                for channel in group:
-                    channel.fixed = (
-                        f"{', '.join(map(repr, channel.made))} reaches the outputs in a way that can't be told"
-                    )
-            for name, p in trial.named_parameters():
-                p.copy_(before[name])
+        if any(entangled(some) for some in _halves(group) if some):
+            for channel in group:
+                channel.fixed = f"{listed(channel.made)} reaches the outputs in a way that can't be told"
 
 
 def _halves(group: list[Channel]) -> Iterator[list[Channel]]:
@@ -150,7 +153,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
         raise AutoPruneError(
             "Finding channels needs the package torch-pruning: pip install 'lightning-autoprune[shrink]'."
         ) from error
-    args, kwargs = as_arguments(copied(example_input))
+    args, kwargs = as_arguments(example_input)
     given: list[Tensor] = []
     running: list[str] = []  # layers whose forward has begun and not ended
 
@@ -164,7 +167,7 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
     handles += [module.register_forward_hook(lambda *_: running.pop() and None) for _, module in _leaves(model)]
     graph = torch_pruning.DependencyGraph()
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.build_dependency(model, args or kwargs, forward_fn=forward, verbose=False)
     except Exception as error:
@@ -243,19 +246,22 @@ def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[A
         if max(indices) >= size:
             reasons.append(f"its place in {name!r} can't be told")
             continue
-        known = part.setdefault(name, [])
-        known += [i for i in indices if i not in known]
+        _add(part, name, indices)
     for node, key in nodes.items():
         channel.follows[key] |= {nodes[after] for after in node.outputs if after in nodes}
     channel.fixed = reasons[0] if reasons else ""
     return channel
 
 
+def _add(part: Parts, name: str, indices: list[int]) -> None:
+    known = part.setdefault(name, [])
+    known += [i for i in indices if i not in known]
+
+
 def _merge(channel: Channel, other: Channel) -> None:
     for mine, theirs in ((channel.made, other.made), (channel.passed, other.passed), (channel.read, other.read)):
         for name, indices in theirs.items():
-            known = mine.setdefault(name, [])
-            known += [i for i in indices if i not in known]
+            _add(mine, name, indices)
     for key, after in other.follows.items():
         channel.follows[key] |= after
     channel.fixed = channel.fixed or other.fixed

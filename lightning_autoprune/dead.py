@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_autoprune.channels import Channel, is_depthwise, weight_dim
 from lightning_autoprune.inputs import outputs
 
-__all__ = ["remove", "silence"]
+__all__ = ["clear", "remove", "silence"]
 
 
 class _Used:
@@ -82,7 +82,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
                 for name, i in columns:
                     _fold(model.get_submodule(name), i, constants[name, i])
                 for name, indices in channel.made.items():
-                    _clear(model.get_submodule(name), indices, 0)
+                    clear(model.get_submodule(name), indices, 0)
                 dead.append(channel)
                 found = True
         gone = {id(channel) for channel in dead}
@@ -90,7 +90,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
     return dead
 
 
-def _clear(module: nn.Module, indices: list[int], dim: int) -> None:
+def clear(module: nn.Module, indices: list[int], dim: int) -> None:
     """Zeroes rows (0) or columns (1) of a layer."""
     assert isinstance(module.weight, Tensor)
     module.weight.index_fill_(weight_dim(module, dim), _index(indices, module.weight), 0)
@@ -149,7 +149,7 @@ def _fold(layer: nn.Module, column: int, value: float) -> None:
         if isinstance(layer.bias, Tensor):
             added += layer.bias
         layer.bias = nn.Parameter(added, requires_grad=weight.requires_grad)
-    _clear(layer, [column], 1)
+    clear(layer, [column], 1)
 
 
 # Removing
@@ -163,6 +163,10 @@ def remove(model: nn.Module, dead: list[Channel]) -> None:
     for (name, dim), indices in _gone(dead).items():
         stay = [i for i in range(_count(model, name, dim)) if i not in indices]
         _cut(model.get_submodule(name), dim, stay)
+    for path, counts in (item for channel in dead for item in channel.counted.items()):
+        module = model.get_submodule(path)
+        for attribute, amount in counts.items():
+            setattr(module, attribute, getattr(module, attribute) - amount)
 
 
 def _gone(dead: list[Channel]) -> dict[tuple[str, int], set[int]]:

@@ -1,12 +1,12 @@
-"""The error of this package, and the two checks that several modules share."""
+"""The error of this package, and the checks and words that several modules share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
-__all__ = ["AutoPruneError", "check_choice", "check_range"]
+__all__ = ["AutoPruneError", "check_choice", "check_range", "listed"]
 
 
 class AutoPruneError(ValueError):
@@ -16,6 +16,11 @@ class AutoPruneError(ValueError):
     """
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names for a message: quoted, with commas between them."""
+    return ", ".join(repr(name) for name in names)
+
+
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raises unless ``value`` is one of ``allowed``.
 
@@ -23,8 +28,7 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
         AutoPruneError: naming the argument, the value and all allowed values.
     """
     if value not in allowed:
-        choices = ", ".join(repr(choice) for choice in allowed)
-        raise AutoPruneError(f"`{name}` is {value!r}; allowed are {choices}.")
+        raise AutoPruneError(f"`{name}` is {value!r}; allowed are {listed(allowed)}.")
 
 
 def check_range(

@@ -27,7 +27,7 @@ class MaskGradients:
 
     Args:
         pruner: whose M is stepped.
-        source: of the held-out batches; None: M follows the weight steps alone.
+        source: of the held-out batches; if it holds none out, M follows the weight steps alone.
         optimizers: those that train the weights.
         report: gets the held-out losses.
         train_gradients: whether M follows the weight steps too; None: where the source splits each batch and there is
@@ -42,7 +42,7 @@ class MaskGradients:
     def __init__(
         self,
         pruner: Pruner,
-        source: Source | None,
+        source: Source,
         optimizers: Sequence[Optimizer],
         report: Report,
         train_gradients: bool | None,
@@ -51,8 +51,8 @@ class MaskGradients:
     ) -> None:
         self._pruner, self._source, self._optimizers, self._report = pruner, source, optimizers, report
         self._loss_fn, self._seed = loss_fn, seed
-        joined = source is None or (source.joins and len(optimizers) == 1)
-        self._follows_training = joined if train_gradients is None or source is None else train_gradients
+        joined = source.joins and len(optimizers) == 1
+        self._follows_training = joined if train_gradients is None or not source.holds_out else train_gradients
         self._own: list[Tensor] = []  # of the weight step under way
         self._bad_losses = 0
         self.last = -1
@@ -63,14 +63,14 @@ class MaskGradients:
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
             weights = self._pruner.weights.values()
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            if self._source is None:
-                self._step(gradients)
-            else:
+            if self._source.holds_out:
                 self._own = [gradient.clone() for gradient in gradients]
+            else:
+                self._step(gradients)
 
     def after_weight_step(self, trainer: Trainer) -> None:
         """Passes a held-out batch, if a step is due, and steps M."""
-        if self._source is None or not self._pruner.due:
+        if not self._source.holds_out or not self._pruner.due:
             return
         batch, own, self._own = self._source.batch(trainer), self._own, []
         if batch is None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_vary", "as_arguments", "copied", "difference", "outputs", "probes", "tensors_in"]
+__all__ = ["all_vary", "as_arguments", "difference", "disagreement", "evaluating", "outputs", "probes", "tensors_in"]
 
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for ``forward``."""
+    """Positional and keyword arguments for ``forward``, copied, as a model may write into them."""
+    example_input = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
@@ -24,8 +26,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     return (leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def probes(model: nn.Module, example_input: Any) -> list[Any]:
-    """The example, then inputs of the same kind on which a model runs.
+@torch.no_grad()
+def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
+    """The example, then inputs of the same kind on which a model runs, each with its outputs.
 
     Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows.
     """
@@ -45,15 +48,13 @@ def probes(model: nn.Module, example_input: Any) -> list[Any]:
                 return changed
         return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
 
-    found = [example_input]
+    found = [(example_input, outputs(model, example_input))]
     for _ in range(3):
         inputs = torch.utils._pytree.tree_map(other, example_input)
         try:
-            with torch.no_grad():
-                outputs(model, inputs)
+            found.append((inputs, outputs(model, inputs)))
         except (RuntimeError, IndexError, ValueError, KeyError):  # values of one kind in the place of another
             continue
-        found.append(inputs)
     return found
 
 
@@ -65,19 +66,22 @@ def all_vary(inputs: list[Any]) -> bool:
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """The tensors that a model gives in evaluation mode; its modes, the inputs and the random numbers stay."""
-    args, kwargs = as_arguments(copied(inputs))
+    args, kwargs = as_arguments(inputs)
+    with evaluating(model):
+        return list(tensors_in(model(*args, **kwargs)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each module's mode and the random numbers are as they were."""
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.random.fork_rng(devices=[]):
-            return list(tensors_in(model.eval()(*args, **kwargs)))
+            model.eval()
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def copied(inputs: Any) -> Any:
-    """Inputs that a model may write into."""
-    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
 
 
 def difference(found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float) -> str:
@@ -103,4 +107,22 @@ def difference(found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float
         change = (x[finite].double() - y[finite].double()).abs()
         if (change > max(tolerance, 8 * torch.finfo(y.dtype).eps) * (sizes + scale)).any():
             return f"an output changes by {float(change.max()):.2g}, where its entries are about {scale:.2g}"
+    return ""
+
+
+def disagreement(model: nn.Module, tried: Iterable[tuple[Any, list[Tensor]]], tolerance: float) -> str:
+    """In what a model does not give the outputs of some inputs, or that it does not run; empty if it gives them.
+
+    Args:
+        model: a module.
+        tried: inputs, each with what the outputs should be.
+        tolerance: as of :func:`difference`.
+    """
+    for inputs, aims in tried:
+        try:
+            found = outputs(model, inputs)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            return f"it does not run ({error})"
+        if problem := difference(found, aims, tolerance):
+            return problem
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from weakref import WeakSet
 
@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, listed
 
 __all__ = ["being_pruned", "prunable_weights"]
 
@@ -81,7 +81,7 @@ def prunable_weights(
             weights[name] = weight
     if not weights:
         raise AutoPruneError(
-            f"None of the layers {_list(chosen)} has a trainable weight of its own: their `requires_grad` is off, or"
+            f"None of the layers {listed(chosen)} has a trainable weight of its own: their `requires_grad` is off, or"
             " they share it with an embedding."
         )
     return weights
@@ -110,16 +110,14 @@ def _choose(
     for argument, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in found):
-                raise AutoPruneError(f"`{argument}` has {pattern!r}, which matches no layer; there are {_list(found)}.")
+                raise AutoPruneError(
+                    f"`{argument}` has {pattern!r}, which matches no layer; there are {listed(found)}."
+                )
     if not chosen:
-        raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {_list(found)}.")
+        raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {listed(found)}.")
     return chosen
 
 
 def _chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
     wanted = include is None or any(fnmatchcase(name, pattern) for pattern in include)
     return wanted and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)

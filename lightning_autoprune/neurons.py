@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, latent, write
 from lightning_autoprune.channels import find_channels, fix_entangled, weight_dim
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.masks import floors
+from lightning_autoprune.heads import with_heads
+from lightning_autoprune.masks import floors, keep_best
 
 __all__ = ["COSTS", "Cost", "NeuronParameters", "Neurons"]
 
@@ -75,6 +76,7 @@ class Neurons:
         weights = {name: weight for name, weight in weights.items() if name in modules}
         channels = find_channels(model, example_input)
         fix_entangled(model, channels, example_input)
+        channels = with_heads(model, channels, example_input)
         free = [c for c in channels if not c.fixed and c.read and {*c.made, *c.read} <= weights.keys()]
         if not free:
             reasons = list(dict.fromkeys(c.fixed or "its layers are not chosen, or nothing reads it" for c in channels))
@@ -119,6 +121,10 @@ class Neurons:
         kept = sum(costs[name] * rows * columns for name, (rows, columns) in self.shares(alive).items())
         return (kept + rest) / (sum(costs.values()) + rest)
 
+    def floors(self, layer_floor: float) -> list[int]:
+        """Number of channels that each group keeps whatever happens."""
+        return floors([len(group) for group in self.groups], layer_floor)
+
     def check_density(self, density: float, layer_floor: float) -> None:
         """Raises unless the density can be met with what the layers keep whatever happens.
 
@@ -126,7 +132,7 @@ class Neurons:
             AutoPruneError: naming the numbers, and what to change.
         """
         least = torch.zeros(self.count, dtype=torch.bool, device=self.groups[0].device)
-        for group, floor in zip(self.groups, floors([len(group) for group in self.groups], layer_floor), strict=True):
+        for group, floor in zip(self.groups, self.floors(layer_floor), strict=True):
             least[group[:floor]] = True
         if self.density(least) > density:
             raise AutoPruneError(
@@ -157,20 +163,14 @@ class NeuronParameters(AuxiliaryParameters):
     Attributes:
         M: one tensor, of shape (number of channels,).
         alive: whether each channel is kept, bool, of the same shape.
-
     """
 
     def __init__(self, weights: Mapping[str, Tensor], neurons: Neurons, **options: Any) -> None:
         self.neurons = neurons
-        device = next(iter(weights.values())).device
-        self.alive = torch.ones(neurons.count, dtype=torch.bool, device=device)
-        self._floors = floors([len(group) for group in neurons.groups], options.get("layer_floor", 0.001))
-        sizes = torch.zeros(neurons.count + 1, device=device)
-        for name, weight in weights.items():
-            numbers = neurons.columns[name]
-            sizes.index_add_(0, numbers, torch.full(numbers.shape, weight.numel() / len(numbers)).to(sizes))
-        self._root_sizes = sizes[:-1].sqrt()
+        self.alive = torch.ones(neurons.count, dtype=torch.bool, device=neurons.groups[0].device)
         super().__init__(weights, **options)
+        ones = [torch.ones_like(T, dtype=torch.float32) for T in self._effective()]
+        self._root_sizes = self._sum_over_channels(ones).sqrt()  # of the numbers of weights
 
     @property
     def density(self) -> float:
@@ -189,10 +189,11 @@ class NeuronParameters(AuxiliaryParameters):
     def update_masks(self) -> None:
         """Decides anew which channels are kept, and writes T = W ⊙ h(M) into the weights that read them."""
         m = self.M[0]
-        for group, floor in zip(self.neurons.groups, self._floors, strict=True):
-            if int((m[group] > 0).sum()) < floor:
-                best = group[m[group].topk(floor).indices]
-                m[best] = m[best].clamp_min(1e-8)
+        for group, floor in zip(self.neurons.groups, self.neurons.floors(self._layer_floor), strict=True):
+            part = m[group]
+            if int((part > 0).sum()) < floor:
+                keep_best([part], [floor], floor, prune=False)
+                m[group] = part
         self.alive = m > 0
         self._write(rows=False)
 
@@ -209,18 +210,22 @@ class NeuronParameters(AuxiliaryParameters):
 
     def meet(self, density: float) -> None:
         """Prunes or brings back channels in the order of m, until the density is the largest that is not above."""
-        m = self.M[0]
-        score = m.clone()
-        for group, floor in zip(self.neurons.groups, self._floors, strict=True):
-            score[group[m[group].topk(floor).indices]] = torch.inf
-        order = score.argsort(descending=True)
-        low, high = sum(self._floors), self.neurons.count
+        low, high = sum(self.neurons.floors(self._layer_floor)), self.neurons.count
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.neurons.density(_first(order, middle)) <= density
+            fits = self.neurons.density(self._keeping(middle) > 0) <= density
             low, high = (middle, high) if fits else (low, middle - 1)
-        self.M[0] = torch.where(_first(order, low), m.clamp_min(1e-8), m.clamp_max(0))
+        self.M[0] = self._keeping(low)
         self.update_masks()
+
+    def _keeping(self, count: int) -> Tensor:
+        """M moved so that exactly ``count`` channels are kept."""
+        m, groups = self.M[0].clone(), self.neurons.groups
+        parts = [m[group] for group in groups]
+        keep_best(parts, self.neurons.floors(self._layer_floor), count)
+        for group, part in zip(groups, parts, strict=True):
+            m[group] = part
+        return m
 
     def freeze(self) -> None:
         """Makes the masks final and zeroes the rows that make pruned channels."""
@@ -251,7 +256,7 @@ class NeuronParameters(AuxiliaryParameters):
 
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         if initial == "constant":
-            return [torch.full_like(self._root_sizes, scale)]
+            return [torch.full((self.neurons.count,), scale, device=self.alive.device)]
         norms = self._sum_over_channels([T.float().square() for T in self._effective()]).sqrt()
         for group in self.neurons.groups:
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
@@ -275,10 +280,3 @@ class NeuronParameters(AuxiliaryParameters):
 def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
     """Values along one dimension of a tensor, to be broadcast along the others."""
     return values.view([-1 if d == dim else 1 for d in range(like.dim())])
-
-
-def _first(order: Tensor, count: int) -> Tensor:
-    """Bool, True at the first numbers of an order."""
-    chosen = torch.zeros(len(order), dtype=torch.bool, device=order.device)
-    chosen[order[:count]] = True
-    return chosen

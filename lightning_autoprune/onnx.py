@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import as_arguments, copied, difference, outputs, probes, tensors_in
+from lightning_autoprune.files import replacing
+from lightning_autoprune.inputs import as_arguments, difference, outputs, probes, tensors_in
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_onnx"]
@@ -58,29 +59,26 @@ def export_onnx(
     name = type(model).__name__
     example = torch.utils._pytree.tree_map(_two_rows, example_input)  # one row would be taken for a constant
     small = shrink(model, example) if shrunk else copy.deepcopy(model)
-    args, kwargs = as_arguments(copied(example))
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    args, kwargs = as_arguments(example)
+    with torch.no_grad():
+        tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    with replacing(path) as temporary:
         _write(small.eval(), name, temporary, args, kwargs)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        names = [entry.name for entry in session.get_inputs()]
-        for inputs in [example_input, *probes(model, example)]:
-            with torch.no_grad():
-                aims = outputs(model, inputs)
-            given = [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
-            found = [torch.from_numpy(output) for output in session.run(None, dict(zip(names, given, strict=True)))]
-            if problem := difference(found, aims, tolerance):
+        try:
+            session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+            names = [entry.name for entry in session.get_inputs()]
+            runs = [session.run(None, dict(zip(names, _arrays(inputs), strict=True))) for inputs, _ in tried]
+        except Exception as error:
+            raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
+        for run, (_, aims) in zip(runs, tried, strict=True):
+            if problem := difference([torch.from_numpy(output) for output in run], aims, tolerance):
                 raise AutoPruneError(
-                    f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if it may."
+                    f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if that is close enough."
                 )
-        os.replace(temporary, path)
-    except AutoPruneError:
-        raise
-    except Exception as error:
-        raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _arrays(inputs: Any) -> list[Any]:
+    return [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
 
 
 def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

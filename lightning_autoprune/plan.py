@@ -48,15 +48,14 @@ def plan(
     if module.example_input_array is None:
         return dict(weights), None, None
     inputs: Any = apply_to_collection(module.example_input_array, torch.Tensor, lambda x: x.to(module.device))
-    with torch.random.fork_rng(devices=[]):
-        if settings.granularity == "weight":
-            try:
-                return dict(weights), None, model_cost(module, inputs)
-            except Exception as error:  # a figure in a log is no reason to stop
-                rank_zero_warn(f"`example_input_array` does not run, so `autoprune/flops` is not logged: {error}")
-                return dict(weights), None, None
-        neurons = Neurons.of(module, weights, inputs)
-        cost = model_cost(module, inputs)
+    if settings.granularity == "weight":
+        try:
+            return dict(weights), None, model_cost(module, inputs)
+        except Exception as error:  # a figure in a log is no reason to stop
+            rank_zero_warn(f"`example_input_array` does not run, so `autoprune/flops` is not logged: {error}")
+            return dict(weights), None, None
+    neurons = Neurons.of(module, weights, inputs)
+    cost = model_cost(module, inputs)
     if settings.counts_flops:
         neurons.costs = {name: float(cost.layers[name].flops) for name in neurons.rows}
         neurons.rest = cost.flops - sum(neurons.costs.values())

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_autoprune.channels import Channel, find_channels
 from lightning_autoprune.dead import remove, silence
-from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.inputs import all_vary, difference, outputs, probes
+from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.heads import with_heads
+from lightning_autoprune.inputs import all_vary, disagreement, probes
 from lightning_autoprune.layers import being_pruned
 
 __all__ = ["shrink"]
@@ -33,8 +34,10 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
     adds is that for inputs of the example's shapes, but for the number of rows.
 
     Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
-    through a normalisation over channels (LayerNorm) or an attention layer, of grouped convolutions that are not
-    depthwise, and constants that a zero-padded convolution reads.
+    through a normalisation over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants
+    that a zero-padded convolution reads. Attention heads go as a whole, where the module has their number in an
+    attribute (``num_heads``, ``n_heads``, ``heads``…) and a ``forward`` that runs with fewer; those of
+    ``nn.MultiheadAttention`` stay.
 
     Args:
         model: a module or LightningModule, in evaluation mode from here on; it is left as it was.
@@ -68,10 +71,10 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
             f"{type(model).__name__} is still being pruned: shrink it when fitting has ended, or once the masks are"
             " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."
         )
-    channels = find_channels(model, example_input)
-    inputs = probes(model, example_input)
-    with torch.no_grad():
-        wanted = [outputs(model, example) for example in inputs]
+    channels = with_heads(model, find_channels(model, example_input), example_input)
+    tried = probes(model, example_input)
+    inputs = [example for example, _ in tried]
+    vary = all_vary(inputs)
     layers = list(dict.fromkeys(name for channel in channels if not channel.fixed for name in channel.made))
 
     def attempt(names: set[str]) -> tuple[Model, str]:
@@ -79,8 +82,8 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         small = copy.deepcopy(model)
         with torch.no_grad():
             allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
-            remove(small, silence(small, allowed, inputs, all_vary(inputs)))
-            return small, _difference(small, inputs, wanted, tolerance)
+            remove(small, silence(small, allowed, inputs, vary))
+            return small, disagreement(small, tried, tolerance)
 
     small, problem = attempt(set(layers))
     if problem:
@@ -88,27 +91,12 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         small, problem = attempt(set(layers) - {tied for name in spoilt for tied in _tied(channels, name)})
         if problem or not spoilt:
             raise AutoPruneError(
-                f"{type(model).__name__} can't be shrunk: without the dead channels of {_list(layers)} {problem}."
+                f"{type(model).__name__} can't be shrunk: without the dead channels of {listed(layers)} {problem}."
             )
-        warnings.warn(f"The dead channels of {_list(spoilt)} stay: without them the outputs change.", stacklevel=2)
+        warnings.warn(f"The dead channels of {listed(spoilt)} stay: without them the outputs change.", stacklevel=2)
     return small
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
 
 
 def _tied(channels: Iterable[Channel], name: str) -> set[str]:
     """The layers that make channels together with one."""
     return {layer for channel in channels if name in channel.made for layer in channel.made}
-
-
-def _difference(model: nn.Module, inputs: Iterable[Any], wanted: Iterable[list[Tensor]], tolerance: float) -> str:
-    for example, aims in zip(inputs, wanted, strict=True):
-        try:
-            found = outputs(model, example)
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            return f"it does not run ({error})"
-        if problem := difference(found, aims, tolerance):
-            return problem
-    return ""

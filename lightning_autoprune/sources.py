@@ -28,7 +28,7 @@ from lightning_autoprune.heldout import (
     split_loader,
 )
 
-__all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "ValidationSource", "make_source"]
+__all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "TrainSource", "ValidationSource", "make_source"]
 
 
 class Source:
@@ -37,6 +37,7 @@ class Source:
     name: str  # what it is, for messages
     clock: Callable[[], int] = int  # tells how many training steps are over; the callback sets it
     joins = False  # whether M follows the gradients of the weight steps too, if the user does not say
+    holds_out = True  # whether there are any
     share = 0.5  # weight of the last batch's gradients where M follows those of the weight step too
 
     def setup(self, trainer: Trainer) -> None:
@@ -66,6 +67,14 @@ class Source:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores it, after ``start``."""
+
+
+class TrainSource(Source):
+    """Nothing is held out: M follows the weight steps."""
+
+    name = '"train"'
+    joins = True
+    holds_out = False
 
 
 class RedrawnSource(Source):
@@ -272,15 +281,15 @@ class FixedSource(LoaderSource):
         return len(self._sampler) + len(self._sampler.held_out) if self._sampler else 0
 
 
-def make_source(held_out: Any, redraw: bool, seed: int) -> Source | None:
-    """The source that ``held_out`` names, or None for ``"train"``, where nothing is held out.
+def make_source(held_out: Any, redraw: bool, seed: int) -> Source:
+    """The source that ``held_out`` names.
 
     Raises:
         AutoPruneError: for anything but a fraction in (0, 1), ``"val"``, ``"train"`` or a ``DataLoader``.
     """
     if isinstance(held_out, str):
         check_choice("held_out", held_out, ("val", "train"))
-        return ValidationSource(seed) if held_out == "val" else None
+        return ValidationSource(seed) if held_out == "val" else TrainSource()
     if isinstance(held_out, DataLoader):
         return LoaderSource(held_out, seed)
     hint = '`held_out` may also be "val", "train" or a DataLoader.'

@@ -15,7 +15,6 @@ import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.files import replacing
 from lightning_autoprune.indices import decode, encode
 
 __all__ = ["load_sparse", "load_sparse_into", "save_sparse", "sparse_metadata"]
@@ -106,14 +106,8 @@ def save_sparse(
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
     }
     layout["crc32"] = _checksum(layout, content)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()  # an OSError where there is no such folder
+    with replacing(path) as temporary:
         save_file(content, temporary, {_KEY: json.dumps(layout, separators=(",", ":"))})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_sparse(path: str | os.PathLike[str], *, max_expansion: float = 1000.0) -> dict[str, Tensor]:

@@ -185,6 +185,37 @@ class Attention(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
+class Heads(nn.Module):
+    """A block with its own attention, whose number of heads is an attribute; heads in each usual order."""
+
+    def __init__(self, kind="fused", heads=4):
+        super().__init__()
+        self.kind, self.heads, self.inner = kind, heads, 16
+        self.embed = nn.Linear(6, 12)
+        if kind == "separate":
+            self.q, self.k, self.v = nn.Linear(12, 16), nn.Linear(12, 16, bias=False), nn.Linear(12, 16)
+        else:
+            self.qkv = nn.Linear(12, 48)
+        self.out, self.up, self.down = nn.Linear(16, 12), nn.Linear(12, 16), nn.Linear(16, 12)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        if self.kind == "separate":
+            parts = [layer(x).unflatten(-1, (self.heads, -1)) for layer in (self.q, self.k, self.v)]
+        elif self.kind == "interleaved":
+            parts = self.qkv(x).unflatten(-1, (self.heads, 3, -1)).unbind(-2)
+        else:
+            split = self.qkv(x).split(self.inner, -1) if self.kind == "counted" else self.qkv(x).chunk(3, -1)
+            parts = [part.unflatten(-1, (self.heads, -1)) for part in split]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return self.last(x + self.down(F.gelu(self.up(x))))
+
+
+HEADS = ("fused", "interleaved", "separate", "counted")
+
 # Those where torch-pruning's graph is wrong or stops, or a channel can't be removed alone: channels must stay there.
 DIFFICULT = {
     "shuffled": (Shuffled, (5,)),

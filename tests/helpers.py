@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
+
+from lightning_autoprune.pruner import Pruner
 
 ROWS, FEATURES, CLASSES, BATCH = 128, 12, 4, 16
 
@@ -121,6 +124,21 @@ def fit(
     t = trainer(callbacks=callbacks, **options)
     t.fit(model, loader() if train is None else train, val, ckpt_path=ckpt_path)
     return model, t
+
+
+def train(pruner: Pruner, model: nn.Module, x: Tensor, y: Tensor, steps: int, optimizer: Any = None) -> Iterator[float]:
+    """A plain torch loop; yields the sparsity after each step."""
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        if pruner.due:
+            pruner.auxiliary_step([weight.grad for weight in pruner.weights.values()])
+        pruner.before_weight_step()
+        optimizer.step()
+        pruner.after_weight_step()
+        pruner.end_step()
+        yield pruner.sparsity
 
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import DIFFICULT, EXACT
+from helpers import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -134,19 +135,6 @@ def test_a_step_does_not_grow_with_the_number_of_weights_of_a_channel(rule):
     assert 0.4 < narrow / wide < 2.5
 
 
-def train(pruner, network, x, y, steps):
-    optimizer = torch.optim.Adam(network.parameters(), 1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(x), y).backward()
-        if pruner.due:
-            pruner.auxiliary_step([weight.grad for weight in pruner.weights.values()])
-        pruner.before_weight_step()
-        optimizer.step()
-        pruner.after_weight_step()
-        pruner.end_step()
-
-
 def problem():
     torch.manual_seed(0)
     layers = nn.Linear(8, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)
@@ -161,7 +149,7 @@ def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
     neurons = Neurons.of(network, prunable_weights(network), x)
     pruner = Pruner(neurons_weights(network, neurons), Settings(granularity="neuron", **target), 300, neurons=neurons)
     pruner.start()
-    train(pruner, network, x, y, 300)
+    list(train(pruner, network, x, y, 300))
     assert pruner.frozen
     assert 0.8 <= pruner.sparsity < 0.85
     accuracy = (network.eval()(x).argmax(1) == y).float().mean()
@@ -180,8 +168,7 @@ def test_neurons_come_back_during_pruning():
     pruner = Pruner(neurons_weights(network, neurons), settings_, 400, neurons=neurons)
     pruner.start()
     came_back, before = 0, None
-    for _ in range(350):
-        train(pruner, network, x, y, 1)
+    for _ in train(pruner, network, x, y, 350):
         now = pruner.auxiliary.alive if pruner.auxiliary else None
         if before is not None:
             came_back += int((now & ~before).sum())

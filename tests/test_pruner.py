@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import same
+from helpers import same, train
 from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
@@ -18,21 +18,6 @@ def problem(seed: int = 0):
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     x = torch.randn(64, 16)
     return model, x, x[:, :4].argmax(1)
-
-
-def train(pruner: Pruner, model, x, y, steps: int, optimizer=None):
-    """A plain torch loop; yields the sparsity after each step."""
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), 0.01)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        if pruner.due:
-            pruner.auxiliary_step([weight.grad for weight in pruner.weights.values()])
-        pruner.before_weight_step()
-        optimizer.step()
-        pruner.after_weight_step()
-        pruner.end_step()
-        yield pruner.sparsity
 
 
 def started(model, steps: int, **settings) -> Pruner:

@@ -7,9 +7,10 @@ import warnings
 import pytest
 import torch
 from architectures import DIFFICULT, EXACT, prune, resnet
+from helpers import fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
@@ -203,16 +204,7 @@ def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_prun
     callback = AutoPruneCallback(target_sparsity=0.9)
     x = torch.randn(64, 4)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :1]), 16)
-    model = Lit()
-    Trainer(
-        max_epochs=5,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback, Watch()],
-    ).fit(model, loader)
+    model, _ = fit([callback, Watch()], model=Lit(), train=loader, epochs=5)
     assert seen["error"] == (
         "Sequential is still being pruned: shrink it when fitting has ended, or once the masks are frozen, or shrink a"
         " copy of it as it is now (`copy.deepcopy`)."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,26 @@ from torch import Tensor, nn
 from lightning_autoprune.layers import prunable_weights
 
 from .tasks import Task, batches
+
+
+def quiet(threads: int = 1) -> None:
+    """No warnings, no notes of Lightning, and the same number of threads for all that is compared."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(threads)
+
+
+def quiet_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
+    """A Trainer on the CPU that writes nothing."""
+    return Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
 
 
 class Method(Callback):
@@ -135,15 +157,7 @@ def trained(
     network = task.network().to(memory_format=torch.channels_last)
     learner = Learner(method.prepare(network, data.train[0][: task.batch]), method, task.lr)
     learner.example_input_array = data.train[0][:1]
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=method.callbacks(),
-    )
+    trainer = quiet_trainer(epochs, method.callbacks())
     began = time.perf_counter()
     trainer.fit(learner, batches(data.train, task.batch, seed))
     seconds = time.perf_counter() - began
