@@ -226,6 +226,8 @@ class AutoPruneCallback(Callback):
         self._source.start(trainer, lambda: self._upcoming(trainer))
         weights, optimizers = self._trained_weights(trainer, pl_module)
         weights, neurons, self._cost = plan(pl_module, weights, self.settings)
+        if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
+            neurons = trainer.strategy.broadcast(neurons).to(pl_module.device)
         self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
         self._gradients = MaskGradients(
             self._pruner, self._source, optimizers, self._report, self.train_gradients, self.loss_fn, self.seed

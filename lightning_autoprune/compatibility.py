@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,10 +41,15 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
     module, callbacks = trainer.lightning_module, _callbacks(trainer)
     if sum(isinstance(callback, kind) for callback in callbacks) > 1:
         raise AutoPruneError("The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one.")
-    if type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
         raise AutoPruneError(
-            f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one process and one"
-            " device (`Trainer(devices=1)`)."
+            f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one device"
+            ' (`Trainer(devices=1)`) or `strategy="ddp"`.'
+        )
+    if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
+        raise AutoPruneError(
+            "DDPStrategy has a `model_averaging_period`: between two averages the weights of the ranks differ, and so"
+            " would their masks. Leave it out."
         )
     for callback in callbacks:
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.pruner import Pruner
+from lightning_autoprune.ranks import every_rank, mean_over_ranks
 from lightning_autoprune.report import Report
 from lightning_autoprune.shield import held_out_gradients
 from lightning_autoprune.sources import Source
@@ -73,17 +74,18 @@ class MaskGradients:
         if not self._source.holds_out or not self._pruner.due:
             return
         batch, own, self._own = self._source.batch(trainer), self._own, []
-        if batch is None:
+        ranks, device = trainer.world_size, trainer.strategy.root_device
+        if not every_rank(batch is not None, ranks, device):  # what a rank runs alone may wait for the others for ever
             if own:
                 self._step(own)
             return
         weights = list(self._pruner.weights.values())
         result = held_out_gradients(trainer, batch, weights, self._loss_fn, self._seed, self._pruner.step)
-        if isinstance(result, str):
-            self._bad_loss(f"the held-out loss is {result}")
+        if not every_rank(not isinstance(result, str), ranks, device) or isinstance(result, str):
+            self._bad_loss(f"the held-out loss is {result if isinstance(result, str) else 'bad on another rank'}")
             return
-        loss, gradients = result
-        self._report.held_out_loss(loss)
+        loss, *gradients = mean_over_ranks([result[0], *result[1]], self._source.weight, ranks)
+        self._report.held_out_loss(float(loss))
         if own:
             gradients = list(torch._foreach_mul(gradients, self._source.share))
             torch._foreach_add_(gradients, own, alpha=1 - self._source.share)

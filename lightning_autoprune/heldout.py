@@ -26,7 +26,15 @@ from torch.utils.data import (
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["FixedSplitSampler", "HeldOutBatches", "batch_rows", "isolated_random", "split_batch", "split_loader"]
+__all__ = [
+    "FixedSplitSampler",
+    "HeldOutBatches",
+    "batch_rows",
+    "isolated_random",
+    "shard_batch",
+    "split_batch",
+    "split_loader",
+]
 
 
 @contextmanager
@@ -103,6 +111,29 @@ def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tup
         return batch, None
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
     return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
+
+
+def shard_batch(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
+    """One rank's rows of a batch that all ranks have, so that together they pass each row once.
+
+    Args:
+        batch: as of :func:`split_batch`.
+        rank: from 0 to ``ranks`` - 1.
+        ranks: number of processes that share the batch.
+
+    Returns:
+        Every ``ranks``-th row, and the weight of this part in a mean over the ranks (1 where all have as many); the
+        whole batch and 1 where a part would have less than two rows, which BatchNorm needs.
+
+    Example:
+        >>> shard_batch(torch.arange(5), 1, 2)
+        (tensor([1, 3]), 0.8)
+    """
+    rows = batch_rows(batch)
+    if rows < 2 * ranks:
+        return batch, 1.0
+    index = torch.arange(rank, rows, ranks)
+    return _take(batch, index, rows), len(index) * ranks / rows
 
 
 def batch_rows(batch: Any) -> int:

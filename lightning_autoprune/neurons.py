@@ -18,7 +18,7 @@ Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -96,14 +96,16 @@ class Neurons:
             together.setdefault(frozenset(channel.made), []).append(number)
         device = next(iter(weights.values())).device
         sizes = {name: float(weight.numel()) for name, weight in weights.items()}
-        return cls(
-            count=len(free),
-            groups=[torch.tensor(numbers, device=device) for numbers in together.values()],
-            rows={name: numbers.to(device) for name, numbers in rows.items()},
-            columns={name: numbers.to(device) for name, numbers in columns.items()},
-            dims=dims,
-            sizes=sizes,
-            costs=dict(sizes),
+        groups = [torch.tensor(numbers) for numbers in together.values()]
+        return cls(len(free), groups, rows, columns, dims, sizes, costs=dict(sizes)).to(device)
+
+    def to(self, device: torch.device) -> Neurons:
+        """The same with its tensors on a device."""
+        return replace(
+            self,
+            groups=[group.to(device) for group in self.groups],
+            rows={name: numbers.to(device) for name, numbers in self.rows.items()},
+            columns={name: numbers.to(device) for name, numbers in self.columns.items()},
         )
 
     def shares(self, alive: Tensor) -> dict[str, tuple[float, float]]:

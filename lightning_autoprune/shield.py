@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
 from lightning_autoprune.heldout import isolated_random
+from lightning_autoprune.rules import at_least_float32
 
 __all__ = ["held_out_gradients", "shielded"]
 
@@ -97,7 +98,7 @@ def held_out_gradients(
     weights: Sequence[Tensor],
     loss_fn: Callable[[LightningModule, Any], Tensor] | None,
     *seeds: int,
-) -> tuple[float, list[Tensor]] | str:
+) -> tuple[Tensor, list[Tensor]] | str:
     """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
     Args:
@@ -113,18 +114,15 @@ def held_out_gradients(
     """
     module = trainer.lightning_module
     with shielded(module, *seeds), torch.enable_grad():
-        if loss_fn is not None:
-            with trainer.precision_plugin.train_step_context():
-                output: Any = loss_fn(module, batch)
-        else:
-            output = trainer.strategy.training_step(*_arguments(trainer, batch))
+        with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
+            output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
         if loss.numel() != 1:
             return f"of shape {tuple(loss.shape)}, not a scalar"
-        if not math.isfinite(value := loss.item()):
-            return f"{value}, not finite"
+        if not math.isfinite(loss.item()):
+            return f"{loss.item()}, not finite"
         if not loss.requires_grad:
             return "without a gradient: it does not depend on the model's weights"
         trained = [weight for weight in weights if weight.requires_grad]
@@ -139,7 +137,9 @@ def held_out_gradients(
         )
     gradients = {id(weight): result for weight, result in zip(trained, results, strict=True)}
     found = [gradients.get(id(weight)) for weight in weights]
-    return value, [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+    return at_least_float32(loss.detach()), [
+        torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
+    ]
 
 
 @contextmanager

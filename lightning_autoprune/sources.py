@@ -13,7 +13,7 @@ from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
@@ -24,6 +24,7 @@ from lightning_autoprune.heldout import (
     empty_error,
     isolated_random,
     iterable_error,
+    shard_batch,
     split_batch,
     split_loader,
 )
@@ -38,6 +39,7 @@ class Source:
     clock: Callable[[], int] = int  # tells how many training steps are over; the callback sets it
     joins = False  # whether M follows the gradients of the weight steps too, if the user does not say
     holds_out = True  # whether there are any
+    weight = 1.0  # of the last batch of this rank beside those of the others, 1 in the mean
     share = 0.5  # weight of the last batch's gradients where M follows those of the weight step too
 
     def setup(self, trainer: Trainer) -> None:
@@ -178,9 +180,17 @@ class LoaderSource(Source):
     @override
     def batch(self, trainer: Trainer) -> Any:
         assert self._stream is not None
-        batch = next(self._stream)
+        batch = self._shard(next(self._stream), trainer)
         with isolated_random(self.seed, self._stream.passes, self._stream.position):
             return to_device(trainer, batch)
+
+    def _shard(self, batch: Any, trainer: Trainer) -> Any:
+        """This rank's rows of a batch that all ranks have; all of them where some rank would have less than two."""
+        rank, ranks = trainer.global_rank, trainer.world_size
+        if ranks == 1 or isinstance(getattr(self.loader, "sampler", None), DistributedSampler):
+            return batch
+        part, self.weight = shard_batch(batch, rank, ranks)
+        return part
 
     @override
     def finetune(self) -> None:
@@ -207,6 +217,10 @@ class ValidationSource(LoaderSource):
     def __init__(self, seed: int) -> None:
         super().__init__(None, seed)
         self.name = f'"val", seed {seed}'
+
+    @override
+    def _shard(self, batch: Any, trainer: Trainer) -> Any:
+        return batch  # each rank has its own
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
@@ -238,6 +252,11 @@ class FixedSource(LoaderSource):
 
     @override
     def setup(self, trainer: Trainer) -> None:
+        if trainer.world_size > 1:
+            raise AutoPruneError(
+                f"One part of the training set can't be held out for the whole run on {trainer.world_size} ranks, each"
+                " of which draws its own rows: use `redraw_held_out=True` or a DataLoader."
+            )
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise AutoPruneError("`overfit_batches` of the Trainer replaces the sampler: use `redraw_held_out=True`.")
         source = training_loader_source(trainer)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callback import Manual, TwoOptimizers
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -106,7 +107,11 @@ class Forgetful(Net):
         ),
         ([AutoPruneCallback(), WeightAveraging()], {}, "WeightAveraging averages weights while masks change"),
         ([AutoPruneCallback(), StochasticWeightAveraging(0.1)], {}, "StochasticWeightAveraging averages weights while"),
-        (AutoPruneCallback(), {"strategy": "ddp"}, "AutoPruneCallback does not work under DDPStrategy yet: use one"),
+        (
+            AutoPruneCallback(),
+            {"strategy": ModelParallelStrategy()},
+            r"under ModelParallelStrategy yet: use one device \(`Trainer\(devices=1\)`\) or `strategy=\"ddp\"`",
+        ),
         (
             AutoPruneCallback(held_out=0.25, redraw_held_out=False),
             {"overfit_batches": 2},

@@ -24,6 +24,7 @@ from lightning_autoprune.heldout import (
     HeldOutBatches,
     isolated_random,
     mix,
+    shard_batch,
     split_batch,
     split_loader,
 )
@@ -250,3 +251,17 @@ def test_a_generator_of_the_users_is_left_as_it_was():
 def test_a_loader_without_batches_is_refused():
     with pytest.raises(AutoPruneError, match="The held-out loader gives no batches"):
         next(HeldOutBatches([]))
+
+
+@given(rows=st.integers(1, 40), ranks=st.integers(1, 6))
+def test_the_ranks_share_a_batch_out_and_their_weighted_mean_is_that_of_the_whole(rows, ranks):
+    batch = torch.arange(rows, dtype=torch.float64)
+    parts, weights = zip(*(shard_batch(batch, rank, ranks) for rank in range(ranks)), strict=True)
+    assert sum(weights) == pytest.approx(ranks)
+    mean = sum(weight * part.mean() for part, weight in zip(parts, weights, strict=True)) / ranks
+    assert float(mean) == pytest.approx(float(batch.mean()))
+    if rows >= 2 * ranks:
+        assert torch.equal(torch.cat(parts).sort().values, batch)
+        assert min(len(part) for part in parts) >= 2
+    else:
+        assert all(torch.equal(part, batch) for part in parts)

@@ -1,0 +1,156 @@
+"""Fits of two ranks, for ``test_ddp``: ``python ddp_run.py FOLDER`` in each process writes what its rank saw."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import BATCH, Net, csv_logger, data, fit, loader
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+
+from lightning_autoprune import AutoPruneCallback
+
+RANKS = 2
+SETTINGS: dict[str, Any] = {"target_sparsity": 0.7, "warmup": 0.1, "finetune": 0.2}
+
+
+class Plain(Net):
+    """Means over rows all along, so that a batch in parts is the same as the whole."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer="sgd")
+        self.norm = nn.Identity()
+
+
+class Seen(Callback):
+    """The masks after each step."""
+
+    def __init__(self, callback: AutoPruneCallback) -> None:
+        self.callback, self.masks = callback, []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        masks = self.callback._pruner.masks()
+        self.masks.append(torch.cat([mask.flatten() for mask in masks]) if masks else torch.ones(1))
+
+
+class UpTo(DistributedSampler):
+    """Different numbers of rows on the ranks."""
+
+    def __init__(self, dataset: Any, rows: tuple[int, int]) -> None:
+        super().__init__(dataset, RANKS, int(torch.distributed.get_rank()), shuffle=False)
+        self.rows = rows[self.rank]
+
+    def __iter__(self):
+        return iter(range(self.rows))
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+def run(
+    folder: Path, ranks: int = RANKS, model: Any = None, options: dict[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """One fit of as many steps on one rank as on two."""
+    torch.manual_seed(0)  # of the model made here
+    callback = AutoPruneCallback(**{**SETTINGS, **(options or {})})
+    seen = Seen(callback)
+    callbacks = [callback, seen, *more.pop("callbacks", [])]
+    train = more.pop("train", None) or loader(batch=BATCH // ranks)
+    strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {"devices": 1}
+    model, trainer = fit(callbacks, model or Plain(), train, folder=folder, **{**strategy, **more})
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"masks": seen.masks, "state": model.state_dict(), "metrics": metrics, "sparsity": callback.sparsity}
+
+
+def held_out(rows: int = 44, batch: int = 11) -> DataLoader[Any]:
+    return DataLoader(data(rows, seed=5), batch)
+
+
+def union(folder: Path, ranks: int, held: Any, **options: Any) -> dict[str, Any]:
+    """In double precision, in which the order of a sum has no say in a mask; each step passes the same rows."""
+    sampler = DistributedSampler(data(), ranks, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
+    train = DataLoader(data(), BATCH // ranks, sampler=sampler)
+    return run(folder, ranks, options={"held_out": held, **options}, precision="64-true", epochs=5, train=train)
+
+
+def resumed(folder: Path, ranks: int, half: Path | None) -> dict[str, Any]:
+    """A run that writes a checkpoint after each epoch, or goes on from one."""
+    save = ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
+    options = {"callbacks": [save], "enable_checkpointing": True, "ckpt_path": half}
+    return run(folder, ranks, Net(), {"held_out": held_out()}, epochs=5, **options)
+
+
+def not_finite(module: Any, batch: Any) -> Any:
+    """A loss that is NaN on rank 1 now and then."""
+    loss = nn.functional.cross_entropy(module(batch[0]), batch[1])
+    bad = module.trainer.global_rank == 1 and module.trainer.global_step % 5 == 0
+    return loss * float("nan") if bad else loss
+
+
+def refused(folder: Path, **more: Any) -> str:
+    try:
+        run(folder, **more)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def uneven_batches(folder: Path) -> dict[str, Any]:
+    """The last batch of an epoch has three rows on rank 0, of which none can be held out."""
+    rows = 32 + (3 if torch.distributed.get_rank() == 0 else 16)
+    return run(
+        folder, train=DataLoader(Subset(data(), range(rows)), 16, shuffle=True), use_distributed_sampler=False, epochs=8
+    )
+
+
+RUNS: dict[str, Callable[[Path], Any]] = {
+    "train": lambda folder: union(folder, RANKS, "train"),
+    "loader": lambda folder: union(folder, RANKS, held_out()),
+    "both": lambda folder: union(folder, RANKS, held_out(), train_gradients=True),
+    "redrawn": lambda folder: run(folder, model=Net(noisy=True), logger=csv_logger(folder / "logs")),
+    "val": lambda folder: run(folder, options={"held_out": "val"}, val=loader(64)),
+    "accumulating": lambda folder: run(folder, model=Net(), accumulate_grad_batches=3, gradient_clip_val=0.5, epochs=9),
+    "neurons": lambda folder: run(folder, model=neuron_net(), options={"granularity": "neuron"}, epochs=8),
+    "uneven batches": uneven_batches,
+    "uneven loaders": lambda folder: run(
+        folder, options={"held_out": DataLoader(data(64, 5), 8, sampler=UpTo(data(64, 5), (24, 40)))}
+    ),
+    "not finite": lambda folder: run(folder, options={"loss_fn": not_finite}),
+    "whole": lambda folder: resumed(folder, RANKS, None),
+    "half": lambda folder: resumed(folder / "again", RANKS, folder / "saved" / "epoch=2.ckpt"),
+    "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
+    "averaging": lambda folder: refused(folder, strategy=DDPStrategy(model_averaging_period=2)),
+}
+
+
+def neuron_net() -> Net:
+    model = Net()
+    model.example_input_array = torch.zeros(2, 12)
+    return model
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    if len(sys.argv) > 2:  # ranks that Lightning starts by itself
+        found = run(folder, strategy=sys.argv[2])
+        torch.save(found, folder / f"{sys.argv[2]}.pt")
+        return
+    results = {}
+    for name, function in RUNS.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results[name] = function(folder), [str(w.message) for w in caught]
+    torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    main()

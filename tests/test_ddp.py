@@ -1,0 +1,127 @@
+"""Two real processes under DDP (gloo): every fit of ``ddp_run`` is made once, and read here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import ddp_run
+import pytest
+import torch
+from helpers import rows, same
+
+HERE = Path(__file__).parent
+PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging")]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, str(HERE / "ddp_run.py"), *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    try:
+        output = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(output)[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    finish([start([str(folder)], **shared, LOCAL_RANK=str(rank)) for rank in range(2)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_masks_and_weights_are_the_same_bits_on_both_ranks_at_every_step(ranks, name):
+    (one, _), (two, _) = (found[name] for found in ranks)
+    assert same(one["masks"], two["masks"])
+    buffers = ("running", "num_batches", "accuracy")  # which DDP leaves to each rank after the last step
+    weights = [{k: v for k, v in found["state"].items() if not any(b in k for b in buffers)} for found in (one, two)]
+    assert same(*weights)
+    assert len(one["masks"]) > 10
+    assert not same(one["masks"][-1], one["masks"][0])
+
+
+@pytest.mark.parametrize("name", [name for name in PRUNED if name != "neurons"])
+def test_the_target_is_met(ranks, name):
+    assert ranks[1][name][0]["sparsity"] == pytest.approx(0.7, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", {"held": "train"}),
+        ("loader", {"held": ddp_run.held_out()}),
+        ("both", {"held": ddp_run.held_out(), "train_gradients": True}),
+    ],
+)
+def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks, tmp_path, name, options):
+    alone, two = ddp_run.union(tmp_path, 1, **options), ranks[0][name][0]
+    assert same(alone["masks"], two["masks"])
+    for key, value in alone["state"].items():
+        torch.testing.assert_close(two["state"][key], value)
+    if name != "train":
+        loss = "autoprune/held_out_loss"
+        assert two["metrics"][loss] == pytest.approx(alone["metrics"][loss])
+
+
+def test_only_rank_zero_logs(ranks, folder):
+    logged = rows(folder / "logs")
+    assert len(logged) > 5
+    assert len({row["step"] for row in logged}) == len(logged)
+    assert logged[-1]["autoprune/sparsity"] == ranks[1]["redrawn"][0]["sparsity"]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_neither(ranks):
+    texts = [" ".join(found["not finite"][1]) for found in ranks]
+    assert "the held-out loss is bad on another rank: no auxiliary step is taken, and training goes on." in texts[0]
+
+
+def test_resuming_on_two_ranks_gives_the_same_bits(ranks):
+    whole, half = (ranks[0][name][0] for name in ("whole", "half"))
+    assert same(whole["masks"][24:], half["masks"])
+    assert same(whole["state"], half["state"])
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(ranks, folder, tmp_path):
+    found = ddp_run.resumed(tmp_path, 1, folder / "saved" / "epoch=2.ckpt")
+    assert found["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"])
+
+
+def test_what_does_not_go_with_ranks_is_refused(ranks):
+    assert ranks[0]["fixed"][0] == (
+        "AutoPruneError: One part of the training set can't be held out for the whole run on 2 ranks, each of which"
+        " draws its own rows: use `redraw_held_out=True` or a DataLoader."
+    )
+    assert ranks[0]["averaging"][0] == (
+        "AutoPruneError: DDPStrategy has a `model_averaging_period`: between two averages the weights of the ranks"
+        " differ, and so would their masks. Leave it out."
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
+def test_ranks_that_lightning_starts_by_itself_prune_too(tmp_path, strategy):
+    finish([start([str(tmp_path), strategy])])
+    found = torch.load(tmp_path / f"{strategy}.pt", weights_only=False)
+    assert found["metrics"]["autoprune/sparsity"] == pytest.approx(0.7, abs=0.01)
+    weights = [found["state"][f"{name}.weight"] for name in ("first", "last")]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert zeros == pytest.approx(0.7, abs=0.01)
