@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.auxiliary import InitialM
+from lightning_autoprune.averages import prune_averages
 from lightning_autoprune.compatibility import (
     check_trainer,
+    grad_scaler,
     has_stepped,
     steps_done,
     total_steps,
@@ -263,7 +265,7 @@ class AutoPruneCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
         if self._handles and self._pruner is not None and self._gradients is not None:
-            self._gradients.before_weight_step(optimizer)
+            self._gradients.before_weight_step(optimizer, grad_scaler(trainer))
             self._pruner.before_weight_step()
 
     def _after_weight_step(self, *_: Any) -> None:
@@ -280,17 +282,18 @@ class AutoPruneCallback(Callback):
         frozen_now = self._pruner.end_step()
         if frozen_now:
             being_pruned.difference_update(pl_module.modules())
-            self._finish_pruning()
+            self._finish_pruning(trainer)
         layers = self._pruner.layer_sparsity()
         flops = self._cost.flops_left(layers) if self._cost else None
         metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu, flops)
         if frozen_now or self._log_is_due(trainer):
             self._report.log(trainer, metrics, layers, self._pruner.masks())
 
-    def _finish_pruning(self) -> None:
+    def _finish_pruning(self, trainer: Trainer) -> None:
         assert self._pruner is not None
         assert self._gradients is not None
         self._source.finetune()
+        prune_averages(trainer, list(self._pruner.weights.values()), self._pruner.masks())
         if self._gradients.last < 0 and self._pruner.phases.end > self._pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
@@ -313,6 +316,7 @@ class AutoPruneCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
+        self._after_weight_step()  # an average may have taken the place of the weights
         if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
             from lightning_autoprune._wandb import log_artifact
 

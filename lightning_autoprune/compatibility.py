@@ -12,15 +12,16 @@ from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_trainer", "has_stepped", "steps_done", "total_steps", "trained_weights", "will_step"]
+__all__ = ["check_trainer", "grad_scaler", "has_stepped", "steps_done", "total_steps", "trained_weights", "will_step"]
 
 _T = TypeVar("_T", bound=Tensor)
 
@@ -51,12 +52,6 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
             "DDPStrategy has a `model_averaging_period`: between two averages the weights of the ranks differ, and so"
             " would their masks. Leave it out."
         )
-    for callback in callbacks:
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
-            raise AutoPruneError(
-                f"{type(callback).__name__} averages weights while masks change, which gives a model that is not"
-                " pruned: leave one of the two callbacks out."
-            )
     if held_out and not loss_fn and not module.automatic_optimization:
         raise AutoPruneError(
             f"{type(module).__name__} uses manual optimisation: its `training_step` takes optimiser steps and can't"
@@ -110,12 +105,16 @@ def total_steps(trainer: Trainer) -> int:
         AutoPruneError: if it can't be known before the run is over.
     """
     unknown = "`warmup` and `finetune` are fractions of the run, whose length is not known"
-    for callback in _callbacks(trainer):
-        if isinstance(callback, GradientAccumulationScheduler) and len(set(callback.scheduling.values())) > 1:
-            raise AutoPruneError(f"{unknown} under a GradientAccumulationScheduler: use `accumulate_grad_batches`.")
     if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
         raise AutoPruneError(f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead.")
     total = trainer.estimated_stepping_batches
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs not in (None, -1):
+            total = sum(
+                math.ceil(trainer.num_training_batches / callback.get_accumulate_grad_batches(epoch))
+                for epoch in range(trainer.max_epochs)
+            )
+            total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
     if not 0 < total < math.inf:
         raise AutoPruneError(
             f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"
@@ -144,6 +143,12 @@ def will_step(trainer: Trainer) -> bool:
         or ready == trainer.num_training_batches
         or progress.is_last_batch
     )
+
+
+def grad_scaler(trainer: Trainer) -> GradScaler | None:
+    """What scales the loss in 16-bit precision, and skips steps whose gradients overflow; None if nothing does."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
@@ -56,14 +57,18 @@ class MaskGradients:
         self._follows_training = joined if train_gradients is None or not source.holds_out else train_gradients
         self._own: list[Tensor] = []  # of the weight step under way
         self._bad_losses = 0
+        self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
         self.last = -1
 
-    def before_weight_step(self, optimizer: Optimizer) -> None:
+    def before_weight_step(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
         """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
+        self._scaled = scaler is not None
         owns = any(optimizer is owner for owner in self._optimizers)
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
             weights = self._pruner.weights.values()
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):  # else they are unscaled by now
+                gradients = list(torch._foreach_div(gradients, scaler.get_scale()))
             if self._source.holds_out:
                 self._own = [gradient.clone() for gradient in gradients]
             else:
@@ -95,7 +100,7 @@ class MaskGradients:
         self.last = self._pruner.step
         if self._pruner.auxiliary_step(gradients):
             self._bad_losses = 0
-        else:
+        elif not self._scaled:
             self._bad_loss("the gradient for the auxiliary step is not finite")
 
     def _bad_loss(self, what: str) -> None:

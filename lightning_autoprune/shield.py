@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
+from lightning_autoprune.compatibility import grad_scaler
 from lightning_autoprune.heldout import isolated_random
 from lightning_autoprune.rules import at_least_float32
 
@@ -129,13 +130,18 @@ def held_out_gradients(
         with ExitStack() as stack:
             for weight in trained:
                 stack.enter_context(_no_hooks(weight))
-            results = torch.autograd.grad(loss.sum(), trained, allow_unused=True)
+            scaler = grad_scaler(trainer)  # without it 16-bit gradients would be 0; a few rows have larger ones
+            scale = scaler.get_scale() / 16 if scaler else 1.0
+            results = torch.autograd.grad(scale * loss.sum(), trained, allow_unused=True)
     if any(result is None and weight.grad is not None for weight, result in zip(trained, results, strict=True)):
         rank_zero_warn(
             "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
-    gradients = {id(weight): result for weight, result in zip(trained, results, strict=True)}
+    gradients = {
+        id(weight): result if result is None or scale == 1 else result / scale
+        for weight, result in zip(trained, results, strict=True)
+    }
     found = [gradients.get(id(weight)) for weight in weights]
     return at_least_float32(loss.detach()), [
         torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)

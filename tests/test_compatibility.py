@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callback import Manual, TwoOptimizers
 from torch.utils.data import DataLoader, IterableDataset
@@ -100,13 +99,6 @@ class Forgetful(Net):
             {"model": TwoOptimizers(), "max_steps": 10},
             "whose length is not known: `max_steps` counts the steps of all optimisers. Set `max_epochs`",
         ),
-        (
-            [AutoPruneCallback(), GradientAccumulationScheduler({0: 4, 2: 1})],
-            {},
-            "whose length is not known under a GradientAccumulationScheduler",
-        ),
-        ([AutoPruneCallback(), WeightAveraging()], {}, "WeightAveraging averages weights while masks change"),
-        ([AutoPruneCallback(), StochasticWeightAveraging(0.1)], {}, "StochasticWeightAveraging averages weights while"),
         (
             AutoPruneCallback(),
             {"strategy": ModelParallelStrategy()},

@@ -1,0 +1,69 @@
+"""Averages of the weights that other callbacks keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Net, Resumable, fit, loader, same
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+
+from lightning_autoprune import AutoPruneCallback, sparsity
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_the_average_is_pruned_to_the_target(tmp_path, kind, first):
+    callback, average = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind]()
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
+    order = [callback, average, save] if first else [average, callback, save]
+    model, _ = fit(order, epochs=8, val=loader(32), enable_checkpointing=True)
+    assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+    if kind != "swa":  # which writes the weights that are averaged, and the average beside them
+        state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+        other = Net()
+        other.load_state_dict(state)
+        assert sparsity(other) == pytest.approx(0.8, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["ema", "mean"])
+def test_it_is_the_average_that_is_left(kind):
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weight = pl_module.first.weight.detach().clone()
+
+    last = Last()
+    model, _ = fit([AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), last], epochs=8)
+    kept = model.first.weight != 0
+    assert not same(model.first.weight[kept], last.weight[kept])
+
+
+@pytest.mark.parametrize("epoch", [2, 6])  # while pruning, and with frozen masks
+def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
+    def run(ckpt_path=None):
+        callbacks = [
+            AutoPruneCallback(target_sparsity=0.8),
+            EMAWeightAveraging(decay=0.9),
+            ModelCheckpoint(tmp_path / str(ckpt_path is None), "{epoch}", save_top_k=-1),
+        ]
+        model, _ = fit(callbacks, train=Resumable(), epochs=8, enable_checkpointing=True, ckpt_path=ckpt_path)
+        return dict(model.state_dict())
+
+    assert same(run(), run(tmp_path / "True" / f"epoch={epoch}.ckpt"))
+
+
+def test_an_average_of_a_run_that_ends_early_is_pruned_where_the_model_is():
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 4
+
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, _ = fit([callback, EMAWeightAveraging(decay=0.9), Stop()], epochs=8)
+    assert callback.sparsity > 0.5
+    assert sparsity(model) == callback.sparsity

@@ -1,0 +1,204 @@
+"""Options of the Trainer, the Tuner and other callbacks, each beside pruning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import BATCH, ROWS, Net, csv_logger, data, fit, flat, loader, rows, trainer
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+
+from lightning_autoprune import AutoPruneCallback, sparsity
+
+STEPS = ROWS // BATCH  # of an epoch
+
+
+class Counting(Callback):
+    """Steps of the pruner, of the trainer, and those that stepped M."""
+
+    def __init__(self, callback):
+        self.callback, self.auxiliary = callback, 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pruner = self.callback._pruner
+        self.step, self.total = pruner.step, pruner.phases.total
+        self.auxiliary += self.callback._gradients.last == pruner.step - 1
+
+
+def pruned(options=None, **more):
+    callback = AutoPruneCallback(target_sparsity=0.8, **(options or {}))
+    counting = Counting(callback)
+    model, t = fit([callback, counting, *more.pop("callbacks", [])], **more)
+    assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+    assert callback._pruner.frozen
+    return counting, model, t
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 8 * STEPS),
+        ({"limit_train_batches": 5}, 8 * 5),
+        ({"limit_train_batches": 0.5}, 8 * STEPS // 2),
+        ({"limit_val_batches": 1, "val": loader()}, 8 * STEPS),
+        ({"val_check_interval": 0.25, "val": loader(32)}, 8 * STEPS),
+        ({"val_check_interval": 3, "check_val_every_n_epoch": None, "val": loader(32)}, 8 * STEPS),
+        ({"max_time": "00:01:00:00"}, 8 * STEPS),
+        ({"max_steps": 30}, 30),
+        ({"overfit_batches": 4}, 8 * 4),
+        ({"profiler": "simple"}, 8 * STEPS),
+        ({"accumulate_grad_batches": 2}, 8 * STEPS // 2),
+        ({"accumulate_grad_batches": 3}, 8 * 3),  # with a rest
+        ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, 8 * STEPS),
+        ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "norm"}, 8 * STEPS),
+        ({"reload_dataloaders_every_n_epochs": 1}, 8 * STEPS),
+        ({"num_sanity_val_steps": 2, "val": loader(32)}, 8 * STEPS),
+        ({"detect_anomaly": True}, 8 * STEPS),
+        ({"inference_mode": False, "val": loader(32)}, 8 * STEPS),
+        ({"barebones": True, "logger": None, "enable_checkpointing": None, "log_every_n_steps": None}, 8 * STEPS),
+    ],
+)
+def test_a_run_has_the_steps_that_the_options_say_and_meets_the_target(options, steps):
+    counting, _, _ = pruned(epochs=8, **options)
+    assert counting.step == counting.total == steps
+    assert counting.auxiliary > 0.3 * steps
+
+
+@pytest.mark.parametrize("schedule", [{0: 4, 4: 1}, {0: 1, 3: 2, 6: 3}])
+@pytest.mark.parametrize("held_out", [0.25, "train"])
+def test_accumulation_may_follow_a_schedule(schedule, held_out):
+    scheduler = GradientAccumulationScheduler(schedule)
+    counting, _, _ = pruned({"held_out": held_out}, callbacks=[scheduler], epochs=8)
+    factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(8)]
+    assert counting.step == counting.total == sum(-(-STEPS // factor) for factor in factors)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
+@pytest.mark.parametrize("held_out", ["train", "loader"])
+def test_several_training_loaders_at_once(mode, held_out):
+    class Both(Net):
+        def training_step(self, batch):
+            parts = [part for part in batch.values() if part is not None] if isinstance(batch, dict) else [batch]
+            return sum(torch.nn.functional.cross_entropy(self(x), y) for x, y in parts)
+
+    both = CombinedLoader({"a": loader(), "b": loader(64, seed=3)}, mode)
+    held = DataLoader(data(64, seed=5), BATCH) if held_out == "loader" else "train"
+    counting, _, _ = pruned({"held_out": held}, model=Both(), train=both, epochs=8)
+    assert counting.step == 8 * (STEPS if mode == "max_size_cycle" else 4)
+
+
+def test_the_learning_rate_finder_leaves_no_trace():
+    class Tuned(Net):
+        lr = 0.01
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), self.lr)
+
+    seed_everything(0, verbose=False)
+    callback, model = AutoPruneCallback(target_sparsity=0.8), Tuned()
+    before = flat(model)
+    t = trainer(epochs=8, callbacks=[callback], enable_checkpointing=True)
+    Tuner(t).lr_find(model, loader(), num_training=20)
+    assert torch.equal(flat(model), before)
+    assert callback.sparsity == 0
+    assert callback.state_dict() == {}
+    t.fit(model, loader())
+    assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+    assert callback._pruner.phases.total == callback._pruner.step == 8 * STEPS
+
+
+def test_the_batch_size_finder_leaves_no_trace():
+    class Sized(Net):
+        batch_size = 8
+
+        def train_dataloader(self):
+            return DataLoader(data(), self.batch_size)
+
+        def val_dataloader(self):
+            return loader(32)
+
+    seed_everything(0, verbose=False)
+    callback, model = AutoPruneCallback(target_sparsity=0.8), Sized()
+    before = flat(model)
+    t = trainer(epochs=8, callbacks=[callback], enable_checkpointing=True)
+    Tuner(t).scale_batch_size(model, max_trials=2, steps_per_trial=2)
+    assert torch.equal(flat(model), before)
+    assert callback.sparsity == 0
+    assert model.batch_size == 4
+    t.fit(model)
+    assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+
+
+def test_validating_testing_and_predicting_before_and_after_change_nothing():
+    class Whole(Net):
+        def test_step(self, batch):
+            self.validation_step(batch)
+
+        def predict_step(self, batch):
+            return self(batch[0])
+
+    def run(others):
+        seed_everything(1, verbose=False)
+        model, t = Whole(), trainer(epochs=6, callbacks=[AutoPruneCallback(target_sparsity=0.8)])
+        for _ in range(2):
+            if others:
+                t.validate(model, loader(32), verbose=False)
+                t.test(model, loader(32), verbose=False)
+                t.predict(model, loader(32))
+                assert not t.callbacks[0]._handles
+            if not hasattr(t, "fitted"):
+                seed_everything(2, verbose=False)
+                t.fit(model, loader())
+                t.fitted = True
+        return flat(model)
+
+    assert torch.equal(run(True), run(False))
+
+
+def test_several_checkpoints_and_a_learning_rate_monitor(tmp_path):
+    several = [
+        ModelCheckpoint(tmp_path / "best", "{epoch}", monitor="autoprune/sparsity", mode="max"),
+        ModelCheckpoint(tmp_path / "steps", "{step}", every_n_train_steps=10, save_top_k=-1),
+        ModelCheckpoint(tmp_path / "last", save_last=True, save_weights_only=True),
+        LearningRateMonitor("step"),
+    ]
+    options = {"enable_checkpointing": True, "logger": csv_logger(tmp_path / "logs")}
+    _, model, _ = pruned(callbacks=several, epochs=8, **options)
+    (best,) = (tmp_path / "best").iterdir()
+    for path in (best, tmp_path / "steps" / "step=60.ckpt", tmp_path / "last" / "last.ckpt"):
+        other = Net()
+        other.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        assert sparsity(other) > 0.795
+    assert torch.equal(flat(other), flat(model))
+    assert len(rows(tmp_path / "logs")) > 10
+
+
+class Backbone(Net):
+    """A backbone that is thawed on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU())
+
+    def forward(self, x):
+        return super().forward(self.backbone(x))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
+
+
+def test_a_backbone_that_is_frozen_when_fitting_starts_stays_dense():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    with pytest.warns(UserWarning, match="Layers that are not trained .* stay dense: backbone.0"):
+        model, _ = fit([callback, BackboneFinetuning(2, verbose=False)], Backbone(), epochs=6)
+    assert set(callback.layer_sparsity()) == {"first", "last"}
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert model.backbone[0].weight.count_nonzero() == 144
