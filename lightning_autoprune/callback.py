@@ -77,7 +77,8 @@ class AutoPruneCallback(Callback):
         mask_every_n_steps: an auxiliary step is taken, and the masks updated, every so many training steps, >= 1.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with frozen masks, in [0, 1); ``warmup + finetune`` must be below 1.
-        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution and attention layers.
+        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention
+            layers; embeddings only where a pattern matches them.
         exclude: layer-name patterns to leave dense.
         layer_floor: share of its weights that each layer keeps whatever happens, in [0, 1); at least one weight.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a

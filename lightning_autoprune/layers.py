@@ -17,12 +17,8 @@ __all__ = ["being_pruned", "prunable_weights"]
 
 being_pruned: WeakSet[nn.Module] = WeakSet()  # modules whose masks still change, under some callback
 
-# Layer types and the parameters of theirs that are matrices or kernels. Biases, norms and embeddings are not here.
-_PRUNABLE: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
-    (nn.Linear, ("weight",)),
-    (_ConvNd, ("weight",)),
-    (nn.MultiheadAttention, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")),
-)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 def prunable_weights(
@@ -32,20 +28,21 @@ def prunable_weights(
     *,
     trained_only: bool = True,
 ) -> dict[str, nn.Parameter]:
-    """Finds the weights of all linear, convolution and attention-projection layers.
+    """Finds the weights of all linear, convolution, recurrent and attention-projection layers.
 
-    A weight that several layers share is listed once, under the first name; one that is shared with an
-    embedding is an embedding and left out.
+    A weight that several layers share is listed once, under the first name; one that is shared with an embedding is an
+    embedding. Embeddings are left out unless a pattern of ``include`` matches them.
 
     Args:
         model: any module.
-        include: layer-name patterns (``fnmatch``: ``"encoder.*"``); only matching layers. None: all.
+        include: layer-name patterns (``fnmatch``: ``"encoder.*"``); only matching layers, embeddings too. None: all
+            but embeddings.
         exclude: layer-name patterns; matching layers are left out. None: none.
         trained_only: whether weights that are not trained (``requires_grad`` off) are left out too.
 
     Returns:
         Parameters by layer name, in the order of the model: the module's qualified name for a ``weight``,
-        else the parameter's (``attention.in_proj_weight``).
+        else the parameter's (``attention.in_proj_weight``, ``lstm.weight_ih_l0``).
 
     Raises:
         AutoPruneError: if there is no such layer, a pattern matches none of them, or a chosen layer has
@@ -58,7 +55,8 @@ def prunable_weights(
     """
     chosen = _choose(model, include, exclude)
     weights: dict[str, nn.Parameter] = {}
-    seen = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    embeddings = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
+    seen = {id(m.weight) for m in embeddings if not any(m is chosen_one for chosen_one, _ in chosen.values())}
     for name, (module, attribute) in chosen.items():
         if is_parametrized(module, attribute):
             raise AutoPruneError(
@@ -74,6 +72,11 @@ def prunable_weights(
         if is_lazy(weight):
             raise AutoPruneError(
                 f"Layer {name!r} is lazy and has no shape yet: run one batch through the model before fitting."
+            )
+        if getattr(module, "sparse", False):
+            raise AutoPruneError(
+                f"Layer {name!r} has sparse gradients, which can't be masked: make it with `sparse=False`, or"
+                " exclude it."
             )
         wanted = weight.is_floating_point() and (weight.requires_grad or not trained_only)
         if wanted and id(weight) not in seen:
@@ -96,15 +99,15 @@ def _choose(
             raise AutoPruneError(f"`{argument}` is {patterns!r}; it must be a list of patterns: [{patterns!r}].")
     found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        for kind, attributes in _PRUNABLE:
-            if isinstance(module, kind):
-                for attribute in attributes:
-                    if getattr(module, attribute, None) is not None:
-                        name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
-                        found[name or "weight"] = (module, attribute)
+        for attribute in _attributes(module):
+            if getattr(module, attribute, None) is not None:
+                name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
+                if not isinstance(module, _EMBEDDINGS) or (include and _chosen(name, include, None)):
+                    found[name or "weight"] = (module, attribute)
     if not found:
         raise AutoPruneError(
-            f"{type(model).__name__} has no layer to prune: there is no linear, convolution or attention layer in it."
+            f"{type(model).__name__} has no layer to prune: there is no linear, convolution, recurrent or attention"
+            " layer in it."
         )
     chosen = {name: place for name, place in found.items() if _chosen(name, include, exclude)}
     for argument, patterns in (("include", include), ("exclude", exclude)):
@@ -116,6 +119,22 @@ def _choose(
     if not chosen:
         raise AutoPruneError(f"`include` and `exclude` leave no layer to prune; there are {listed(found)}.")
     return chosen
+
+
+def _attributes(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a layer that are matrices or kernels; not biases and norms."""
+    if isinstance(module, (nn.Linear, _ConvNd, *_EMBEDDINGS)) or _is_transposed_linear(module):
+        return ("weight",)
+    if isinstance(module, nn.MultiheadAttention):
+        return _ATTENTION
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return tuple(name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_"))
+    return ()
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is the linear layer that GPT-2 and its kin have in the package ``transformers``."""
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def _chosen(name: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, latent, write
 from lightning_autoprune.channels import find_channels, fix_entangled, weight_dim
@@ -73,7 +74,7 @@ class Neurons:
             AutoPruneError: if there are none (says why), or the model does not run on the example.
         """
         modules = dict(model.named_modules())
-        weights = {name: weight for name, weight in weights.items() if name in modules}
+        weights = {n: w for n, w in weights.items() if isinstance(modules.get(n), (nn.Linear, _ConvNd))}
         channels = find_channels(model, example_input)
         fix_entangled(model, channels, example_input)
         channels = with_heads(model, channels, example_input)

@@ -38,6 +38,23 @@ def test_include_and_exclude_are_patterns():
     assert list(prunable_weights(Mixed(), exclude=["attention*", "up"])) == ["conv", "head"]
 
 
+def test_recurrent_layers_have_several_weights():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2), "cell": nn.GRUCell(3, 4)})
+    names = list(prunable_weights(model))
+    assert names[:4] == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_hr_l0", "lstm.weight_ih_l0_reverse"]
+    assert names[-2:] == ["cell.weight_ih", "cell.weight_hh"]
+    assert len(names) == 14
+
+
+def test_an_embedding_is_pruned_if_a_pattern_names_it():
+    assert list(prunable_weights(Mixed(), include=["embed", "head"])) == ["embed", "head"]
+    assert next(iter(prunable_weights(Mixed(), include=["*"]))) == "embed"
+    model = Mixed()
+    model.head.weight = model.embed.weight
+    assert list(prunable_weights(model, include=["embed", "head"])) == ["embed"]
+    assert "head" not in prunable_weights(model, include=["conv", "head"])
+
+
 def test_a_tied_weight_is_listed_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
@@ -60,10 +77,19 @@ def test_a_frozen_weight_is_left_out_unless_asked_for():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.LayerNorm(3), {}, "LayerNorm has no layer to prune: there is no linear, convolution or attention layer"),
+        (
+            nn.LayerNorm(3),
+            {},
+            "LayerNorm has no layer to prune: there is no linear, convolution, recurrent or attention",
+        ),
         (Mixed(), {"include": ["fc*"]}, r"`include` has 'fc\*', which matches no layer; there are 'conv', 'up', 'att"),
         (Mixed(), {"exclude": ["bias"]}, "`exclude` has 'bias', which matches no layer; there are 'conv', 'up'"),
         (Mixed(), {"exclude": ["*"]}, "`include` and `exclude` leave no layer to prune; there are 'conv'"),
+        (
+            nn.Embedding(3, 2, sparse=True),
+            {"include": ["*"]},
+            "Layer 'weight' has sparse gradients, which can't be masked: make the embedding with `sparse=False`",
+        ),
         (nn.LazyLinear(3), {}, "Layer 'weight' is lazy and has no shape yet: run one batch through the model"),
         (weight_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight by a parametrization, .* remove it"),
         (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),

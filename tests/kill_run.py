@@ -1,0 +1,130 @@
+"""Runs that are killed at random moments and go on from their last checkpoint, against one that never stops.
+
+``python kill_run.py FOLDER KILLS SEED`` makes so many kills, in as many runs as it takes, and tells what differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import BATCH, ROWS, Net, Resumable, fit, same
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+
+from lightning_autoprune import AutoPruneCallback
+
+
+class Lines(Logger):
+    """Adds each row to a file, at once: what was logged outlives the process."""
+
+    name, version = "lines", 0
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.file = path.open("a", buffering=1)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """None are kept."""
+
+
+def train(folder: Path, held_out: Any) -> None:
+    """One run, from the newest checkpoint that can be read; what it ends with goes to ``end.pt``.
+
+    Not from one of an epoch's last step: going on twice, from there and then from a later one, Lightning makes an epoch
+    too many, with this callback and without.
+    """
+    steps = {int(path.stem.partition("=")[2]): path for path in folder.glob("*.ckpt")}
+    readable = [steps[step] for step in sorted(steps) if step % (ROWS // BATCH) and is_readable(steps[step])]
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out, log_every_n_steps=1)
+    save = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=3, every_n_train_steps=1)
+    model, _ = fit(
+        [callback, save],
+        Net(),
+        Resumable(),
+        epochs=6,
+        logger=Lines(folder / "log.jsonl"),
+        enable_checkpointing=True,
+        ckpt_path=readable[-1] if readable else None,
+    )
+    torch.save((dict(model.state_dict()), callback.state_dict()), folder / "end.pt")
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a checkpoint was written to its end."""
+    try:
+        torch.load(path, weights_only=True, mmap=False)
+    except Exception:
+        return False
+    return True
+
+
+def attempt(folder: Path, held_out: Any, seconds: float | None) -> bool:
+    """Trains in a process of its own, killed after some time; tells whether it was."""
+    child = os.fork()
+    if child == 0:
+        os.close(2)
+        torch.manual_seed(0)
+        train(folder, held_out)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    if status:
+        raise RuntimeError(f"a run in {folder} failed")
+    return False
+
+
+def curves(folder: Path) -> dict[int, dict[str, float]]:
+    """What was logged last at each step of ours; Lightning logs the user's own after the step's checkpoint."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # killed while it was written
+            continue
+        rows.setdefault(row["step"], {}).update({k: v for k, v in row.items() if k.startswith("autoprune/")})
+    return rows
+
+
+def main() -> None:
+    base, kills, moments = Path(sys.argv[1]), int(sys.argv[2]), random.Random(int(sys.argv[3]))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    done = runs = 0
+    for held_out in (0.25, "train"):
+        whole = base / f"whole-{held_out}"
+        whole.mkdir(parents=True)
+        began = time.perf_counter()
+        attempt(whole, held_out, None)
+        length = time.perf_counter() - began
+        goal = kills if held_out == "train" else kills // 2
+        while done < goal:
+            folder = base / f"killed-{runs}"
+            folder.mkdir()
+            before = done
+            while not (folder / "end.pt").exists():
+                done += attempt(folder, held_out, moments.uniform(0.1, 0.6) * length)
+            runs += 1
+            end, aim = (torch.load(some / "end.pt", weights_only=False) for some in (folder, whole))
+            assert same(end, aim), f"{folder}: other weights, masks or state after {done - before} kills"
+            assert curves(folder) == curves(whole), f"{folder}: other curves after {done - before} kills"
+    print(f"{done} kills in {runs} runs: the same bits")
+
+
+if __name__ == "__main__":
+    main()
