@@ -4,8 +4,10 @@
 
 Each round times the same steps of every mode, one after the other, under a Lightning Trainer; the ratios are medians
 over the rounds. ``frozen``: masks are final. ``pruning``: the default, a quarter of each batch held out. ``train``: M
-follows the training gradients. Memory (Linux only) is the peak of a process of its own, less what it held before the
-model was made.
+follows the training gradients. ``ModelPruning``: Lightning's own, once it has pruned. Memory (Linux only) is the peak
+of a process of its own, less what it held before the model was made. As the model grows:
+
+    python benchmarks/cost.py --networks mlp-100k mlp-1m mlp-10m mlp-100m 100-layers --steps 20 --rounds 5
 """
 
 from __future__ import annotations
@@ -16,43 +18,54 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness.training import quiet, quiet_trainer
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.demo.data import Split, loader
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
 
-SKIP = 20  # steps before the clock starts; in ``frozen`` the masks are final by then
+PEAK_STEPS = 12  # of an epoch, where memory is measured; in ``frozen`` the masks are final after two
 
 
-def wide() -> nn.Sequential:
-    """An MLP of 10 million weights, where the weights are what takes memory."""
-    layers = nn.Linear(784, 2800), nn.ReLU(), nn.Linear(2800, 2800), nn.ReLU(), nn.Linear(2800, 10)
-    return nn.Sequential(nn.Flatten(), *layers)
+def mlp(width: int, depth: int = 1) -> nn.Sequential:
+    """An MLP, where the weights are what takes memory."""
+    hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
 
 
-NETWORKS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet5, "mlp-10m": wide}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "lenet-300-100": lenet_300_100,
+    "lenet-5": lenet5,
+    "mlp-100k": lambda: mlp(110),
+    "mlp-1m": lambda: mlp(680),
+    "mlp-10m": lambda: mlp(2800),
+    "mlp-100m": lambda: mlp(9600),
+    "100-layers": lambda: mlp(64, 98),
+}
 MODES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "frozen": {"finetune": 0.95, "held_out": "train"},
     "pruning": {"finetune": 0.0},
     "train": {"finetune": 0.0, "held_out": "train"},
+    "ModelPruning": None,
 }
 
 
 class Clock(Callback):
-    """Seconds of all steps after the first few."""
+    """Seconds of the second epoch."""
 
     began = 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == SKIP:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
             self.began = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
@@ -64,9 +77,13 @@ def fit(network: str, mode: str, steps: int, batch: int) -> float:
     torch.manual_seed(0)
     images = Split(torch.randn(steps * batch, 1, 28, 28), torch.randint(10, (steps * batch,)))
     options, clock = MODES[mode], Clock()
-    prune = [] if options is None else [AutoPruneCallback(target_sparsity=0.95, warmup=0.0, **options)]
-    quiet_trainer(1, [clock, *prune]).fit(Classifier(NETWORKS[network]()), loader(images, batch))
-    return 1000 * clock.seconds / (steps - SKIP)
+    prune: list[Callback] = []
+    if options is not None:
+        prune = [AutoPruneCallback(target_sparsity=0.95, warmup=0.0, **options)]
+    elif mode == "ModelPruning":  # at the end of each epoch
+        prune = [ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)]
+    quiet_trainer(2, [clock, *prune]).fit(Classifier(NETWORKS[network]()), loader(images, batch))
+    return 1000 * clock.seconds / steps
 
 
 def memory(name: str) -> float:
@@ -82,9 +99,9 @@ def peak(network: str, mode: str, batch: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["lenet-300-100", "lenet-5"])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["lenet-300-100", "lenet-5", "mlp-10m"])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--steps", type=int, default=100, help="of an epoch; the second of two is timed")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
@@ -94,7 +111,7 @@ def main() -> None:
     if args.peak:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
         before = memory("VmRSS")
-        fit(args.networks[0], args.peak, SKIP + 5, args.batch)
+        fit(args.networks[0], args.peak, PEAK_STEPS, args.batch)
         print(memory("VmHWM") - before)
         return
 
@@ -113,7 +130,7 @@ def main() -> None:
         print(line, flush=True)
 
     print(f"\n{'peak memory':<16}{header}")
-    for network in [*args.networks, "mlp-10m"]:
+    for network in args.networks:
         dense = peak(network, "dense", args.batch)
         ratios = [peak(network, mode, args.batch) / dense for mode in others]
         print(f"{network:<16}{dense:>6.0f} MiB" + "".join(f"{ratio:>18.2f}" for ratio in ratios), flush=True)

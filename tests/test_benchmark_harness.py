@@ -14,7 +14,7 @@ from deploy import as_csr
 from harness.latency import side_by_side
 from harness.methods import METHODS
 from harness.report import compression_table
-from harness.results import Run, append, means, missing, read
+from harness.results import Run, append, means, missing, read, write_row
 from harness.tasks import TASKS, batches
 from harness.training import Method, evaluate, train
 
@@ -51,6 +51,15 @@ def test_equal_seeds_give_equal_outcomes_and_others_do_not():
         return outcome.error, outcome.loss
 
     assert run(3) == run(3) != run(4)
+
+
+def test_a_row_with_other_columns_is_refused_and_one_without_a_figure_has_no_part_in_its_mean(tmp_path):
+    path, run = tmp_path / "a.csv", Run("tabular", "gmp", 10.0, 1, 0)
+    for error in (1.0, "", 2.0):
+        write_row(path, run, {"error": error})
+    with pytest.raises(ValueError, match=r"has the columns \['task', .*: move the file away"):
+        write_row(path, run, {"error": 1.0, "loss": 1.0})
+    assert [mean.values for mean in means(read(path), "error", ("task",)).values()] == [(1.0, 2.0)]
 
 
 def test_choosing_settings_does_not_see_the_test_rows():

@@ -62,7 +62,11 @@ def append(path: Path, run: Run, outcome: Outcome) -> None:
 
 
 def write_row(path: Path, run: Run, figures: Mapping[str, object]) -> None:
-    """Adds a row of any figures, with the date, the versions and the command."""
+    """Adds a row of any figures, with the date, the versions and the command.
+
+    Raises:
+        ValueError: if the file has other columns.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"lightning-autoprune": lightning_autoprune, "torch": torch, "lightning": lightning}
     row = {
@@ -72,11 +76,15 @@ def write_row(path: Path, run: Run, figures: Mapping[str, object]) -> None:
         "versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items()),
         "command": Path(sys.argv[0]).name,
     }
-    with path.open("a", newline="") as file:
+    with path.open("a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # two processes may share a file
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if file.seek(0, 2) == 0:
+        file.seek(0)
+        header = next(csv.reader(file), None)
+        if header is None:
             writer.writeheader()
+        elif header != list(row):
+            raise ValueError(f"{path} has the columns {header}, and the row {list(row)}: move the file away.")
         writer.writerow(row)
 
 
@@ -94,10 +102,11 @@ class Mean:
 
 
 def means(rows: Iterable[dict[str, str]], figure: str, by: Iterable[str]) -> dict[tuple[str, ...], Mean]:
-    """The mean of a figure over the rows that agree in the columns ``by``."""
+    """The mean of a figure over the rows that have it and agree in the columns ``by``."""
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
-        groups[tuple(row[column] for column in by)].append(float(row[figure]))
+        if row[figure]:
+            groups[tuple(row[column] for column in by)].append(float(row[figure]))
     return {
         key: Mean(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
         for key, values in groups.items()
