@@ -46,19 +46,20 @@ def train(folder: Path, held_out: Any) -> None:
     too many, with this callback and without.
     """
     steps = {int(path.stem.partition("=")[2]): path for path in folder.glob("*.ckpt")}
-    readable = [steps[step] for step in sorted(steps) if step % (ROWS // BATCH) and is_readable(steps[step])]
+    newest = (steps[step] for step in sorted(steps, reverse=True) if step % (ROWS // BATCH))
     callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out, log_every_n_steps=1)
     save = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=3, every_n_train_steps=1)
     model, _ = fit(
         [callback, save],
         Net(),
         Resumable(),
-        epochs=6,
+        epochs=4,
         logger=Lines(folder / "log.jsonl"),
         enable_checkpointing=True,
-        ckpt_path=readable[-1] if readable else None,
+        ckpt_path=next((path for path in newest if is_readable(path)), None),
     )
-    torch.save((dict(model.state_dict()), callback.state_dict()), folder / "end.pt")
+    torch.save((dict(model.state_dict()), callback.state_dict()), folder / "part.pt")
+    (folder / "part.pt").rename(folder / "end.pt")  # whole, or not at all
 
 
 def is_readable(path: Path) -> bool:
@@ -120,6 +121,7 @@ def main() -> None:
             while not (folder / "end.pt").exists():
                 done += attempt(folder, held_out, moments.uniform(0.1, 0.6) * length)
             runs += 1
+            print(f"{done} kills", flush=True)
             end, aim = (torch.load(some / "end.pt", weights_only=False) for some in (folder, whole))
             assert same(end, aim), f"{folder}: other weights, masks or state after {done - before} kills"
             assert curves(folder) == curves(whole), f"{folder}: other curves after {done - before} kills"

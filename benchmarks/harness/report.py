@@ -129,7 +129,10 @@ def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], f
             ls="-" if method == "autoprune" else "--",
             capsize=2,
         )
-    axes.set_xscale("log")
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set_major_formatter("×{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "235" else "")
     _style(axes, "Error at equal compression as settings change", "factor on the setting", UNITS[figure])
     axes.legend(frameon=False)
     return picture
