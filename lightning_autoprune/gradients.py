@@ -80,20 +80,27 @@ class MaskGradients:
             return
         batch, own, self._own = self._source.batch(trainer), self._own, []
         ranks, device = trainer.world_size, trainer.strategy.root_device
-        if not every_rank(batch is not None, ranks, device):  # what a rank runs alone may wait for the others for ever
+
+        def agree(good: bool) -> bool:
+            return every_rank(good, ranks, device)
+
+        if not agree(batch is not None):  # what a rank runs alone may wait for the others for ever
             if own:
                 self._step(own)
             return
         weights = list(self._pruner.weights.values())
-        result = held_out_gradients(trainer, batch, weights, self._loss_fn, self._seed, self._pruner.step)
-        if not every_rank(not isinstance(result, str), ranks, device) or isinstance(result, str):
-            self._bad_loss(f"the held-out loss is {result if isinstance(result, str) else 'bad on another rank'}")
+        result = held_out_gradients(trainer, batch, weights, self._loss_fn, self._seed, self._pruner.step, agree=agree)
+        if isinstance(result, str):
+            self._bad_loss(f"the held-out loss is {result}")
             return
         loss, *gradients = mean_over_ranks([result[0], *result[1]], self._source.weight, ranks)
         self._report.held_out_loss(float(loss))
         if own:
-            gradients = list(torch._foreach_mul(gradients, self._source.share))
-            torch._foreach_add_(gradients, own, alpha=1 - self._source.share)
+            share = self._source.share
+            if ranks > 1:  # the same on all, whatever the sizes of their batches
+                share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
+            gradients = list(torch._foreach_mul(gradients, share))
+            torch._foreach_add_(gradients, own, alpha=1 - share)
         self._step(gradients)
 
     def _step(self, gradients: list[Tensor]) -> None:

@@ -99,6 +99,7 @@ def held_out_gradients(
     weights: Sequence[Tensor],
     loss_fn: Callable[[LightningModule, Any], Tensor] | None,
     *seeds: int,
+    agree: Callable[[bool], bool] = bool,
 ) -> tuple[Tensor, list[Tensor]] | str:
     """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
@@ -108,6 +109,8 @@ def held_out_gradients(
         weights: the prunable parameters.
         loss_fn: takes the module and the batch and returns the loss; None calls ``training_step``.
         seeds: integers that seed the random numbers inside.
+        agree: makes of whether this loss is good whether those of all ranks are; before the backward pass, in which a
+            rank may wait for the others.
 
     Returns:
         The loss and one gradient a weight (zeros where the loss does not depend on it), or, where the loss is not
@@ -118,14 +121,10 @@ def held_out_gradients(
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
             output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        if not isinstance(loss, Tensor):
-            return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
-        if loss.numel() != 1:
-            return f"of shape {tuple(loss.shape)}, not a scalar"
-        if not math.isfinite(loss.item()):
-            return f"{loss.item()}, not finite"
-        if not loss.requires_grad:
-            return "without a gradient: it does not depend on the model's weights"
+        problem = _problem(loss)
+        if not agree(not problem):
+            return problem or "bad on another rank"
+        assert isinstance(loss, Tensor)
         trained = [weight for weight in weights if weight.requires_grad]
         with ExitStack() as stack:
             for weight in trained:
@@ -146,6 +145,17 @@ def held_out_gradients(
     return at_least_float32(loss.detach()), [
         torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
     ]
+
+
+def _problem(loss: Any) -> str:
+    """What is wrong with a loss; empty if nothing is."""
+    if not isinstance(loss, Tensor):
+        return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
+    if loss.numel() != 1:
+        return f"of shape {tuple(loss.shape)}, not a scalar"
+    if not math.isfinite(loss.item()):
+        return f"{loss.item()}, not finite"
+    return "" if loss.requires_grad else "without a gradient: it does not depend on the model's weights"
 
 
 @contextmanager

@@ -96,6 +96,27 @@ def not_finite(module: Any, batch: Any) -> Any:
     return loss * float("nan") if bad else loss
 
 
+class Gathering(Plain):
+    """A loss over all ranks, whose backward pass waits for them; on held-out rows it is NaN on rank 1 now and then."""
+
+    held = 0
+
+    def training_step(self, batch: Any) -> Any:
+        x, y = batch
+        loss = self.all_gather(nn.functional.cross_entropy(self(x), y), sync_grads=True).mean()
+        self.held += len(x) == 2
+        bad = len(x) == 2 and self.held % 4 == 0 and self.global_rank == 1
+        return loss + float("nan") if bad else loss
+
+
+def batches_of_other_sizes(folder: Path) -> dict[str, Any]:
+    """16 rows on one rank, 10 on the other, so that the shares held out are 0.25 and 0.2."""
+    rank = torch.distributed.get_rank()
+    rows = torch.randperm(128, generator=torch.Generator().manual_seed(rank))
+    batches = [part.tolist() for part in rows[:80].split((16, 10)[rank])][:5]
+    return run(folder, train=DataLoader(data(), batch_sampler=batches), use_distributed_sampler=False, epochs=8)
+
+
 def refused(folder: Path, **more: Any) -> str:
     try:
         run(folder, **more)
@@ -121,6 +142,8 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "accumulating": lambda folder: run(folder, model=Net(), accumulate_grad_batches=3, gradient_clip_val=0.5, epochs=9),
     "neurons": lambda folder: run(folder, model=neuron_net(), options={"granularity": "neuron"}, epochs=8),
     "uneven batches": uneven_batches,
+    "other sizes": batches_of_other_sizes,
+    "gathering": lambda folder: run(folder, model=Gathering(), epochs=8),
     "uneven loaders": lambda folder: run(
         folder, options={"held_out": DataLoader(data(64, 5), 8, sampler=UpTo(data(64, 5), (24, 40)))}
     ),

@@ -92,6 +92,7 @@ def test_only_rank_zero_logs(ranks, folder):
 def test_a_loss_that_is_not_finite_on_one_rank_stops_neither(ranks):
     texts = [" ".join(found["not finite"][1]) for found in ranks]
     assert "the held-out loss is bad on another rank: no auxiliary step is taken, and training goes on." in texts[0]
+    assert "the held-out loss is bad on another rank" in " ".join(ranks[0]["gathering"][1])
 
 
 def test_resuming_on_two_ranks_gives_the_same_bits(ranks):
