@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
-__all__ = ["prune_averages"]
+__all__ = ["prune_averages", "zero"]
 
 
 @torch.no_grad()
@@ -27,8 +27,13 @@ def prune_averages(trainer: Trainer, weights: Sequence[Tensor], masks: Sequence[
     for average in _averages(trainer):
         parameters = list(average.parameters())
         for weight, mask in zip(weights, masks, strict=True):
-            parameter = parameters[places[id(weight)]]
-            parameter.masked_fill_(~mask.to(parameter.device), 0)
+            zero(parameters[places[id(weight)]], mask)
+
+
+@torch.no_grad()
+def zero(weight: Tensor, mask: Tensor) -> None:
+    """Sets a weight to 0 where its mask, which may be on another device, is False."""
+    weight.masked_fill_(~mask.to(weight.device), 0)
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

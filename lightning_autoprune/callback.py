@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.auxiliary import InitialM
-from lightning_autoprune.averages import prune_averages
+from lightning_autoprune.averages import prune_averages, zero
 from lightning_autoprune.compatibility import (
     check_trainer,
     grad_scaler,
@@ -247,6 +247,7 @@ class AutoPruneCallback(Callback):
             being_pruned.update(pl_module.modules())
         else:
             self._source.finetune()
+            prune_averages(trainer, list(self._pruner.weights.values()), self._pruner.masks())
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in optimizers]
 
     def _resume_source(self, state: Mapping[str, Any]) -> None:
@@ -317,7 +318,9 @@ class AutoPruneCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
-        self._after_weight_step()  # an average may have taken the place of the weights
+        if self._pruner is not None:  # an average may have taken the place of the weights, which are on the CPU by now
+            for weight, mask in zip(self._pruner.weights.values(), self._pruner.masks(), strict=False):
+                zero(weight, mask)
         if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
             from lightning_autoprune._wandb import log_artifact
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -107,14 +107,16 @@ def total_steps(trainer: Trainer) -> int:
     unknown = "`warmup` and `finetune` are fractions of the run, whose length is not known"
     if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
         raise AutoPruneError(f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead.")
-    total = trainer.estimated_stepping_batches
-    for callback in _callbacks(trainer):
-        if isinstance(callback, GradientAccumulationScheduler) and trainer.max_epochs not in (None, -1):
-            total = sum(
-                math.ceil(trainer.num_training_batches / callback.get_accumulate_grad_batches(epoch))
-                for epoch in range(trainer.max_epochs)
-            )
-            total = total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+    total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
+    if epochs not in (None, -1) and trainer.num_training_batches < math.inf:
+        factors = [trainer.accumulate_grad_batches] * epochs
+        for callback in _callbacks(trainer):
+            if isinstance(callback, GradientAccumulationScheduler):
+                factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+            if isinstance(callback, StochasticWeightAveraging):  # which may add an epoch without steps
+                factors = factors[: callback._max_epochs]
+        steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+        total = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < total < math.inf:
         raise AutoPruneError(
             f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"

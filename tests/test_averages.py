@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from lightning_autoprune import AutoPruneCallback, sparsity
+from lightning_autoprune.averages import zero
 
 AVERAGES = {
     "ema": lambda: EMAWeightAveraging(decay=0.9),
@@ -67,3 +68,33 @@ def test_an_average_of_a_run_that_ends_early_is_pruned_where_the_model_is():
     model, _ = fit([callback, EMAWeightAveraging(decay=0.9), Stop()], epochs=8)
     assert callback.sparsity > 0.5
     assert sparsity(model) == callback.sparsity
+
+
+def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count():
+    callback = AutoPruneCallback(target_sparsity=0.8, finetune=0.1)
+    fit([callback, StochasticWeightAveraging(0.01, swa_epoch_start=0.5)], epochs=6)
+    assert callback._pruner.phases.total == 6 * 8
+    assert callback._pruner.frozen
+
+
+def test_an_average_is_pruned_where_masks_are_final_from_the_start_of_a_resumed_run(tmp_path):
+    def callbacks(folder):
+        return [
+            AutoPruneCallback(target_sparsity=0.8),
+            EMAWeightAveraging(decay=0.9),
+            ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1),
+        ]
+
+    options = {"train": Resumable(), "enable_checkpointing": True}
+    fit(callbacks("long"), epochs=8, **options)
+    shorter = callbacks("short")
+    fit(shorter, epochs=6, ckpt_path=tmp_path / "long" / "epoch=4.ckpt", **options)
+    other = Net()
+    other.load_state_dict(torch.load(tmp_path / "short" / "epoch=5.ckpt", weights_only=True)["state_dict"])
+    assert sparsity(other) == pytest.approx(0.8, abs=0.005)
+
+
+def test_weights_on_another_device_than_their_masks_are_pruned():
+    weight, mask = torch.ones(3), torch.tensor([True, False, True])
+    zero(weight, mask)
+    assert weight.tolist() == [1, 0, 1]

@@ -122,6 +122,14 @@ def test_a_forward_with_the_number_of_heads_in_it_keeps_them():
     torch.testing.assert_close(shrink(model, x)(x), model(x))
 
 
+def test_a_forward_that_refuses_another_number_of_heads_in_its_own_way_keeps_them():
+    class Refusing(Heads):
+        def forward(self, x):
+            return super().forward(x) * {4: 0.5}[self.heads]
+
+    assert heads_of(Refusing()) == []
+
+
 def test_multihead_attention_keeps_its_heads():
     model = Encoder()
     assert heads_of(model, torch.zeros(2, 4, 6)) == []

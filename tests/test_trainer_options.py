@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, sparsity
 
@@ -79,6 +79,17 @@ def test_accumulation_may_follow_a_schedule(schedule, held_out):
     counting, _, _ = pruned({"held_out": held_out}, callbacks=[scheduler], epochs=8)
     factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(8)]
     assert counting.step == counting.total == sum(-(-STEPS // factor) for factor in factors)
+
+
+def test_a_schedule_of_accumulation_goes_with_data_of_unknown_length():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(list(data()))
+
+    scheduler = GradientAccumulationScheduler({0: 2, 2: 1})
+    options = {"train": DataLoader(Stream(), BATCH), "epochs": 20, "max_steps": 40}
+    counting, _, _ = pruned({"held_out": "train"}, callbacks=[scheduler], **options)
+    assert counting.step == counting.total == 40
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
