@@ -43,7 +43,8 @@ class AutoPruneCallback(Callback):
     The run has three phases. First the model trains dense. Then auxiliary parameters M decide by their sign which
     weights are kept; they are trained on held-out data to lower the loss, under a pressure that prunes, and a pruned
     weight keeps its value and can come back. Last, the masks are frozen and the weights that are left train on all
-    the data. At any moment, and in every checkpoint, pruned weights are true zeros in plain parameters.
+    the data. At any moment, and in every checkpoint, pruned weights are true zeros in plain parameters. (Averages that
+    other callbacks put in their place have the zeros once the masks are frozen.)
 
     Args:
         target_sparsity: fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen.

@@ -1,7 +1,7 @@
 """What a Trainer must be for the callback to work in it, and what the callback reads of its loops.
 
-All refusals at set-up are here. Private members of Lightning are read by :func:`steps_done`, :func:`has_stepped` and
-:func:`will_step`.
+All refusals at set-up are here. Private members of Lightning and torch are read by
+:func:`steps_done`, :func:`has_stepped`, :func:`will_step`, :func:`total_steps` and :func:`scale_left`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_trainer", "grad_scaler", "has_stepped", "steps_done", "total_steps", "trained_weights", "will_step"]
+__all__ = [
+    "check_trainer",
+    "grad_scaler",
+    "has_stepped",
+    "scale_left",
+    "steps_done",
+    "total_steps",
+    "trained_weights",
+    "will_step",
+]
 
 _T = TypeVar("_T", bound=Tensor)
 
@@ -113,6 +123,7 @@ def total_steps(trainer: Trainer) -> int:
         for callback in _callbacks(trainer):
             if isinstance(callback, GradientAccumulationScheduler):
                 factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+        for callback in _callbacks(trainer):
             if isinstance(callback, StochasticWeightAveraging):  # which may add an epoch without steps
                 factors = factors[: callback._max_epochs]
         steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
@@ -151,6 +162,16 @@ def grad_scaler(trainer: Trainer) -> GradScaler | None:
     """What scales the loss in 16-bit precision, and skips steps whose gradients overflow; None if nothing does."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+
+
+def scale_left(scaler: GradScaler, optimizer: Optimizer) -> float:
+    """What the gradients of an optimiser are multiplied by when its step begins.
+
+    Nothing, as a rule. Fused optimisers take the scale out themselves, and Lightning leaves it in where the last
+    ``training_step`` of an accumulation gave no loss.
+    """
+    stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+    return 1.0 if stage is OptState.UNSCALED else scaler.get_scale()
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

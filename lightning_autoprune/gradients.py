@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from lightning_autoprune.compatibility import scale_left
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
@@ -22,6 +23,7 @@ from lightning_autoprune.sources import Source
 __all__ = ["MaskGradients"]
 
 _MAX_BAD_LOSSES = 10
+_MAX_OVERFLOWS = 50  # that a scaler is given to find a scale
 
 
 class MaskGradients:
@@ -58,6 +60,7 @@ class MaskGradients:
         self._own: list[Tensor] = []  # of the weight step under way
         self._bad_losses = 0
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
+        self._overflows = 0  # in a row
         self.last = -1
 
     def before_weight_step(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
@@ -67,8 +70,8 @@ class MaskGradients:
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
             weights = self._pruner.weights.values()
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
-            if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):  # else they are unscaled by now
-                gradients = list(torch._foreach_div(gradients, scaler.get_scale()))
+            if scaler and (scale := scale_left(scaler, optimizer)) != 1:
+                gradients = list(torch._foreach_div(gradients, scale))
             if self._source.holds_out:
                 self._own = [gradient.clone() for gradient in gradients]
             else:
@@ -106,8 +109,10 @@ class MaskGradients:
     def _step(self, gradients: list[Tensor]) -> None:
         self.last = self._pruner.step
         if self._pruner.auxiliary_step(gradients):
-            self._bad_losses = 0
-        elif not self._scaled:
+            self._bad_losses = self._overflows = 0
+        elif self._scaled and self._overflows < _MAX_OVERFLOWS:
+            self._overflows += 1
+        else:
             self._bad_loss("the gradient for the auxiliary step is not finite")
 
     def _bad_loss(self, what: str) -> None:

@@ -73,7 +73,7 @@ def prunable_weights(
             raise AutoPruneError(
                 f"Layer {name!r} is lazy and has no shape yet: run one batch through the model before fitting."
             )
-        if getattr(module, "sparse", False):
+        if isinstance(module, _EMBEDDINGS) and module.sparse:
             raise AutoPruneError(
                 f"Layer {name!r} has sparse gradients, which can't be masked: make it with `sparse=False`, or"
                 " exclude it."
@@ -127,8 +127,10 @@ def _attributes(module: nn.Module) -> tuple[str, ...]:
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return tuple(name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_"))
+    if isinstance(module, nn.RNNBase):  # not its parameters' names, which are others if something computes the weights
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
+    if isinstance(module, nn.RNNCellBase):
+        return ("weight_ih", "weight_hh")
     return ()
 
 

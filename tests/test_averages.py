@@ -21,11 +21,16 @@ AVERAGES = {
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", AVERAGES)
 def test_the_average_is_pruned_to_the_target(tmp_path, kind, first):
-    callback, average = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind]()
+    class Look(Callback):
+        def on_train_epoch_end(self, *_):
+            self.sparsity = sparsity(average._average_model)
+
+    callback, average, look = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), Look()
     save = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
-    order = [callback, average, save] if first else [average, callback, save]
+    order = [callback, average, look, save] if first else [average, callback, look, save]
     model, _ = fit(order, epochs=8, val=loader(32), enable_checkpointing=True)
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+    assert look.sparsity == pytest.approx(0.8, abs=0.005)
     if kind != "swa":  # which writes the weights that are averaged, and the average beside them
         state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
         other = Net()

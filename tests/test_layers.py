@@ -88,10 +88,21 @@ def test_a_frozen_weight_is_left_out_unless_asked_for():
         (
             nn.Embedding(3, 2, sparse=True),
             {"include": ["*"]},
-            "Layer 'weight' has sparse gradients, which can't be masked: make the embedding with `sparse=False`",
+            "Layer 'weight' has sparse gradients, which can't be masked: make it with `sparse=False`, or",
         ),
         (nn.LazyLinear(3), {}, "Layer 'weight' is lazy and has no shape yet: run one batch through the model"),
         (weight_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight by a parametrization, .* remove it"),
+        (
+            nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
+            {},
+            "Layer 'weight_hh_l0' computes its weight_hh_l0 before each forward",
+        ),
+        (weight_norm(nn.LSTM(2, 2), "weight_hh_l0"), {}, "Layer 'weight_hh_l0' computes its weight_hh_l0 by a param"),
+        (
+            nn.utils.spectral_norm(nn.GRUCell(2, 2), "weight_hh"),
+            {},
+            "Layer 'weight_hh' computes its weight_hh before each forward",
+        ),
         (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),
         (nn.Linear(2, 2).requires_grad_(False), {}, "None of the layers 'weight' has a trainable weight of its own"),
     ],

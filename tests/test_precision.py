@@ -97,3 +97,35 @@ def test_a_held_out_loss_that_is_never_finite_is_an_error_with_a_scaler_too():
 
     with pytest.raises(AutoPruneError, match="the held-out loss is nan, not finite, for the 10th time in a row"):
         fit(AutoPruneCallback(loss_fn=nan), epochs=8, plugins=half())
+
+
+def test_a_training_loss_that_is_never_finite_is_an_error_with_a_scaler_too():
+    class Bad(Net):
+        def training_step(self, batch):
+            return super().training_step(batch) * float("nan")
+
+    with pytest.raises(AutoPruneError, match="the gradient for the auxiliary step is not finite, for the 10th time"):
+        fit(AutoPruneCallback(target_sparsity=0.8, held_out="train"), Bad(), epochs=20, plugins=half())
+
+
+def test_a_step_without_a_loss_at_the_end_of_an_accumulation_leaves_no_scale_in_the_gradients():
+    def largest(scale):
+        class Skips(Net):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch)
+                return None if batch_idx % 4 == 3 else loss
+
+        torch.manual_seed(0)
+        callback = AutoPruneCallback(target_sparsity=0.8, held_out="train")
+        found = []
+
+        class Look(Callback):
+            def on_train_batch_end(self, *_):
+                auxiliary = callback._pruner.auxiliary
+                found.append(auxiliary.scale.mean_square if auxiliary else 0.0)
+
+        options = {"epochs": 8, "accumulate_grad_batches": 2}
+        fit([callback, Look()], Skips(), plugins=half(scale, 10**6), **options)
+        return max(found)
+
+    assert largest(2.0**12) == pytest.approx(largest(2.0**6), rel=0.5)
