@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
@@ -10,6 +12,17 @@ from test_callback import Manual, TwoOptimizers
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A strategy of several processes makes one before the refusal, and tells so in the environment."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 class Stream(IterableDataset):

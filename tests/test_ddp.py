@@ -14,11 +14,13 @@ import torch
 from helpers import rows, same
 
 HERE = Path(__file__).parent
+CLUSTER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # of a group in this process
 PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging")]
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen:
-    env = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **environment}
+    ours = {name: value for name, value in os.environ.items() if name not in CLUSTER}
+    env = {**ours, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, str(HERE / "ddp_run.py"), *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
 HERE = Path(__file__).parent
-KILLS = int(os.environ.get("AUTOPRUNE_KILLS", "20"))  # 100 take a minute or two
+KILLS = int(os.environ.get("AUTOPRUNE_KILLS", "6"))  # 100 take a minute or two
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
