@@ -110,12 +110,12 @@ def figures(run: Run, options: dict[str, Any], data: Path) -> dict[str, Any]:
     result = trained(task, METHODS["autoprune"](compression, run.seed, **options), run.seed, data, run.epochs)
     masked, rows = result.network.eval(), result.test[0]
     dense, small, left = shrunk(task, masked, rows)
-    effective = model_cost(masked, rows[:1]).effective_flops / model_cost(dense, rows[:1]).flops
+    cost = model_cost(masked, rows[:1])
     kept = sum(int(w.count_nonzero()) for w in prunable_weights(masked).values())
     total = sum(w.numel() for w in prunable_weights(masked).values())
     found: dict[str, Any] = {
         "compression": round(total / kept, 1),
-        "effective_flops": round(effective, 5),
+        "effective_flops": round(cost.effective_flops / cost.flops, 5),
         **left,
     }
     with tempfile.TemporaryDirectory() as folder:

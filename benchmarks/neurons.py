@@ -64,7 +64,7 @@ def main() -> None:
     for task in args.tasks:
         found = {f: means([r for r in rows if r["task"] == task], f, ("target", "epochs")) for f in FIGURES}
         lines = [
-            [target, epochs, *(cell(found[f][target, epochs], "loss") for f in FIGURES)]
+            [target, epochs, *(cell(found[f].get((target, epochs)), "loss") for f in FIGURES)]
             for target, epochs in found["error"]
         ]
         print(markdown([f"{task}: operations asked for", "epochs", "error, %", *FIGURES[1:]], lines))

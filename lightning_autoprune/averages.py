@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
-__all__ = ["prune_averages", "zero"]
+from lightning_autoprune.pruner import Pruner
+
+__all__ = ["prune_again", "prune_averages", "zero"]
 
 
-@torch.no_grad()
-def prune_averages(trainer: Trainer, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+def prune_averages(trainer: Trainer, pruner: Pruner) -> None:
     """Zeroes what is pruned in the averages of ``WeightAveraging`` (EMA) and ``StochasticWeightAveraging``.
 
     An average is then over values of 0 from there on, and stays 0.
 
     Args:
         trainer: whose callbacks are looked at.
-        weights: parameters of its module.
-        masks: for each, True where it is kept.
+        pruner: of the weights of its module.
     """
     places = {id(parameter): i for i, parameter in enumerate(trainer.lightning_module.parameters())}
     for average in _averages(trainer):
         parameters = list(average.parameters())
-        for weight, mask in zip(weights, masks, strict=True):
-            zero(parameters[places[id(weight)]], mask)
+        _zero_all([parameters[places[id(weight)]] for weight in pruner.weights.values()], pruner)
+
+
+def prune_again(pruner: Pruner) -> None:
+    """Zeroes what is pruned in the weights, where an average may have taken their place."""
+    _zero_all(pruner.weights.values(), pruner)
+
+
+def _zero_all(weights: Iterable[Tensor], pruner: Pruner) -> None:
+    for weight, mask in zip(weights, pruner.masks(), strict=False):  # there are none in the dense phase
+        zero(weight, mask)
 
 
 @torch.no_grad()

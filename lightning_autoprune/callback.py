@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.auxiliary import InitialM
-from lightning_autoprune.averages import prune_averages, zero
+from lightning_autoprune.averages import prune_again, prune_averages
 from lightning_autoprune.compatibility import (
     check_trainer,
-    grad_scaler,
     has_stepped,
     steps_done,
     total_steps,
@@ -248,7 +247,7 @@ class AutoPruneCallback(Callback):
             being_pruned.update(pl_module.modules())
         else:
             self._source.finetune()
-            prune_averages(trainer, list(self._pruner.weights.values()), self._pruner.masks())
+            prune_averages(trainer, self._pruner)
         self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in optimizers]
 
     def _resume_source(self, state: Mapping[str, Any]) -> None:
@@ -268,7 +267,7 @@ class AutoPruneCallback(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
         if self._handles and self._pruner is not None and self._gradients is not None:
-            self._gradients.before_weight_step(optimizer, grad_scaler(trainer))
+            self._gradients.before_weight_step(trainer, optimizer)
             self._pruner.before_weight_step()
 
     def _after_weight_step(self, *_: Any) -> None:
@@ -296,7 +295,7 @@ class AutoPruneCallback(Callback):
         assert self._pruner is not None
         assert self._gradients is not None
         self._source.finetune()
-        prune_averages(trainer, list(self._pruner.weights.values()), self._pruner.masks())
+        prune_averages(trainer, self._pruner)
         if self._gradients.last < 0 and self._pruner.phases.end > self._pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
@@ -319,9 +318,8 @@ class AutoPruneCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
-        if self._pruner is not None:  # an average may have taken the place of the weights, which are on the CPU by now
-            for weight, mask in zip(self._pruner.weights.values(), self._pruner.masks(), strict=False):
-                zero(weight, mask)
+        if self._pruner is not None:
+            prune_again(self._pruner)
         if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
             from lightning_autoprune._wandb import log_artifact
 

@@ -9,10 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from lightning_autoprune.compatibility import scale_left
+from lightning_autoprune.compatibility import grad_scaler, scale_left
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
@@ -63,8 +62,9 @@ class MaskGradients:
         self._overflows = 0  # in a row
         self.last = -1
 
-    def before_weight_step(self, optimizer: Optimizer, scaler: GradScaler | None = None) -> None:
+    def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
+        scaler = grad_scaler(trainer)
         self._scaled = scaler is not None
         owns = any(optimizer is owner for owner in self._optimizers)
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:

@@ -9,7 +9,7 @@ gives the same.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -37,7 +37,7 @@ def with_heads(model: nn.Module, channels: list[Channel], example_input: Any) ->
         example_input: what its ``forward`` takes.
     """
     for path, module in model.named_modules():
-        right = (heads for heads in _guesses(path, module) if _come_apart(model, heads, example_input))
+        right = (heads for heads in _guesses(path, module) if _come_apart(model, path, heads, example_input))
         if heads := next(right, []):
             layers = heads[0].made.keys()
             channels = [channel for channel in channels if not channel.made.keys() <= layers]
@@ -55,43 +55,57 @@ def _guesses(path: str, module: nn.Module) -> Iterator[list[Channel]]:
         count = getattr(module, attribute, None)
         if not isinstance(count, int) or count < 2:
             continue
-        for reader, width in ((name, layer.in_features) for name, layer in linear.items()):
-            if width % count:
-                continue
-            by_width = {n: [m for m in linear if m != reader and linear[m].out_features == n * width] for n in (1, 3)}
-            rows = torch.arange(3 * width)
-            ways: list[tuple[tuple[str, ...], Tensor]] = []  # who makes them; rows by layer and head
-            for name in by_width[3]:
-                ways += [((name,), rows.view(1, 3, count, -1).transpose(1, 2)), ((name,), rows.view(1, count, 3, -1))]
-            three = rows[:width].view(1, count, -1).expand(3, -1, -1)
-            ways += [(names, three) for names in combinations(by_width[1], 3)]
-            # the width of all heads together may be an attribute as well
-            wide = {a: width // count for a, n in vars(module).items() if n == width and isinstance(n, int)}
-            for names, places in ways:
-                for others in [{}, wide] if wide else [{}]:
-                    yield [
-                        Channel(
-                            made={name: places[i, head].flatten().tolist() for i, name in enumerate(names)},
-                            read={reader: rows[:width].view(count, -1)[head].tolist()},
-                            follows={name: {reader} for name in names},
-                            counted={path: {attribute: 1, **others}},
-                        )
-                        for head in range(count)
-                    ]
+        for reader, names, places in _ways(linear, count):
+            columns = torch.arange(linear[reader].in_features).view(count, -1)
+            yield [
+                Channel(
+                    made={name: places[i, head].flatten().tolist() for i, name in enumerate(names)},
+                    read={reader: columns[head].tolist()},
+                    follows={name: {reader} for name in names},
+                    counted={path: {attribute: 1}},
+                )
+                for head in range(count)
+            ]
+
+
+def _ways(linear: Mapping[str, nn.Linear], count: int) -> Iterator[tuple[str, Sequence[str], Tensor]]:
+    """Which layer may read so many heads, which may make them, and the rows by maker and head."""
+    for reader, layer in linear.items():
+        width = layer.in_features
+        if width % count:
+            continue
+        by_width = {n: [m for m in linear if m != reader and linear[m].out_features == n * width] for n in (1, 3)}
+        rows = torch.arange(3 * width)
+        for name in by_width[3]:
+            yield reader, [name], rows.view(1, 3, count, -1).transpose(1, 2)
+            yield reader, [name], rows.view(1, count, 3, -1)
+        for names in combinations(by_width[1], 3):
+            yield reader, names, rows[:width].view(1, count, -1).expand(3, -1, -1)
 
 
 @torch.no_grad()
-def _come_apart(model: nn.Module, heads: list[Channel], example_input: Any) -> bool:
+def _come_apart(model: nn.Module, path: str, heads: list[Channel], example_input: Any) -> bool:
     """Whether the rows of heads have no say without their columns, and the model runs with a head less."""
     fix_entangled(model, heads, example_input)
     if any(head.fixed for head in heads):
         return False
-    for head in (heads[0], heads[-1]):
-        small = copy.deepcopy(model)
-        for name, columns in head.read.items():
-            clear(small.get_submodule(name), columns, 1)
-        tried = probes(small, example_input)
-        remove(small, [head])
-        if disagreement(small, tried, 1e-4):
-            return False
-    return True
+    if all(_can_go(model, head, example_input) for head in (heads[0], heads[-1])):
+        return True
+    # the width of all heads together may be an attribute as well
+    size = len(next(iter(heads[0].read.values())))
+    wide = {
+        a: size for a, n in vars(model.get_submodule(path)).items() if isinstance(n, int) and n == size * len(heads)
+    }
+    for head in heads:
+        head.counted[path].update(wide)
+    return bool(wide) and all(_can_go(model, head, example_input) for head in (heads[0], heads[-1]))
+
+
+def _can_go(model: nn.Module, head: Channel, example_input: Any) -> bool:
+    """Whether a model without a head, whose columns are 0, is the same function."""
+    small = copy.deepcopy(model)
+    for name, columns in head.read.items():
+        clear(small.get_submodule(name), columns, 1)
+    tried = probes(small, example_input)
+    remove(small, [head])
+    return not disagreement(small, tried, 1e-4)

@@ -1,19 +1,15 @@
 """Held-out data: where the batches that train M come from. Torch only.
 
-Three sources: part of each training batch, drawn anew (:func:`split_batch`); a part of the training set that is
-fixed for the run (:func:`split_loader`); or any loader (:class:`HeldOutBatches` runs through it again and again).
+A part of the training set that is fixed for the run (:func:`split_loader`), or any loader (:class:`HeldOutBatches` runs
+through it again and again). Parts of each training batch are in ``batches``.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -25,130 +21,9 @@ from torch.utils.data import (
 )
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.random_numbers import isolated_random, mix
 
-__all__ = [
-    "FixedSplitSampler",
-    "HeldOutBatches",
-    "batch_rows",
-    "isolated_random",
-    "shard_batch",
-    "split_batch",
-    "split_loader",
-]
-
-
-@contextmanager
-def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Seeds torch, numpy and Python inside the block and puts their states back after it.
-
-    Args:
-        seeds: integers that together make the seed.
-        generators: more generators of torch to treat the same.
-
-    Example:
-        >>> _ = torch.manual_seed(0)
-        >>> with isolated_random(1, 2):
-        ...     _ = torch.rand(3)
-        >>> round(torch.rand(()).item(), 4)  # as if the block had not been
-        0.4963
-    """
-    seed = mix(*seeds)
-    python, legacy, states = random.getstate(), np.random.get_state(), [g.get_state() for g in generators]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            # not torch.manual_seed: without a GPU it keeps a stack trace a call, for ever, and takes milliseconds
-            for generator in (torch.default_generator, *generators):
-                generator.manual_seed(seed)
-            if devices:
-                torch.cuda.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        random.setstate(python)
-        np.random.set_state(legacy)
-
-
-def mix(*seeds: int) -> int:
-    """One 63-bit seed out of several integers, the same on every machine (FNV-1a over their bytes)."""
-    value = 0xCBF29CE484222325
-    for seed in seeds:
-        for byte in (seed % 2**64).to_bytes(8, "little"):
-            value = ((value ^ byte) * 0x100000001B3) % 2**64
-    return value >> 1
-
-
-def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tuple[Any, Any]:
-    """Splits the rows of a batch at random into a training part and a held-out part.
-
-    Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
-    other lists of as many items are split by item; scalars and strings go to both parts.
-
-    Args:
-        batch: what a data loader gives; all tensors have as many rows.
-        fraction: share of the rows to hold out, in (0, 1), rounded to whole rows.
-        seeds: integers that decide which rows.
-        least: rows that each part has, whatever the fraction, where the batch is large enough; else half of it.
-
-    Returns:
-        Training part and held-out part; the whole batch and None where one of them would be empty.
-
-    Raises:
-        AutoPruneError: if the batch has no rows, or parts with different numbers of rows.
-
-    Example:
-        >>> train, held_out = split_batch((torch.arange(4), torch.ones(4, 2)), 0.25, 0)
-        >>> [len(part) for part in train], [len(part) for part in held_out]
-        ([3, 3], [1, 1])
-    """
-    rows = batch_rows(batch)
-    least = min(least, rows // 2)
-    held = min(max(round(fraction * rows), least), rows - least)
-    if not 0 < held < rows:
-        return batch, None
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
-    return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
-
-
-def shard_batch(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
-    """One rank's rows of a batch that all ranks have, so that together they pass each row once.
-
-    Args:
-        batch: as of :func:`split_batch`.
-        rank: from 0 to ``ranks`` - 1.
-        ranks: number of processes that share the batch.
-
-    Returns:
-        Every ``ranks``-th row, and the weight of this part in a mean over the ranks (1 where all have as many); the
-        whole batch and 1 where a part would have less than two rows, which BatchNorm needs.
-
-    Example:
-        >>> shard_batch(torch.arange(5), 1, 2)
-        (tensor([1, 3]), 0.8)
-    """
-    rows = batch_rows(batch)
-    if rows < 2 * ranks:
-        return batch, 1.0
-    index = torch.arange(rank, rows, ranks)
-    return _take(batch, index, rows), len(index) * ranks / rows
-
-
-def batch_rows(batch: Any) -> int:
-    """Number of rows of a batch: that of the first tensor in it.
-
-    Raises:
-        AutoPruneError: if there is none.
-    """
-    rows = next(_rows(batch), None)
-    if rows is None:
-        raise AutoPruneError(
-            f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: pass"
-            ' `held_out=DataLoader(...)` or `held_out="train"`.'
-        )
-    return rows
+__all__ = ["FixedSplitSampler", "HeldOutBatches", "split_loader"]
 
 
 class FixedSplitSampler(Sampler[int]):
@@ -322,50 +197,3 @@ def iterable_error() -> AutoPruneError:
 
 def _draw(rows: int, count: int, *seeds: int) -> list[int]:
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))[:count].tolist()
-
-
-def _rows(batch: Any) -> Iterator[int]:
-    """Numbers of rows of the tensors in a batch, outermost first."""
-    if isinstance(batch, Tensor):
-        if batch.dim() > 0:
-            yield batch.size(0)
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _rows(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
-            yield from _rows(value)
-
-
-def _take(batch: Any, index: Tensor, rows: int) -> Any:
-    if isinstance(batch, Tensor):
-        if batch.dim() == 0:
-            return batch
-        if batch.size(0) != rows:
-            raise AutoPruneError(
-                f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its rows"
-                ' can\'t be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
-            )
-        return batch[index.to(batch.device)]
-    if isinstance(batch, Mapping):
-        parts = {key: _take(value, index, rows) for key, value in batch.items()}
-        return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
-    if isinstance(batch, tuple):
-        items = [_take(value, index, rows) for value in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if isinstance(batch, list):
-        try:  # a list of columns, as the default collation makes …
-            columns = [_take(value, index, rows) for value in batch]
-        except AutoPruneError:
-            if len(batch) != rows:
-                raise
-            return [batch[i] for i in index.tolist()]
-        if len(batch) == rows and next(_rows(batch), None) is None:  # … or of items
-            return [batch[i] for i in index.tolist()]
-        return columns
-    if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
-        return batch
-    raise AutoPruneError(
-        f"A batch holds a {type(batch).__name__}, whose rows can't be split: pass `held_out=DataLoader(...)` or"
-        ' `held_out="train"`.'
-    )

@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
 from lightning_autoprune.compatibility import grad_scaler
-from lightning_autoprune.heldout import isolated_random
+from lightning_autoprune.random_numbers import isolated_random
 from lightning_autoprune.rules import at_least_float32
 
 __all__ = ["held_out_gradients", "shielded"]

@@ -1,33 +1,31 @@
 """Held-out data under a Trainer: from where ``AutoPruneCallback`` takes the batches that train M.
 
-All that this module touches of Lightning's private parts is in :func:`training_loader_source`,
-:func:`rebuild_loader`, :func:`to_device` and the one method that :class:`RedrawnSource` shadows.
+Of Lightning's private parts this module touches the one method that :class:`RedrawnSource` shadows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
+from lightning_autoprune.batches import batch_rows, shard_batch, split_batch
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
-from lightning_autoprune.heldout import (
-    FixedSplitSampler,
-    HeldOutBatches,
-    batch_rows,
-    empty_error,
-    isolated_random,
-    iterable_error,
-    shard_batch,
-    split_batch,
-    split_loader,
+from lightning_autoprune.heldout import FixedSplitSampler, HeldOutBatches, empty_error, iterable_error, split_loader
+from lightning_autoprune.loaders import (
+    Chain,
+    length,
+    rebuild_loader,
+    to_device,
+    training_loader_source,
+    training_loaders,
 )
+from lightning_autoprune.random_numbers import isolated_random
 
 __all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "TrainSource", "ValidationSource", "make_source"]
 
@@ -101,7 +99,7 @@ class RedrawnSource(Source):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        loaders = _loaders(trainer)
+        loaders = training_loaders(trainer)
         if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in loaders):
             raise iterable_error()
         if len(loaders) > 1:
@@ -171,8 +169,8 @@ class LoaderSource(Source):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        loaders = self.loader.loaders if isinstance(self.loader, _Chain) else [self.loader]
-        if all(isinstance(loader, DataLoader) and _length(loader) == 0 for loader in loaders):
+        loaders = self.loader.loaders if isinstance(self.loader, Chain) else [self.loader]
+        if all(isinstance(loader, DataLoader) and length(loader) == 0 for loader in loaders):
             raise empty_error()
         generators = {id(g): g for g in (getattr(loader, "generator", None) for loader in loaders) if g is not None}
         self._stream = HeldOutBatches(self.loader, self.seed, list(generators.values()))
@@ -231,7 +229,7 @@ class ValidationSource(LoaderSource):
                 " choose a fraction of the training data."
             )
         rank_zero_warn('`held_out="val"` fits the masks on the data that is reported: its metrics will look too good.')
-        self.loader = _Chain(loaders)
+        self.loader = Chain(loaders)
         super().start(trainer, due)
 
 
@@ -314,40 +312,3 @@ def make_source(held_out: Any, redraw: bool, seed: int) -> Source:
     hint = '`held_out` may also be "val", "train" or a DataLoader.'
     check_range("held_out", held_out, 0, 1, low_open=True, high_open=True, hint=hint)
     return RedrawnSource(held_out, seed) if redraw else FixedSource(held_out, seed)
-
-
-def training_loader_source(trainer: Trainer) -> Any:
-    """Lightning's holder of the training loader; its ``dataloader()`` is called whenever one is wanted."""
-    return trainer.fit_loop._data_source
-
-
-def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
-    """A loader like the given one, subclasses included, with another sampler."""
-    return _update_dataloader(loader, sampler)
-
-
-def to_device(trainer: Trainer, batch: Any) -> Any:
-    """Moves a batch to the model's device as the training loop does, through the user's transfer hooks."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def _loaders(trainer: Trainer) -> list[Any]:
-    return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
-
-
-def _length(loader: DataLoader[Any]) -> int | None:
-    return None if isinstance(loader.dataset, IterableDataset) else len(loader)
-
-
-class _Chain:
-    """Several loaders as one iterable."""
-
-    def __init__(self, loaders: list[Any]) -> None:
-        self.loaders = loaders
-
-    def __iter__(self) -> Iterator[Any]:
-        for loader in self.loaders:
-            # a copy: with persistent workers a loader has one iterator, which the validation loop uses
-            yield from rebuild_loader(loader, loader.sampler) if isinstance(loader, DataLoader) else loader

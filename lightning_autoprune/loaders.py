@@ -1,0 +1,52 @@
+"""What is read of Lightning's loaders, and changed in them; its private parts are behind the functions here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lightning.fabric.utilities.data import _update_dataloader
+from lightning.pytorch import Trainer
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, IterableDataset
+
+__all__ = ["Chain", "length", "rebuild_loader", "to_device", "training_loader_source", "training_loaders"]
+
+
+def training_loader_source(trainer: Trainer) -> Any:
+    """Lightning's holder of the training loader; its ``dataloader()`` is called whenever one is wanted."""
+    return trainer.fit_loop._data_source
+
+
+def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
+    """A loader like the given one, subclasses included, with another sampler."""
+    return _update_dataloader(loader, sampler)
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """Moves a batch to the model's device as the training loop does, through the user's transfer hooks."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The loaders of a fit, one by one."""
+    return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
+
+
+def length(loader: DataLoader[Any]) -> int | None:
+    """Number of batches; None where it can't be known."""
+    return None if isinstance(loader.dataset, IterableDataset) else len(loader)
+
+
+class Chain:
+    """Several loaders as one iterable."""
+
+    def __init__(self, loaders: list[Any]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            # a copy: with persistent workers a loader has one iterator, which the validation loop uses
+            yield from rebuild_loader(loader, loader.sampler) if isinstance(loader, DataLoader) else loader
