@@ -23,7 +23,6 @@ import logging
 import os
 import warnings
 
-import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -32,7 +31,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_autoprune import AutoPruneCallback, layer_sparsity, sparsity
 from lightning_autoprune.demo.data import load_digits, loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
-from lightning_autoprune.demo.picture import read_curves, sparsity_curves
+from lightning_autoprune.plots import input_survivors, read_curves, sparsity_curves
 
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -72,18 +71,14 @@ print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}%")
 # layer needs, it keeps.
 
 # %%
-sparsity_curves(f"{logger.log_dir}/metrics.csv")
+curves = read_curves(f"{logger.log_dir}/metrics.csv")
+sparsity_curves(curves)
 
 # %% [markdown]
 # Which pixels does the pruned network still read?
 
 # %%
-reads = (model.network[1].weight != 0).sum(0).view(8, 8)
-figure, axes = plt.subplots(figsize=(3.4, 3))
-image = axes.imshow(reads, cmap="cividis")
-axes.set(title="weights kept for each pixel", xticks=[], yticks=[])
-figure.colorbar(image)
-plt.show()
+input_survivors(model.network[1].weight, (8, 8))
 
 # %% [markdown]
 # ## Load the checkpoint into the plain model
@@ -100,5 +95,5 @@ for name, value in layer_sparsity(plain).items():
 # %%
 images = digits.test.images
 assert torch.equal(plain(images), model(images))
-assert read_curves(f"{logger.log_dir}/metrics.csv")["all"][-1][1] > 0.94
+assert curves["all"][-1][1] > 0.94
 print("same outputs")

@@ -18,7 +18,7 @@ from lightning_autoprune import prunable_weights, sparsity
 from lightning_autoprune.demo import data
 from lightning_autoprune.demo.__main__ import main
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
-from lightning_autoprune.demo.picture import read_curves
+from lightning_autoprune.plots import read_curves
 
 # Data
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_autoprune.demo.picture import COLOURS
+from lightning_autoprune.plots import COLOURS
 
 from .results import Mean, means
 from .tasks import TASKS

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, layer_sparsity, prunable_weights
 from lightning_autoprune.demo.data import DataError, Images, load_digits, load_mnist, loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
-from lightning_autoprune.demo.picture import sparsity_curves
+from lightning_autoprune.plots import read_curves, sparsity_curves
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,7 @@ def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
     print(f"\nerror on the test images   dense {dense_error:.2f}%   pruned {error:.2f}%")
     print(f"compression                {1 / kept:.1f}× ({prune.sparsity:.2%} of all weights are 0)")
     picture = folder / "sparsity.png"
-    sparsity_curves(Path(csv.log_dir) / "metrics.csv").savefig(picture, dpi=150)
+    sparsity_curves(read_curves(Path(csv.log_dir) / "metrics.csv")).savefig(picture, dpi=150)
     run_dir = Path(wandb.experiment.dir).parent
     wandb.experiment.finish()
     print(f"\npruned checkpoint          {checkpoint.best_model_path}")

@@ -1,0 +1,284 @@
+"""Pictures of a pruned run, as matplotlib figures. Colours that colour-blind people can tell apart."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError, check_range
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "COLOURS",
+    "Curves",
+    "auxiliary_histograms",
+    "input_survivors",
+    "metric_path",
+    "pareto",
+    "read_curves",
+    "sparsity_curves",
+    "sparsity_heatmap",
+]
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""By layer name, and ``"all"`` for all layers together, the pairs (training step, sparsity in [0, 1])."""
+
+# Okabe and Ito, "Color universal design", 2008
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_DASHES = ("-", "--", ":", "-.")
+
+
+def read_curves(metrics: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
+    """Reads the curves that the callback logged from a ``CSVLogger``'s ``metrics.csv``.
+
+    Args:
+        metrics: path of the file.
+
+    Returns:
+        By layer name, and ``"all"``, the pairs (step, sparsity).
+
+    Raises:
+        AutoPruneError: if there are none in the file.
+        OSError: if it can't be read.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    with open(metrics, newline="") as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if value and (key == "autoprune/sparsity" or key.startswith("autoprune/sparsity/")):
+                    name = key.removeprefix("autoprune/sparsity").removeprefix("/") or "all"
+                    curves.setdefault(name, []).append((int(row["step"]), float(value)))
+    if not curves:
+        raise AutoPruneError(f"{metrics} has no column `autoprune/sparsity`: no AutoPruneCallback has logged to it.")
+    return curves
+
+
+def sparsity_curves(curves: Curves) -> Figure:
+    """Draws every layer's sparsity, and that of all together, over the training steps.
+
+    Args:
+        curves: of :func:`read_curves`, or ``callback.curves``.
+
+    Raises:
+        AutoPruneError: if there is no point in them, or matplotlib is not installed.
+
+    Example:
+        >>> figure = sparsity_curves({"first": [(0, 0.0), (50, 0.9)], "all": [(0, 0.0), (50, 0.8)]})
+        >>> figure.axes[0].get_ylabel()
+        'pruned weights (%)'
+    """
+    curves = _with_points(curves)
+    figure, axes = _figure(7.5, 4.2)
+    names = [name for name in curves if name != "all"] + ["all"] * ("all" in curves)
+    for i, name in enumerate(names):
+        steps, values = zip(*curves[name], strict=True)
+        (line,) = axes.plot(steps, [100 * v for v in values], lw=1.8, label=f"{name}: {values[-1]:.2%}")
+        line.set(color=COLOURS[i % len(COLOURS)], linestyle=_DASHES[i // len(COLOURS) % len(_DASHES)])
+        if name == "all":
+            line.set(color="black", linestyle="-", linewidth=2.6)
+    _style(axes, "Sparsity of each layer", "training step", "pruned weights (%)")
+    axes.set_ylim(-2, 102)
+    if len(names) <= 12:
+        axes.legend(frameon=False, title="at the end")
+    else:
+        columns = -(-len(names) // 24)
+        figure.set_size_inches(7.5 + 2.2 * columns, 4.2)
+        figure.legend(loc="outside right upper", frameon=False, title="at the end", fontsize=7, ncols=columns)
+    return figure
+
+
+def sparsity_heatmap(curves: Curves) -> Figure:
+    """Draws sparsity as a map, a row a layer and a column a step: many layers at a glance.
+
+    Args:
+        curves: as of :func:`sparsity_curves`; all layers have the same steps.
+
+    Raises:
+        AutoPruneError: if there is no point in them, or matplotlib is not installed.
+
+    Example:
+        >>> figure = sparsity_heatmap({"first": [(0, 0.0), (50, 0.9)], "last": [(0, 0.0), (50, 0.4)]})
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['first', 'last']
+    """
+    curves = _with_points(curves)
+    names = [name for name in curves if name != "all"]
+    figure, axes = _figure(7.5, min(1.2 + 0.28 * len(names), 16))
+    steps = [step for step, _ in curves[names[0]]]
+    edges = [steps[0], *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + 1]
+    values = [[100 * value for _, value in curves[name]] for name in names]
+    image = axes.pcolormesh(edges, range(len(names) + 1), values, cmap="cividis", vmin=0, vmax=100)
+    axes.set_yticks([i + 0.5 for i in range(len(names))], names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(title="Sparsity of each layer", xlabel="training step")
+    figure.colorbar(image, label="pruned weights (%)")
+    return figure
+
+
+def input_survivors(weight: Tensor, shape: Sequence[int] | None = None) -> Figure:
+    """Draws how many weights of a first layer are left for each input; an input without any is dead.
+
+    Args:
+        weight: of a linear layer, shape (outputs, inputs), or of a convolution, shape (outputs, inputs, height, width),
+            with zeros where it is pruned.
+        shape: (height, width) of the inputs as an image; several channels are summed. None: the most square one of a
+            linear layer, (height, width) of a convolution's kernel.
+
+    Raises:
+        AutoPruneError: if the inputs don't make such an image, or matplotlib is not installed.
+
+    Example:
+        >>> weight = torch.zeros(3, 4)
+        >>> weight[:, :2] = 1
+        >>> input_survivors(weight, (2, 2)).axes[0].get_title()
+        '2 of 4 inputs are dead'
+    """
+    if weight.dim() < 2:
+        raise AutoPruneError(f"The weight has shape {tuple(weight.shape)}; it must be (outputs, inputs, …).")
+    kept = weight.detach().count_nonzero(0).cpu()
+    shape = tuple(shape or (kept.shape[1:] if kept.dim() == 3 else _most_square(kept.numel())))
+    if len(shape) != 2 or min(shape) < 1 or kept.numel() % math.prod(shape):
+        raise AutoPruneError(
+            f"{kept.numel()} inputs do not make images of `shape` {shape}: give (height, width), whose product times"
+            " the number of channels is the number of inputs."
+        )
+    image = kept.reshape(-1, *shape).sum(0)
+    figure, axes = _figure(4.4, 3.8)
+    from matplotlib import colormaps
+
+    shown = image.double().where(image > 0, torch.nan).numpy()
+    picture = axes.imshow(shown, cmap=colormaps["cividis"].with_extremes(bad="white"), vmin=0)
+    axes.set(title=f"{int((image == 0).sum())} of {image.numel()} inputs are dead", xticks=[], yticks=[])
+    axes.set_xlabel("white: dead")
+    figure.colorbar(picture, label="weights left for each input")
+    return figure
+
+
+def auxiliary_histograms(auxiliary: Mapping[str, Tensor]) -> Figure:
+    """Draws how each layer's auxiliary parameters m are spread; those above 0 are kept.
+
+    Args:
+        auxiliary: M by layer name, of any shape.
+
+    Raises:
+        AutoPruneError: if there are none, or matplotlib is not installed.
+
+    Example:
+        >>> len(auxiliary_histograms({"first": torch.linspace(-1, 1, 50)}).axes)
+        1
+    """
+    if not auxiliary:
+        raise AutoPruneError("There are no auxiliary parameters: before pruning starts, and once the masks are frozen.")
+    columns = min(len(auxiliary), 3)
+    rows = -(-len(auxiliary) // columns)
+    figure, _ = _figure(3.2 * columns, 2.6 * rows, bare=True)
+    for i, (name, M) in enumerate(auxiliary.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        m = M.detach().flatten().float().cpu()
+        bins = torch.linspace(float(m.min().clamp_max(0)), float(m.max().clamp_min(1e-6)), 61).tolist()
+        axes.hist([m[m > 0].tolist(), m[m <= 0].tolist()], bins, color=COLOURS[:2], stacked=True)
+        axes.axvline(0, color="black", lw=1)
+        _style(axes, f"{name}: {float((m > 0).double().mean()):.1%} kept", "m", "weights")
+        axes.title.set_fontsize(9)
+    return figure
+
+
+def metric_path(points: Sequence[tuple[float, float]], metric: str) -> Figure:
+    """Draws a metric of the run against the sparsity that it was measured at, in the order of the run.
+
+    Args:
+        points: (sparsity in [0, 1], value), in order.
+        metric: the name of the value.
+
+    Raises:
+        AutoPruneError: if there are no points, or matplotlib is not installed.
+
+    Example:
+        >>> metric_path([(0.0, 0.9), (0.5, 0.92), (0.9, 0.91)], "val_accuracy").axes[0].get_ylabel()
+        'val_accuracy'
+    """
+    if not points:
+        raise AutoPruneError(f"There is no point to draw: {metric!r} has not been measured.")
+    figure, axes = _figure(6, 4)
+    x, y = [100 * sparsity for sparsity, _ in points], [value for _, value in points]
+    axes.plot(x, y, "o-", color=COLOURS[0], ms=4, lw=1.2, label="validations, in order")
+    axes.plot(x[-1], y[-1], "D", color=COLOURS[5], ms=8, label=f"the last: {y[-1]:.4g} at {x[-1] / 100:.2%}")
+    _style(axes, f"{metric} on the way", "pruned weights (%)", metric)
+    axes.legend(frameon=False)
+    return figure
+
+
+def pareto(runs: Mapping[str, tuple[float, float]], metric: str = "error", *, lower_is_better: bool = True) -> Figure:
+    """Draws runs by what is left and how good it is, and the front of those that no other run beats in both.
+
+    Args:
+        runs: (sparsity in [0, 1), value) by the name of the run.
+        metric: the name of the value.
+        lower_is_better: whether small values are good.
+
+    Raises:
+        AutoPruneError: if there are no runs, or matplotlib is not installed.
+
+    Example:
+        >>> figure = pareto({"a": (0.9, 1.5), "b": (0.95, 1.6), "c": (0.9, 1.7)})
+        >>> [line.get_label() for line in figure.axes[0].lines][-1]
+        'Pareto front'
+    """
+    if not runs:
+        raise AutoPruneError("There are no runs to draw.")
+    figure, axes = _figure(6.5, 4.4)
+    for name, (sparsity, _) in runs.items():
+        check_range(f"sparsity of {name}", sparsity, 0, 1, high_open=True)
+    sign = 1 if lower_is_better else -1
+    best, front = math.inf, []
+    for sparsity, value in sorted(runs.values(), key=lambda run: (-run[0], sign * run[1])):
+        if sign * value < best:  # better than all that are sparser
+            best = sign * value
+            front.append((1 / (1 - sparsity), value))
+    for name, (sparsity, value) in runs.items():
+        x = 1 / (1 - sparsity)
+        axes.plot(x, value, "o", color=COLOURS[0] if (x, value) in front else "0.6", ms=7)
+        axes.annotate(name, (x, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.plot(*zip(*front, strict=True), color=COLOURS[5], lw=1.5, zorder=0, label="Pareto front")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}×")
+    _style(axes, "Compression and what it costs", "compression of the prunable weights", metric)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _figure(width: float, height: float, bare: bool = False) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AutoPruneError("Pictures need matplotlib: pip install 'lightning-autoprune[plots]'.") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, None if bare else figure.add_subplot()  # type: ignore[return-value]
+
+
+def _style(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _with_points(curves: Curves) -> Curves:
+    found = {name: points for name, points in curves.items() if points}
+    if not found.keys() - {"all"}:
+        raise AutoPruneError("There is no point to draw: no layer's sparsity has been logged.")
+    return found
+
+
+def _most_square(count: int) -> tuple[int, int]:
+    height = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
+    return height, count // height

@@ -1,0 +1,160 @@
+"""Each picture shows what it was given; what can't be drawn is refused in words."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import csv_logger, fit
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError
+from lightning_autoprune.plots import (
+    auxiliary_histograms,
+    input_survivors,
+    metric_path,
+    pareto,
+    read_curves,
+    sparsity_curves,
+    sparsity_heatmap,
+)
+
+CURVES = {
+    "first": [(0, 0.0), (10, 0.5), (20, 0.875)],
+    "last": [(0, 0.0), (10, 0.25), (20, 0.5)],
+    "all": [(0, 0.0), (10, 0.4), (20, 0.8)],
+}
+
+
+def pixels(figure):
+    """The figure as drawn, to see that it can be."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return canvas.buffer_rgba()
+
+
+def test_a_runs_own_log_gives_its_curves():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    fit(callback, logger=csv_logger(Path("logs")))
+    curves = read_curves("logs/metrics.csv")
+    assert curves.keys() == {"first", "last", "all"}
+    assert curves["all"][-1] == (31, pytest.approx(callback.sparsity))
+    assert [step for step, _ in curves["first"]] == [step for step, _ in curves["all"]]
+
+
+def test_a_log_without_them_is_refused_by_name():
+    Path("metrics.csv").write_text("step,loss\n1,0.5\n")
+    with pytest.raises(AutoPruneError, match=r"metrics.csv has no column `autoprune/sparsity`: no AutoPruneCallback"):
+        read_curves("metrics.csv")
+
+
+def test_curves_have_a_line_a_layer_that_ends_where_the_layer_does():
+    figure = sparsity_curves(CURVES)
+    lines = figure.axes[0].lines
+    assert [line.get_label() for line in lines] == ["first: 87.50%", "last: 50.00%", "all: 80.00%"]
+    assert lines[0].get_xydata().tolist() == [[0, 0], [10, 50], [20, 87.5]]
+    pixels(figure)
+
+
+def test_forty_layers_are_told_apart():
+    figure = sparsity_curves({f"layer{i}": [(0, 0.0), (1, i / 40)] for i in range(28)})
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 28
+    pixels(figure)
+
+
+def test_the_heat_map_has_a_row_a_layer_and_a_column_a_step():
+    figure = sparsity_heatmap(CURVES)
+    (mesh,) = figure.axes[0].collections
+    assert mesh.get_array().reshape(2, 3).tolist() == [[0, 50, 87.5], [0, 25, 50]]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["first", "last"]
+    pixels(figure)
+
+
+def test_survivors_are_counted_for_each_input_and_dead_ones_are_bare():
+    weight = torch.ones(3, 6)
+    weight[:, 0], weight[0, 1] = 0, 0
+    figure = input_survivors(weight, (2, 3))
+    (image,) = figure.axes[0].images
+    shown = image.get_array()
+    assert shown.mask.tolist() == [[True, False, False], [False, False, False]]
+    assert shown.compressed().tolist() == [2, 3, 3, 3, 3]
+    assert figure.axes[0].get_title() == "1 of 6 inputs are dead"
+    pixels(figure)
+
+
+def test_channels_of_an_image_are_summed_and_a_kernel_is_its_own_image():
+    assert input_survivors(torch.ones(5, 2 * 4), (2, 2)).axes[0].images[0].get_array().tolist() == [[10, 10]] * 2
+    kernel = input_survivors(torch.ones(5, 2, 3, 4)).axes[0].images[0].get_array()
+    assert kernel.shape == (3, 4)
+    assert kernel.min() == kernel.max() == 10
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (0, 3), (6,)])
+def test_a_shape_that_the_inputs_do_not_make_is_refused(shape):
+    with pytest.raises(
+        AutoPruneError, match=re.escape(f"6 inputs do not make images of `shape` {shape}: give (height")
+    ):
+        input_survivors(torch.ones(3, 6), shape)
+
+
+def test_histograms_tell_kept_from_pruned():
+    figure = auxiliary_histograms({f"layer{i}": torch.linspace(-1, 3, 100) for i in range(5)})
+    assert len(figure.axes) == 5
+    assert figure.axes[0].get_title() == "layer0: 75.0% kept"
+    assert len({bar.get_facecolor() for bar in figure.axes[0].patches}) == 2
+    pixels(figure)
+
+
+def test_the_path_of_a_metric_goes_from_validation_to_validation():
+    figure = metric_path([(0.0, 0.91), (0.5, 0.93), (0.9, 0.92)], "val_accuracy")
+    line, last = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[0, 0.91], [50, 0.93], [90, 0.92]]
+    assert last.get_label() == "the last: 0.92 at 90.00%"
+    pixels(figure)
+
+
+def test_the_front_has_the_runs_that_none_beats_in_both():
+    runs = {"dense": (0.0, 1.0), "beaten": (0.5, 1.4), "half": (0.5, 1.2), "tenth": (0.9, 1.2), "small": (0.99, 2.0)}
+    *_, front = pareto(runs).axes[0].lines
+    assert front.get_xydata().round(3).tolist() == [[100, 2.0], [10, 1.2], [1, 1.0]]
+    upwards = pareto(runs, "accuracy", lower_is_better=False).axes[0].lines[-1]
+    assert upwards.get_xydata().round(3).tolist() == [[100, 2.0]]
+    pixels(pareto(runs))
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: sparsity_curves({"all": [(0, 0.0)]}), "There is no point to draw: no layer's sparsity"),
+        (lambda: sparsity_heatmap({}), "There is no point to draw: no layer's sparsity"),
+        (lambda: auxiliary_histograms({}), "There are no auxiliary parameters: before pruning starts, and once"),
+        (lambda: metric_path([], "val_loss"), "There is no point to draw: 'val_loss' has not been measured"),
+        (lambda: pareto({}), "There are no runs to draw"),
+        (lambda: pareto({"a": (1.0, 2.0)}), r"`sparsity of a` is 1.0; it must be a number in \[0, 1\)"),
+        (lambda: input_survivors(torch.ones(3)), r"The weight has shape \(3,\); it must be \(outputs, inputs"),
+    ],
+    ids=["curves", "map", "histograms", "path", "front", "sparsity", "weight"],
+)
+def test_what_cannot_be_drawn_is_refused_in_words(draw, message):
+    with pytest.raises(AutoPruneError, match=message):
+        draw()
+
+
+def test_without_matplotlib_the_error_says_what_to_install():
+    code = """
+import sys
+from lightning_autoprune.plots import sparsity_curves
+for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] or ["matplotlib"]:
+    sys.modules[name] = None  # as if it were not installed
+try:
+    sparsity_curves({"a": [(0, 0.0)]})
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "Pictures need matplotlib: pip install 'lightning-autoprune[plots]'.\n"
