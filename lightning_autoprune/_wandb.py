@@ -1,12 +1,13 @@
-"""The only place that imports wandb: the pruned checkpoint as an artifact."""
+"""The only place that imports wandb: figures of the run, and the pruned checkpoint as an artifact."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,7 +15,62 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-__all__ = ["log_artifact"]
+from lightning_autoprune.history import History
+from lightning_autoprune.summary import LayerSummary, total
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["log_artifact", "log_figures"]
+
+
+def log_figures(
+    logger: WandbLogger,
+    step: int,
+    rows: Sequence[LayerSummary],
+    history: History,
+    heatmap: Figure | None,
+    best: Mapping[str, float] | None,
+) -> None:
+    """Logs the figures of a run as one row, and sets its summary when fitting has ended.
+
+    Args:
+        logger: what to log to.
+        step: number of training steps that are over.
+        rows: the layers.
+        history: the run so far.
+        heatmap: the picture of it; None where it can't be drawn.
+        best: best values of the monitored metric, by name, when fitting has ended; None before.
+    """
+    import wandb
+
+    run = logger.experiment
+    figures: dict[str, Any] = {"autoprune/layers": _table(rows)}
+    if heatmap is not None:
+        figures["autoprune/sparsity_map"] = wandb.Image(heatmap)
+    for name, (counts, edges) in history.histograms.items():
+        figures[f"autoprune/m/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+    if history.metric and history.points:
+        points = wandb.Table(["sparsity", history.metric], [[sparsity, value] for _, sparsity, value in history.points])
+        title = f"{history.metric} against sparsity"
+        figures["autoprune/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
+    run.log({**figures, "trainer/global_step": step})
+    if best is not None:
+        whole = total(rows)
+        run.summary["autoprune/final_sparsity"] = whole.sparsity
+        run.summary["autoprune/final_compression"] = whole.weights / max(whole.kept, 1)
+        for name, value in best.items():
+            run.summary[f"autoprune/{name}"] = value
+
+
+def _table(rows: Sequence[LayerSummary]) -> Any:
+    import wandb
+
+    table = wandb.Table(["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"])
+    for row in rows:
+        shape = "×".join(map(str, row.shape))
+        table.add_data(row.name, shape, row.weights, row.kept, row.sparsity, row.flops, row.flops_kept, row.revived)
+    return table
 
 
 def log_artifact(trainer: Trainer, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -23,15 +23,18 @@ from lightning_autoprune.compatibility import (
 )
 from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.estimators import Estimator
+from lightning_autoprune.figures import log_figures
 from lightning_autoprune.flops import ModelCost
 from lightning_autoprune.gradients import MaskGradients
 from lightning_autoprune.layers import being_pruned, prunable_weights
+from lightning_autoprune.monitored import best_values
 from lightning_autoprune.neurons import Cost
 from lightning_autoprune.plan import check_example, plan
 from lightning_autoprune.pruner import Granularity, Pruner, Settings
 from lightning_autoprune.report import Report
 from lightning_autoprune.rules import UpdateRule
 from lightning_autoprune.sources import Source, make_source
+from lightning_autoprune.summary import LayerSummary, summarise
 
 __all__ = ["AutoPruneCallback"]
 
@@ -84,6 +87,8 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a
             shield that leaves the run untouched. Needed for manual optimisation.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        figures_every_n_epochs: when loggers get figures beside the curves (see ``figures``): 0, when fitting ends; n,
+            also at the end of each n epochs. None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``; sparsity, operations and the monitored metric are its metadata.
         seed: decides which rows are held out.
@@ -135,6 +140,7 @@ class AutoPruneCallback(Callback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        figures_every_n_epochs: int | None = 0,
         log_artifact: bool = False,
         seed: int = 0,
         enabled: bool = True,
@@ -158,9 +164,11 @@ class AutoPruneCallback(Callback):
         )
         if log_every_n_steps is not None:
             check_range("log_every_n_steps", log_every_n_steps, 1, whole=True)
+        if figures_every_n_epochs is not None:
+            check_range("figures_every_n_epochs", figures_every_n_epochs, 0, whole=True)
         self.include, self.exclude = include, exclude
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
-        self.log_artifact = log_artifact
+        self.figures_every_n_epochs, self.log_artifact = figures_every_n_epochs, log_artifact
         self.enabled = enabled and warmup < 1
         self._source: Source = make_source(held_out, redraw_held_out, seed)
         self.train_gradients = train_gradients
@@ -182,6 +190,19 @@ class AutoPruneCallback(Callback):
     def layer_sparsity(self) -> dict[str, float]:
         """Fraction of each layer's weights that are pruned, in [0, 1), by layer name; empty before fitting."""
         return self._pruner.layer_sparsity() if self._pruner else {}
+
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """By layer name, and ``"all"``, the pairs (step, sparsity) of the run so far; what :mod:`plots` draws."""
+        return self._report.history.curves
+
+    def layers(self) -> list[LayerSummary]:
+        """A row for each layer: shape, weights, those kept, operations, and how many came back."""
+        if self._pruner is None:
+            return []
+        flops = {name: self._cost.layers[name].flops for name in self._cost.layers} if self._cost else None
+        revived = dict(zip(self._pruner.weights, self._report.history.revived, strict=True))
+        return summarise(self._pruner.weights, flops, revived)
 
     # Start
 
@@ -231,6 +252,7 @@ class AutoPruneCallback(Callback):
         weights, neurons, self._cost = plan(pl_module, weights, self.settings)
         if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
             neurons = trainer.strategy.broadcast(neurons).to(pl_module.device)
+        self._report = Report(list(weights))
         self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
         self._gradients = MaskGradients(
             self._pruner, self._source, optimizers, self._report, self.train_gradients, self.loss_fn, self.seed
@@ -281,6 +303,8 @@ class AutoPruneCallback(Callback):
         if not self._handles or self._pruner is None or self._gradients is None or not has_stepped(trainer):
             return
         self._gradients.after_weight_step(trainer)
+        if self._pruner.last:
+            self._report.history.look_at(self._pruner.M)
         frozen_now = self._pruner.end_step()
         if frozen_now:
             being_pruned.difference_update(pl_module.modules())
@@ -289,7 +313,7 @@ class AutoPruneCallback(Callback):
         flops = self._cost.flops_left(layers) if self._cost else None
         metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu, flops)
         if frozen_now or self._log_is_due(trainer):
-            self._report.log(trainer, metrics, layers, self._pruner.masks())
+            self._report.log(trainer, metrics, layers, self._pruner.masks(), remember=frozen_now)
 
     def _finish_pruning(self, trainer: Trainer) -> None:
         assert self._pruner is not None
@@ -304,6 +328,23 @@ class AutoPruneCallback(Callback):
         if self.log_every_n_steps is None:
             return trainer._logger_connector.should_update_logs
         return self._pruner.step % self.log_every_n_steps == 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the metric that is followed beside the sparsity."""
+        if self._handles and not trainer.sanity_checking:
+            self._report.measure(trainer, self.sparsity)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs figures of the run so far, at the interval asked for."""
+        every = self.figures_every_n_epochs
+        if self._handles and self._pruner is not None and every and (trainer.current_epoch + 1) % every == 0:
+            if self._pruner.M:
+                self._report.history.look_at(self._pruner.M)
+            self._log_figures(trainer)
+
+    def _log_figures(self, trainer: Trainer, best: dict[str, float] | None = None) -> None:
+        if trainer.is_global_zero:
+            log_figures(trainer, steps_done(trainer), self.layers(), self._report.history, best)
 
     # The end
 
@@ -320,6 +361,8 @@ class AutoPruneCallback(Callback):
         """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
         if self._pruner is not None:
             prune_again(self._pruner)
+            if self.figures_every_n_epochs is not None:
+                self._log_figures(trainer, best_values(trainer, self._report.history, self.sparsity))
         if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
             from lightning_autoprune._wandb import log_artifact
 

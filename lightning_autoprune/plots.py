@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, check_range
+from lightning_autoprune.history import Histogram, histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,11 +165,11 @@ def input_survivors(weight: Tensor, shape: Sequence[int] | None = None) -> Figur
     return figure
 
 
-def auxiliary_histograms(auxiliary: Mapping[str, Tensor]) -> Figure:
+def auxiliary_histograms(auxiliary: Mapping[str, Tensor | Histogram]) -> Figure:
     """Draws how each layer's auxiliary parameters m are spread; those above 0 are kept.
 
     Args:
-        auxiliary: M by layer name, of any shape.
+        auxiliary: by layer name, M of any shape, or its histogram (counts, edges) with an edge at 0.
 
     Raises:
         AutoPruneError: if there are none, or matplotlib is not installed.
@@ -184,11 +185,13 @@ def auxiliary_histograms(auxiliary: Mapping[str, Tensor]) -> Figure:
     figure, _ = _figure(3.2 * columns, 2.6 * rows, bare=True)
     for i, (name, M) in enumerate(auxiliary.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
-        m = M.detach().flatten().float().cpu()
-        bins = torch.linspace(float(m.min().clamp_max(0)), float(m.max().clamp_min(1e-6)), 61).tolist()
-        axes.hist([m[m > 0].tolist(), m[m <= 0].tolist()], bins, color=COLOURS[:2], stacked=True)
+        counts, edges = histogram(M) if isinstance(M, Tensor) else M
+        kept = [left >= 0 for left in edges[:-1]]
+        colours = [COLOURS[0] if k else COLOURS[1] for k in kept]
+        axes.bar(edges[:-1], counts, [b - a for a, b in pairwise(edges)], align="edge", color=colours)
         axes.axvline(0, color="black", lw=1)
-        _style(axes, f"{name}: {float((m > 0).double().mean()):.1%} kept", "m", "weights")
+        share = sum(n for n, k in zip(counts, kept, strict=True) if k) / max(sum(counts), 1)
+        _style(axes, f"{name}: {share:.1%} kept", "m", "weights")
         axes.title.set_fontsize(9)
     return figure
 
@@ -252,6 +255,7 @@ def pareto(runs: Mapping[str, tuple[float, float]], metric: str = "error", *, lo
     axes.plot(*zip(*front, strict=True), color=COLOURS[5], lw=1.5, zorder=0, label="Pareto front")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}×")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}×" if f"{x:.0e}"[0] in "235" else "")
     _style(axes, "Compression and what it costs", "compression of the prunable weights", metric)
     axes.legend(frameon=False)
     return figure

@@ -206,6 +206,19 @@ class Pruner:
         return self.auxiliary.masks() if self.auxiliary else []
 
     @property
+    def M(self) -> dict[str, Tensor]:  # noqa: N802
+        """The auxiliary parameters by layer name (of channels, under ``"neurons"``); empty but while pruning."""
+        if self.auxiliary is None or self.auxiliary.frozen:
+            return {}
+        names = self.weights if self.neurons is None else ["neurons"]
+        return dict(zip(names, self.auxiliary.M, strict=True))
+
+    @property
+    def last(self) -> bool:
+        """Whether the training step under way is the last before the masks are frozen."""
+        return self.auxiliary is not None and not self.auxiliary.frozen and self.step + 1 == self.phases.end
+
+    @property
     def due(self) -> bool:
         """Whether an auxiliary step goes with the training step under way."""
         pruning = self.auxiliary is not None and not self.auxiliary.frozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_autoprune.compatibility import steps_done
+from lightning_autoprune.history import History
 from lightning_autoprune.masks import pack, unpack
+from lightning_autoprune.monitored import followed_metric
 
 __all__ = ["Report"]
 
@@ -25,9 +27,16 @@ class Report:
 
     The loggers also get ``autoprune/sparsity/<layer>``, and ``autoprune/pruned`` and ``autoprune/revived``: how many
     weights are pruned now that were not at the last log, and the other way round.
+
+    Args:
+        names: of the layers, in the order in which their masks are given.
+
+    Attributes:
+        history: the run so far, for its pictures.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.history = History(names)
         self._loss_sum, self._losses = 0.0, 0
         self._before: list[Tensor] = []
 
@@ -51,8 +60,20 @@ class Report:
         _set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
         return metrics
 
+    def measure(self, trainer: Trainer, sparsity: float) -> None:
+        """Takes the metric that is followed, once it has been measured at this sparsity."""
+        found = followed_metric(trainer)
+        if found is not None:
+            self.history.measure(found[0], steps_done(trainer), sparsity, found[1])
+
     def log(
-        self, trainer: Trainer, metrics: dict[str, float], layers: Mapping[str, float], masks: list[Tensor]
+        self,
+        trainer: Trainer,
+        metrics: dict[str, float],
+        layers: Mapping[str, float],
+        masks: list[Tensor],
+        *,
+        remember: bool = False,
     ) -> None:
         """Writes to all loggers, and starts counting anew.
 
@@ -61,12 +82,16 @@ class Report:
             metrics: what :meth:`publish` gave.
             layers: sparsity of every layer, by name.
             masks: True where a weight is kept; empty before pruning starts.
+            remember: whether this moment is one that the history must have.
         """
         pruned = revived = 0
         dense = [torch.ones_like(mask) for mask in masks]
-        for before, now in zip(self._before or dense, masks, strict=True):
+        for i, (before, now) in enumerate(zip(self._before or dense, masks, strict=True)):
             pruned += int((before & ~now).sum())
-            revived += int((now & ~before).sum())
+            back = int((now & ~before).sum())
+            revived += back
+            self.history.revived[i] += back
+        self.history.add(steps_done(trainer), list(layers.values()), metrics["autoprune/sparsity"], always=remember)
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}
         metrics |= {f"autoprune/sparsity/{name}": value for name, value in layers.items()}
         for logger in trainer.loggers:
@@ -79,11 +104,13 @@ class Report:
         return {
             "loss": (self._loss_sum, self._losses),
             "before": [pack(mask) for mask in self._before],
+            "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Iterable[Tensor]) -> None:
         """Restores what :meth:`state_dict` gave; ``weights`` are those that the masks belong to, in order."""
         self._loss_sum, self._losses = state["loss"]
+        self.history = History.of(state["history"])
         pairs = zip(state["before"], weights, strict=False)
         self._before = [unpack(packed, weight.shape).to(weight.device) for packed, weight in pairs]
 

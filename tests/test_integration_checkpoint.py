@@ -113,6 +113,9 @@ def check_resumed(callback, step: int, optimizer: str = "adam", train=None, **op
     path = f"whole-checkpoints/step={step}.ckpt"
     whole = run("whole", callback(), optimizer, train=train and train(), **options)
     resumed = run("resumed", callback(), optimizer, path, train and train(), **options)
+    for end in filter(None, (whole["callback"], resumed["callback"])):  # the validation at that step is Lightning's
+        history = end["report"]["history"]
+        history["points"] = [point for point in history["points"] if point[0] > step]
     assert same(whole, resumed)
     assert curves("whole", after=step) == curves("resumed", after=step)
     assert len(curves("resumed", after=step)) > 2
