@@ -200,7 +200,7 @@ class AutoPruneCallback(Callback):
         """A row for each layer: shape, weights, those kept, operations, and how many came back."""
         if self._pruner is None:
             return []
-        flops = {name: self._cost.layers[name].flops for name in self._cost.layers} if self._cost else None
+        flops = {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None
         revived = dict(zip(self._pruner.weights, self._report.history.revived, strict=True))
         return summarise(self._pruner.weights, flops, revived)
 
@@ -402,6 +402,7 @@ class AutoPruneCallback(Callback):
             "pruner": self._pruner.state_dict(),
             "report": self._report.state_dict(),
             "held_out": self._source.state_dict(),
+            "flops": {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -26,7 +26,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # some libraries make files that no one else may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

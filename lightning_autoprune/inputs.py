@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_vary", "as_arguments", "difference", "disagreement", "evaluating", "outputs", "probes", "tensors_in"]
+__all__ = [
+    "all_vary",
+    "any_rows",
+    "as_arguments",
+    "difference",
+    "disagreement",
+    "evaluating",
+    "outputs",
+    "probes",
+    "tensors_in",
+    "two_rows",
+]
 
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -18,6 +29,19 @@ def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+
+
+def two_rows(leaf: Any) -> Any:
+    """A tensor of one row twice; anything else as it is."""
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+
+
+def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The ``dynamic_shapes`` of ``torch.export`` that leave the first dimension of all tensors free."""
+    rows = torch.utils._pytree.tree_map(
+        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs)
+    )
+    return rows[1] if kwargs else rows[0]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import as_arguments, difference, outputs, probes, tensors_in
+from lightning_autoprune.inputs import any_rows, as_arguments, difference, outputs, probes, tensors_in, two_rows
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_onnx"]
@@ -57,7 +57,7 @@ def export_onnx(
     except ImportError as error:
         raise AutoPruneError(f"Export to ONNX needs {error.name}: pip install 'lightning-autoprune[onnx]'.") from error
     name = type(model).__name__
-    example = torch.utils._pytree.tree_map(_two_rows, example_input)  # one row would be taken for a constant
+    example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
     small = shrink(model, example) if shrunk else copy.deepcopy(model)
     args, kwargs = as_arguments(example)
     with torch.no_grad():
@@ -82,9 +82,6 @@ def _arrays(inputs: Any) -> list[Any]:
 
 
 def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    rows = torch.utils._pytree.tree_map(
-        lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs)
-    )
     log = logging.getLogger("torch.onnx")
     level = log.level
     try:
@@ -97,7 +94,7 @@ def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwarg
                 path,
                 kwargs=kwargs,
                 dynamo=True,
-                dynamic_shapes=rows[1] if kwargs else rows[0],
+                dynamic_shapes=any_rows(args, kwargs),
                 external_data=False,
                 verbose=False,
             )
@@ -105,7 +102,3 @@ def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwarg
         raise AutoPruneError(f"{name} can't be exported to ONNX: {error}") from error
     finally:
         log.setLevel(level)
-
-
-def _two_rows(leaf: Any) -> Any:
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf

@@ -284,7 +284,7 @@ def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> di
         stored = values[: entry.kept * size].view(size, entry.kept).T
         values = values[entry.kept * size :]
         if entry.bits is None:
-            raw = stored.contiguous()
+            raw = stored.clone(memory_format=torch.contiguous_format)  # a view may not start at a whole entry
         else:
             kept = decode(masks[: entry.mask], n, entry.kept, entry.bits)
             masks = masks[entry.mask :]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["LayerSummary", "as_table", "summarise", "total"]
+__all__ = ["LayerSummary", "aligned", "as_table", "summarise", "total"]
 
 
 @dataclass(frozen=True)
@@ -103,3 +103,18 @@ def as_table(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
     }
     columns = {head: cells for head, cells in columns.items() if any(cells) or head in ("layer", "shape")}
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def aligned(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right.
+
+    Example:
+        >>> print(aligned(["layer", "kept"], [["first", "1,000"]]))
+        layer   kept
+        first  1,000
+    """
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
+        for pairs in (list(zip(line, widths, strict=True)) for line in [head, *cells])
+    )

@@ -1,75 +1,179 @@
-"""The callback under LightningCLI, from a YAML file."""
+"""The command: what it prints and writes, its exit codes, and that errors come without a traceback."""
 
 from __future__ import annotations
 
-import inspect
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import Net, loader
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
+import torch
+from helpers import Net, fit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_autoprune import AutoPruneCallback, sparsity
-
-
-class Data(LightningDataModule):
-    def train_dataloader(self):
-        return loader()
+from lightning_autoprune import AutoPruneCallback, load_sparse, sparsity
+from lightning_autoprune.cli import main
 
 
-CONFIG = """
-trainer:
-  accelerator: cpu
-  max_epochs: 4
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
-  callbacks:
-    - class_path: lightning_autoprune.AutoPruneCallback
-      init_args:
-        target_sparsity: 0.8
-        held_out: {held_out}
-        exclude: ["last"]
-        loss_fn: {loss_fn}
-"""
+class Example(Net):
+    example_input_array = torch.zeros(1, 12)
 
 
-def cli(held_out: str = "0.5", loss_fn: str = "null") -> LightningCLI:
-    Path("config.yaml").write_text(CONFIG.format(held_out=held_out, loss_fn=loss_fn))
-    return LightningCLI(Net, Data, run=False, args=["--config", "config.yaml"], save_config_callback=None)
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+    fit([AutoPruneCallback(target_sparsity=0.8), saving], val=loader(seed=3), enable_checkpointing=True)
+    return [str(folder / f"epoch={epoch}.ckpt") for epoch in range(4)]
 
 
-@pytest.mark.parametrize("held_out", ["0.25", "train"])
-def test_a_config_file_gives_a_callback_that_prunes(held_out):
-    made = cli(held_out)
-    made.trainer.fit(made.model, made.datamodule)
-    assert sparsity(made.model.first.weight) == pytest.approx(0.8, abs=0.01)
-    assert sparsity(made.model.last.weight) == 0
+def test_a_report_is_a_line_of_what_it_is_and_a_table_of_the_layers(checkpoints, capsys):
+    assert main(["report", checkpoints[3]]) == 0
+    first, _, head, *lines = capsys.readouterr().out.splitlines()
+    assert first == (f"{checkpoints[3]}: 80.08% of 256 weights are 0 (5.0×). Epoch 3, step 32. The masks are final.")
+    assert head.split() == ["layer", "shape", "weights", "kept", "sparsity", "revived"]
+    assert [line.split()[0] for line in lines] == ["first", "last", "all"]
+    assert lines[2].split()[1:4] == ["256", "51", "80.08%"]
 
 
-def test_a_loss_function_is_named_by_its_import_path():
-    (callback,) = (c for c in cli(loss_fn="test_callback.cross_entropy").trainer.callbacks if "Prune" in str(type(c)))
-    assert isinstance(callback, AutoPruneCallback)
-    assert callback.loss_fn.__name__ == "cross_entropy"
+def test_a_report_in_json_has_all_figures(checkpoints, capsys):
+    assert main(["report", checkpoints[3], "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["phase"] == "frozen"
+    assert sum(layer["kept"] for layer in figures["layers"]) == 51
+    assert figures["curves"]["all"][-1] == [31, pytest.approx(figures["sparsity"])]
 
 
-def test_a_wrong_value_is_refused_with_the_callbacks_own_words():
-    with pytest.raises(ValueError, match=r"- `held_out` is 2.0; it must be a number in \(0, 1\)"):
-        cli("2.0")
+def test_a_report_as_a_page_is_written_whole(checkpoints, tmp_path, capsys):
+    page = tmp_path / "report.html"
+    assert main(["report", checkpoints[3], "--html", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").endswith("</html>\n")
+    assert f"{page} is written" in capsys.readouterr().err
 
 
-def test_a_wrong_type_is_refused_by_the_parser(capsys):
-    with pytest.raises(SystemExit):
-        cli("test")
-    assert "Literal['val', 'train']" in capsys.readouterr().err
+def test_a_file_without_pruning_is_reported_with_its_zeros(tmp_path, capsys):
+    torch.save({"a.weight": torch.eye(4)}, tmp_path / "plain.pt")
+    assert main(["report", str(tmp_path / "plain.pt")]) == 0
+    out = capsys.readouterr().out
+    assert "75.00% of 16 weights are 0 (4.0×). It has no state of a pruning" in out
 
 
-def test_every_argument_has_its_help(capsys):
-    with pytest.raises(SystemExit):
-        LightningCLI(Net, args=["fit", "--trainer.callbacks.help=lightning_autoprune.AutoPruneCallback"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen" in text
-    for name in inspect.signature(AutoPruneCallback).parameters:
-        assert f"--trainer.callbacks.{name}" in text or f".{name} " in text, name
+def test_two_checkpoints_are_compared(checkpoints, capsys):
+    assert main(["compare", checkpoints[1], checkpoints[3]]) == 0
+    out = capsys.readouterr().out
+    assert "Saved while the masks still changed." in out
+    assert main(["compare", checkpoints[1], checkpoints[3], "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    state = [torch.load(path, weights_only=True)["state_dict"] for path in (checkpoints[1], checkpoints[3])]
+    before, after = (s["first.weight"] != 0 for s in state)
+    assert layers[0]["revived"] == int((after & ~before).sum())
+    assert layers[0]["pruned"] == int((before & ~after).sum())
+    assert layers[-1]["name"] == "all"
+
+
+def test_layers_that_are_not_in_both_are_named(tmp_path, capsys):
+    torch.save({"a.weight": torch.eye(4), "b.weight": torch.eye(2)}, tmp_path / "one.pt")
+    torch.save({"a.weight": torch.eye(4), "b.weight": torch.eye(3), "c.weight": torch.eye(2)}, tmp_path / "two.pt")
+    assert main(["compare", str(tmp_path / "one.pt"), str(tmp_path / "two.pt")]) == 0
+    assert capsys.readouterr().out.endswith("not in both, or with another shape: b, c\n")
+
+
+def test_a_sparse_file_is_exact_and_needs_no_model(checkpoints, tmp_path, capsys):
+    out = tmp_path / "pruned.safetensors"
+    assert main(["export", checkpoints[3], "--sparse", str(out)]) == 0
+    state = torch.load(checkpoints[3], weights_only=True)["state_dict"]
+    loaded = load_sparse(out)
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert sparsity(loaded["first.weight"]) > 0.5
+    assert "smaller than the dense weights (" in capsys.readouterr().out
+
+
+def test_a_shrunk_program_and_an_onnx_file_give_the_models_outputs(checkpoints, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx, program = tmp_path / "net.onnx", tmp_path / "net.pt2"
+    arguments = ["--model", "test_cli:Example", "--onnx", str(onnx), "--shrunk", str(program)]
+    assert main(["export", checkpoints[3], *arguments]) == 0
+    x = torch.randn(5, 12)
+    model = Example.load_from_checkpoint(checkpoints[3]).eval()
+    assert torch.allclose(torch.export.load(program).module()(x), model(x), atol=1e-5)
+    session = onnxruntime.InferenceSession(onnx)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.allclose(torch.from_numpy(output), model(x), atol=1e-5)
+
+
+def make() -> torch.nn.Module:
+    """For ``--model``: a plain function."""
+    return Net()
+
+
+def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
+    program = tmp_path / "net.pt2"
+    arguments = ["--model", "test_cli:make", "--input-shape", "1", "12", "--shrunk", str(program)]
+    assert main(["export", checkpoints[3], *arguments]) == 0
+    assert torch.export.load(program).module()(torch.zeros(3, 12)).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "none.ckpt"], "error: [Errno 2] No such file or directory: 'none.ckpt'"),
+        (["report", "broken.ckpt"], "error: broken.ckpt is not a checkpoint, or not a whole one"),
+        (["report", "."], "error: [Errno 21] Is a directory"),
+        (["export", "plain.pt"], "error: Nothing to write: give `--sparse`, `--onnx` or `--shrunk`."),
+        (["export", "plain.pt", "--onnx", "a"], "error: `--onnx` and `--shrunk` need to run the model: give `--model"),
+        (
+            ["export", "plain.pt", "--onnx", "a", "--model", "nowhere:Net"],
+            "error: `--model` is 'nowhere:Net', which can't be",
+        ),
+        (
+            ["export", "plain.pt", "--onnx", "a", "--model", "test_cli"],
+            "error: `--model` is 'test_cli', which can't be im",
+        ),
+        (
+            ["export", "plain.pt", "--onnx", "a", "--model", "test_cli:make"],
+            "error: test_cli:make does not take the w",
+        ),
+        (
+            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:make"],
+            "error: Net has no `example_input_array`: ",
+        ),
+        (["export", "plain.pt", "--sparse", "no/folder/a"], "error: [Errno 2] No such file or directory"),
+        (["report", "plain.pt", "--html", "no/folder/a"], "error: [Errno 2] No such file or directory"),
+        (["compare", "plain.pt", "net.pt"], "error: No layer is in both with one shape. The first has a (4, 4)."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line_on_stderr_and_exit_code_1(arguments, message, capsys):
+    torch.save({"a.weight": torch.eye(4)}, "plain.pt")
+    torch.save(Net().state_dict(), "net.pt")
+    Path("broken.ckpt").write_bytes(b"PK\3\4")
+    assert main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1].startswith(message)
+    assert "Traceback" not in out + err
+
+
+@pytest.mark.parametrize("arguments", [[], ["prune"], ["report"], ["export", "a", "--input-shape", "x"]], ids=str)
+def test_arguments_that_it_does_not_know_are_exit_code_2(arguments):
+    with pytest.raises(SystemExit) as exit_code:
+        main(arguments)
+    assert exit_code.value.code == 2
+
+
+def test_the_command_is_installed_under_its_name_and_its_help_has_examples():
+    command = Path(sys.executable).with_name("lightning-autoprune")
+    text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+    for line in ("lightning-autoprune report pruned.ckpt --html report.html", "exit codes: 0, done;"):
+        assert line in text
+    for name in ("demo", "report", "compare", "export"):
+        assert f"    {name} " in text
+
+
+@pytest.mark.parametrize("name", ["demo", "report", "compare", "export"])
+def test_each_command_has_its_help(name, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main([name, "--help"])
+    assert exit_code.value.code == 0
+    assert f"usage: lightning-autoprune {name} " in capsys.readouterr().out

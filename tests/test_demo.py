@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lightning_autoprune import prunable_weights, sparsity
+from lightning_autoprune.cli import main
 from lightning_autoprune.demo import data
-from lightning_autoprune.demo.__main__ import main
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
 from lightning_autoprune.plots import read_curves
 
@@ -108,16 +108,16 @@ def test_the_networks_are_those_of_the_literature(network, weights):
 def test_the_demo_shows_layers_errors_and_compression_and_writes_its_files(tmp_path):
     arguments = ["--epochs", "4", "--target", "0.9", "--output", str(tmp_path / "out")]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-    command = [sys.executable, "-m", "lightning_autoprune.demo", *arguments]
+    command = [sys.executable, "-m", "lightning_autoprune", "demo", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     out = result.stdout
-    assert re.search(r"network\.1 +[\d,]+ +19,200 +\d\d\.\d\d%", out)
-    assert re.search(r"all +5,020 +50,200 +90\.00%", out)
+    assert re.search(r"network\.1 +300×64 +19,200 +[\d,]+ +\d\d\.\d\d%", out)
+    assert re.search(r"all +50,200 +5,020 +90\.00%", out)
     assert re.search(r"dense \d+\.\d\d% +pruned \d+\.\d\d%", out)
     assert "10.0× (90.00% of all weights are 0)" in out
     paths = [Path(line.split()[-1]) for line in out.splitlines() if str(tmp_path) in line]
-    checkpoint, picture, run, _ = paths
+    checkpoint, picture, run, _, _ = paths
     assert picture.read_bytes()[1:4] == b"PNG"
     assert list(run.glob("*.wandb"))
     plain = Classifier(lenet_300_100(64))
@@ -132,6 +132,6 @@ def test_the_demo_shows_layers_errors_and_compression_and_writes_its_files(tmp_p
 
 def test_the_demo_without_data_ends_with_an_error_and_no_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "MNIST_MIRRORS", ("file:///nowhere/",))
-    code = main(["--data", "mnist", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")])
+    code = main(["demo", "--data", "mnist", "--data-dir", str(tmp_path), "--output", str(tmp_path / "out")])
     assert code == 1
     assert capsys.readouterr().err.startswith("error: train-images-idx3-ubyte.gz is not in")

@@ -327,3 +327,11 @@ def test_ten_thousand_damaged_files_are_refused_or_read_as_they_were(path):
             assert list(back) == list(state)
             assert all(torch.equal(back[name], value) for name, value in state.items())
     assert refused > 9500
+
+
+def test_a_number_after_values_of_another_size_comes_back():
+    """One entry needs no reordering of its bytes, and they may begin anywhere."""
+    tensors = {"a": torch.ones(3, dtype=torch.int8), "b": torch.tensor(7), "c": torch.tensor([0.5]), "d": torch.ones(5)}
+    save_sparse(tensors, "f.safetensors")
+    back = load_sparse("f.safetensors")
+    assert all(same_bits(back[name], tensor) for name, tensor in tensors.items())

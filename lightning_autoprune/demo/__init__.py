@@ -1,1 +1,1 @@
-"""The demo: data and networks to try the callback on. ``python -m lightning_autoprune.demo`` runs it."""
+"""The demo: data and networks to try the callback on. ``lightning-autoprune demo`` runs it."""

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["DataError", "Images", "Split", "load_digits", "load_mnist", "loader"]
+__all__ = ["DataError", "DigitsData", "Images", "Split", "load_digits", "load_mnist", "loader"]
 
 MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -50,7 +51,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, Tensor]:
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -78,9 +79,12 @@ def load_digits() -> Images:
     """1,797 digits of 8×8 pixels that scikit-learn ships (UCI, Alpaydin and Kaynak): 1,437 to train on, 360 to test.
 
     Raises:
-        ImportError: without scikit-learn; the ``demo`` extra has it.
+        DataError: without scikit-learn.
     """
-    from sklearn.datasets import load_digits as load
+    try:
+        from sklearn.datasets import load_digits as load
+    except ImportError as error:
+        raise DataError("The digits are scikit-learn's: pip install 'lightning-autoprune[demo]'.") from error
 
     data, target = load(return_X_y=True)
     images = torch.tensor(data, dtype=torch.float32).view(-1, 1, 8, 8)
@@ -88,6 +92,31 @@ def load_digits() -> Images:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
     return _normalised("digits", images[train], labels[train], images[test], labels[test])
+
+
+class DigitsData(LightningDataModule):
+    """The digits of scikit-learn, which a configuration file can name: 1,200 to train, 237 to validate, 360 to test.
+
+    Args:
+        batch_size: rows of a training batch.
+    """
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.images = load_digits()
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """Batches in a new order each epoch."""
+        return loader(Split(*self.images.train[:1200]), self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """One batch."""
+        return loader(Split(*self.images.train[1200:]), 237)
+
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        """One batch."""
+        return loader(self.images.test, 360)
 
 
 def load_mnist(directory: str | Path) -> Images:

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-__all__ = ["Classifier", "lenet5", "lenet_300_100"]
+__all__ = ["Classifier", "DigitsClassifier", "lenet5", "lenet_300_100"]
 
 
 def lenet_300_100(pixels: int = 784) -> nn.Sequential:
@@ -74,3 +74,16 @@ class Classifier(LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return OptimizerLRSchedulerConfig(optimizer=optimizer, lr_scheduler={"scheduler": schedule, "interval": "step"})
+
+
+class DigitsClassifier(Classifier):
+    """LeNet-300-100 for images of 8×8 pixels, which a configuration file can name.
+
+    Args:
+        lr: learning rate at the start.
+    """
+
+    def __init__(self, lr: float = 1e-3) -> None:
+        super().__init__(lenet_300_100(pixels=64), lr)
+        self.save_hyperparameters()
+        self.example_input_array = torch.zeros(1, 1, 8, 8)

@@ -1,4 +1,4 @@
-"""Trains LeNet-300-100 dense and pruned, and shows what came of it: ``python -m lightning_autoprune.demo``."""
+"""Trains LeNet-300-100 dense and pruned, and shows what came of it: ``lightning-autoprune demo``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,15 +14,28 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lightning_autoprune import AutoPruneCallback, AutoPruneError, layer_sparsity, prunable_weights
-from lightning_autoprune.demo.data import DataError, Images, load_digits, load_mnist, loader
+from lightning_autoprune.callback import AutoPruneCallback
+from lightning_autoprune.demo.data import Images, load_digits, load_mnist, loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
+from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.plots import read_curves, sparsity_curves
+from lightning_autoprune.summary import aligned, as_table, summarise, total
+
+__all__ = ["add_arguments", "run"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What can be asked of the demo."""
+    parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="digits: shipped by scikit-learn")
+    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST's IDX files are or go")
+    parser.add_argument("--target", type=float, default=None, help="target sparsity; none: the pressure decides")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 100 for digits, 12 for mnist")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
     """Runs the demo; returns the exit code."""
-    args = _parser().parse_args(arguments)
     folder = args.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("WANDB_MODE", "offline")
@@ -34,24 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("wandb").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the network is small: more threads would only wait for each other
-    try:
-        images = load_mnist(args.data_dir) if args.data == "mnist" else load_digits()
-        _run(images, args, folder)
-    except (DataError, AutoPruneError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    _run(load_mnist(args.data_dir) if args.data == "mnist" else load_digits(), args, folder)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m lightning_autoprune.demo", description=__doc__)
-    parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="digits: shipped by scikit-learn")
-    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST's IDX files are or go")
-    parser.add_argument("--target", type=float, default=None, help="target sparsity; none: the pressure decides")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 100 for digits, 12 for mnist")
-    parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
@@ -69,7 +65,8 @@ def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
 
     plain = Classifier(lenet_300_100(images.train.images[0].numel()))
     plain.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
-    _print_layers(plain)
+    rows = summarise(prunable_weights(plain), revived={row.name: row.revived or 0 for row in prune.layers()})
+    print("\n" + aligned(*as_table([*rows, total(rows)])))
     kept = 1 - prune.sparsity
     print(f"\nerror on the test images   dense {dense_error:.2f}%   pruned {error:.2f}%")
     print(f"compression                {1 / kept:.1f}× ({prune.sparsity:.2%} of all weights are 0)")
@@ -81,6 +78,7 @@ def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
     print(f"sparsity curves            {picture}")
     print(f"the same in W&B            wandb sync {run_dir}")
     print(f"    or in the terminal     wandb leet {run_dir}")
+    print(f"more of the checkpoint     lightning-autoprune report {checkpoint.best_model_path} --html report.html")
 
 
 def _fit(
@@ -109,19 +107,6 @@ def _fit(
     return model, result["test_error"]
 
 
-def _print_layers(model: Classifier) -> None:
-    weights, zeros = prunable_weights(model, trained_only=False), layer_sparsity(model)
-    rows = [(name, round((1 - zeros[name]) * weight.numel()), weight.numel()) for name, weight in weights.items()]
-    rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    print(f"\n{'layer':<14}{'kept':>9}{'total':>10}{'sparsity':>11}")
-    for name, kept, total in rows:
-        print(f"{name:<14}{kept:>9,}{total:>10,}{1 - kept / total:>11.2%}")
-
-
 def _next_version(folder: Path) -> int:
     taken = [int(path.name.removeprefix("version_")) for path in folder.glob("version_*")]
     return max(taken, default=-1) + 1
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

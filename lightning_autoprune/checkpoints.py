@@ -1,0 +1,174 @@
+"""What a file says of its pruning, read without running anything that is in it. Torch only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.history import History
+from lightning_autoprune.sparse_file import load_sparse, sparse_metadata
+from lightning_autoprune.summary import LayerSummary, summarise, total
+
+__all__ = ["Saved", "read_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A model as it was saved.
+
+    Attributes:
+        path: of the file.
+        state: all its tensors by name.
+        weights: the prunable ones by layer name; where the file has no pruning state, all of two dimensions or more.
+        phase: ``"dense"``, ``"pruning"`` or ``"frozen"``; None where the file has no pruning state.
+        epoch: of a Lightning checkpoint.
+        step: of a Lightning checkpoint.
+        history: of the run; empty where there is none.
+        flops: operations of the dense layers, by name, where the run knew them.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    phase: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+    history: History = field(default_factory=History)
+    flops: dict[str, int] = field(default_factory=dict)
+
+    def layers(self) -> list[LayerSummary]:
+        """A row for each layer, whose zeros are counted."""
+        known = bool(self.history.names) and self.phase != "dense"
+        revived = dict(zip(self.history.names, self.history.revived, strict=True)) if known else None
+        return summarise(self.weights, self.flops, revived)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, in types that JSON has."""
+        rows = self.layers()
+        whole = total(rows)
+        return {
+            "file": str(self.path),
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sparsity": whole.sparsity,
+            "compression": whole.weights / whole.kept if whole.kept else None,
+            "layers": [row.as_dict() for row in rows],
+            "curves": self.history.curves,
+            "metric": self.history.metric,
+            "path": [{"step": s, "sparsity": sparsity, "value": v} for s, sparsity, v in self.history.points],
+        }
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
+    """Reads a Lightning checkpoint, a file of ``torch.save(model.state_dict())``, or a safetensors file.
+
+    Tensors are mapped from the file where its format allows that, and read as they are counted. Nothing in a file is
+    executed (``weights_only=True``).
+
+    Args:
+        path: of the file.
+
+    Raises:
+        AutoPruneError: if it is not a whole file of such a kind, holds Python objects beside plain values and tensors,
+            or a pruning state that makes no sense.
+        OSError: if it can't be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     torch.save({"first.weight": torch.tensor([[0.0, 1.0]])}, f"{directory}/state.pt")
+        ...     read_checkpoint(f"{directory}/state.pt").layers()[0].sparsity
+        0.5
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    if len(head) == 9 and head[8:] == b"{":  # a length, then JSON
+        content: Any = _read_safetensors(path)
+    else:
+        content = _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise AutoPruneError(f"{path} holds {type(content).__name__}, no state dict or checkpoint.")
+    state = content.get("state_dict", content)
+    tensors = {str(name): x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, Mapping) else {}
+    if not tensors:
+        raise AutoPruneError(f"{path} holds no tensors by name, so it is no checkpoint of a model.")
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    found = [s for s in states if isinstance(s, Mapping) and s.keys() >= {"pruner", "report", "held_out"}]
+    if not found:
+        weights = {name.removesuffix(".weight"): x for name, x in tensors.items() if x.dim() > 1}
+        return Saved(path, tensors, weights, epoch=content.get("epoch"), step=content.get("global_step"))
+    try:
+        return _with_pruning(path, tensors, content, found[0])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise AutoPruneError(
+            f"The pruning state in {path} can't be read ({type(error).__name__}: {error}): another version of"
+            " lightning-autoprune wrote it, or the file was changed."
+        ) from error
+
+
+def _with_pruning(
+    path: Path, tensors: dict[str, Tensor], content: Mapping[str, Any], state: Mapping[str, Any]
+) -> Saved:
+    history = History.of(state["report"]["history"])
+    auxiliary = state["pruner"]["auxiliary"]
+    keys = {name: f"{name}.weight" if f"{name}.weight" in tensors else name for name in history.names}
+    return Saved(
+        path,
+        tensors,
+        {name: tensors[key] for name, key in keys.items()},
+        "dense" if auxiliary is None else "frozen" if auxiliary["frozen"] else "pruning",
+        content.get("epoch"),
+        content.get("global_step"),
+        history,
+        {str(name): int(count) for name, count in (state["flops"] or {}).items()},
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        sparse_metadata(path)
+    except AutoPruneError as ours:
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError):
+            raise ours from None
+    return load_sparse(path)
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)  # of before PyTorch 1.6
+    except pickle.UnpicklingError as error:
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise AutoPruneError(
+                f"{path} holds a Python object ({refused[1]}), and loading one may run any code, so it is not loaded."
+                " Save the checkpoint with `weights_only=True` (`ModelCheckpoint(save_weights_only=True)`), or keep"
+                " such objects out of `save_hyperparameters`."
+            ) from error
+        raise _damaged(path, error) from error
+    except (OSError, RuntimeError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> AutoPruneError:
+    reason = str(error).split("\n")[0][:200] or type(error).__name__
+    return AutoPruneError(f"{path} is not a checkpoint, or not a whole one: {reason}")

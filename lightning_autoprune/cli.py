@@ -1,0 +1,205 @@
+"""The command ``lightning-autoprune``: a demo, reports on checkpoints, comparison, export."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_autoprune import __version__
+from lightning_autoprune.checkpoints import Saved, read_checkpoint
+from lightning_autoprune.comparison import as_comparison_table, compare
+from lightning_autoprune.demo import run as demo
+from lightning_autoprune.demo.data import DataError
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.files import replacing
+from lightning_autoprune.onnx import export_onnx
+from lightning_autoprune.page import headline, html_report
+from lightning_autoprune.program import export_program
+from lightning_autoprune.sparse_file import save_sparse
+from lightning_autoprune.summary import aligned, as_table, total
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  lightning-autoprune demo --data digits
+  lightning-autoprune report pruned.ckpt --html report.html
+  lightning-autoprune compare early.ckpt pruned.ckpt
+  lightning-autoprune export pruned.ckpt --sparse pruned.safetensors
+  lightning-autoprune export pruned.ckpt --model my_project.models:Net --onnx net.onnx --shrunk net.pt2
+
+exit codes: 0, done; 1, a file or a setting that it can't work with; 2, arguments that it does not know.
+Files are loaded with weights_only=True: nothing in them is executed. --model imports your own code."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    try:
+        code: int = args.run(args)
+        return code
+    except (AutoPruneError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-autoprune",
+        description="Look at what AutoPruneCallback did, and make small files of it.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-autoprune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.set_defaults(run=run)
+        return command
+
+    demo.add_arguments(add("demo", demo.run, "train LeNet-300-100 dense and pruned, and show what came of it"))
+
+    report = add("report", _report, "show what is left of each layer of a checkpoint")
+    report.add_argument("checkpoint", type=Path, help="of Lightning, of torch.save, or a safetensors file")
+    report.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page with pictures, which needs no network"
+    )
+    report.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
+
+    both = add("compare", _compare, "show which weights two checkpoints both keep, and which were pruned or came back")
+    both.add_argument("first", type=Path, metavar="A")
+    both.add_argument("second", type=Path, metavar="B")
+    both.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
+
+    export = add("export", _export, "write a checkpoint as a sparse file, an ONNX file, or a shrunk program")
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--sparse", type=Path, metavar="FILE", help="safetensors without the zeros; needs no model")
+    export.add_argument("--onnx", type=Path, metavar="FILE", help="the shrunk model for onnxruntime; needs --model")
+    export.add_argument("--shrunk", type=Path, metavar="FILE", help="the same for torch.export.load; needs --model")
+    export.add_argument("--model", metavar="MODULE:NAME", help="a LightningModule, or what makes a module when called")
+    export.add_argument(
+        "--input-shape",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="shape of one row of normally distributed numbers; without it, the module's example_input_array",
+    )
+    return parser
+
+
+def _report(args: argparse.Namespace) -> int:
+    saved = _read(args.checkpoint)
+    if args.html:
+        page = html_report(saved)
+        with replacing(args.html) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        _progress(f"{args.html} is written")
+    if args.json:
+        print(json.dumps(saved.as_dict(), indent=2))
+        return 0
+    rows = saved.layers()
+    print(f"{saved.path}: {headline(saved)}\n")
+    print(aligned(*as_table([*rows, total(rows)])))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    first, second = _read(args.first), _read(args.second)
+    rows = compare(first.weights, second.weights)
+    apart = sorted((first.weights.keys() ^ second.weights.keys()) | (first.weights.keys() - {row.name for row in rows}))
+    if args.json:
+        files = {"A": str(args.first), "B": str(args.second)}
+        print(json.dumps({**files, "layers": [row.as_dict() for row in rows], "not_in_both": apart}, indent=2))
+        return 0
+    print(f"A: {args.first}: {headline(first)}\nB: {args.second}: {headline(second)}\n")
+    print(aligned(*as_comparison_table(rows)))
+    if apart:
+        print(f"\nnot in both, or with another shape: {', '.join(apart)}")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    if not (args.sparse or args.onnx or args.shrunk):
+        raise AutoPruneError("Nothing to write: give `--sparse`, `--onnx` or `--shrunk`.")
+    if (args.onnx or args.shrunk) and not args.model:
+        raise AutoPruneError("`--onnx` and `--shrunk` need to run the model: give `--model MODULE:NAME`.")
+    saved = _read(args.checkpoint)
+    before = sum(tensor.nbytes for tensor in saved.state.values())
+    if args.sparse:
+        save_sparse(saved.state, args.sparse)
+        _written(args.sparse, before)
+    if args.model:
+        model = _make(args.model, saved)
+        example = _example(model, args.input_shape)
+        if args.onnx:
+            _progress("shrinking, exporting and checking in onnxruntime …")
+            export_onnx(model, args.onnx, example)
+            _written(args.onnx, before)
+        if args.shrunk:
+            _progress("shrinking and exporting …")
+            export_program(model, args.shrunk, example)
+            _written(args.shrunk, before)
+    return 0
+
+
+def _make(name: str, saved: Saved) -> nn.Module:
+    """The model of the checkpoint; its code is the user's own."""
+    module_name, _, attribute = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        make: Any = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise AutoPruneError(
+            f"`--model` is {name!r}, which can't be imported: {error}. It must be MODULE:NAME."
+        ) from error
+    finally:
+        sys.path.pop(0)
+    try:
+        if isinstance(make, type) and issubclass(make, LightningModule):
+            return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
+        model: nn.Module = make()
+        model.load_state_dict(saved.state)
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AutoPruneError(
+            f"{name} does not take the weights of {saved.path}: {reason} Name a LightningModule that saves its"
+            " hyper-parameters, or a function without arguments that makes the module."
+        ) from error
+    return model
+
+
+def _example(model: nn.Module, shape: Sequence[int] | None) -> Any:
+    if shape:
+        return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    example = getattr(model, "example_input_array", None)
+    if example is None:
+        raise AutoPruneError(f"{type(model).__name__} has no `example_input_array`: give `--input-shape`.")
+    return example
+
+
+def _read(path: Path) -> Saved:
+    if sys.stderr.isatty():
+        _progress(f"reading {path} …")
+    return read_checkpoint(path)
+
+
+def _written(path: Path, before: int) -> None:
+    size = path.stat().st_size
+    print(f"{path}: {size:,} bytes, {before / size:.1f}× smaller than the dense weights ({before:,} bytes)")
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

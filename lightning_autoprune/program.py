@@ -1,0 +1,78 @@
+"""``export_program``: the shrunk model as a file that ``torch.export.load`` runs without the model's code."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.files import replacing
+from lightning_autoprune.inputs import any_rows, as_arguments, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.shrink import shrink
+
+__all__ = ["export_program"]
+
+
+def export_program(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_input: Any,
+    *,
+    shrunk: bool = True,
+    tolerance: float = 1e-4,
+) -> None:
+    """Writes a model as a program of ``torch.export`` for any number of rows, without its dead channels.
+
+    ``torch.export.load(path).module()`` gives a module that runs wherever torch does; the classes of the model are not
+    needed. The file is read back, and its outputs on the example and on inputs like it are those of the model.
+
+    Args:
+        model: a module or LightningModule; it is left as it was.
+        path: of the file, which ends in ``.pt2`` by custom; it is replaced whole or not at all.
+        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments, with
+            a first dimension of rows.
+        shrunk: whether :func:`shrink` comes first; zeros are stored like other values either way.
+        tolerance: as of :func:`shrink`.
+
+    Raises:
+        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others.
+
+    Example:
+        >>> import tempfile
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     export_program(model, f"{directory}/pruned.pt2", torch.zeros(1, 4))
+        ...     torch.export.load(f"{directory}/pruned.pt2").module()(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+    name = type(model).__name__
+    example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
+    small = shrink(model, example) if shrunk else copy.deepcopy(model)
+    args, kwargs = as_arguments(example)
+    with torch.no_grad():
+        tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    with replacing(path) as temporary:
+        try:
+            program = torch.export.export(small.eval(), args, kwargs, dynamic_shapes=any_rows(args, kwargs))
+            with temporary.open("wb") as file:
+                torch.export.save(program, file)
+            with temporary.open("rb") as file:
+                loaded = torch.export.load(file).module()
+            runs = [_run(loaded, inputs) for inputs, _ in tried]
+        except Exception as error:
+            raise AutoPruneError(f"{name} can't be exported by torch.export: {error}") from error
+        for run, (_, aims) in zip(runs, tried, strict=True):
+            if problem := difference(run, aims, tolerance):
+                raise AutoPruneError(
+                    f"{name} gives other outputs as a program: {problem}. Raise `tolerance` if that is close enough."
+                )
+
+
+@torch.no_grad()
+def _run(program: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    args, kwargs = as_arguments(inputs)
+    return list(tensors_in(program(*args, **kwargs)))
