@@ -27,7 +27,18 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import Estimator, straight_through
-from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep_best, pack, unpack
+from lightning_autoprune.masks import (
+    PackedMask,
+    as_bits,
+    check_count,
+    clear,
+    decide,
+    floors,
+    keep_best,
+    pack,
+    packed_if_large,
+    unpack,
+)
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
 
@@ -113,6 +124,7 @@ class AuxiliaryParameters:
         self.M = self._initial_M(initial, scale)
         self.squares = RunningSquares(self.M) if rule == "adaptive" else None
         self._bits = [torch.full_like(as_bits(t), -1) for t in T]
+        self._final: list[Tensor | PackedMask] = []  # what the bits become once they are frozen
         self.kept = list(self.totals)
         self.update_masks()
 
@@ -145,20 +157,20 @@ class AuxiliaryParameters:
 
     def masks(self) -> list[Tensor]:
         """h(M) as bool tensors, True where a weight is kept."""
-        return [bits.bool() for bits in self._bits]
+        return [mask.bool() for mask in self._final or self._bits]
 
     # The weight step
 
     def mask_gradients(self) -> None:
         """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
-        for weight, bits in zip(self.weights.values(), self._bits, strict=True):
+        for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
             if weight.grad is not None:
-                as_bits(weight.grad).bitwise_and_(bits)
+                clear(weight.grad, mask)
 
     def after_weight_step(self) -> None:
         """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
-        for T, bits in zip(self._effective(), self._bits, strict=True):
-            as_bits(T).bitwise_and_(bits)
+        for T, mask in zip(self._effective(), self._final or self._bits, strict=True):
+            clear(T, mask)
 
     # The auxiliary step
 
@@ -223,11 +235,13 @@ class AuxiliaryParameters:
     def freeze(self) -> None:
         """Makes the masks final and forgets M and dormant values: pruned weights stay 0, kept ones train on."""
         self.dormant, self.M, self.squares, self.frozen = [], [], None, True
+        if self._bits:
+            self._final, self._bits = [packed_if_large(bits) for bits in self._bits], []
 
     def detach(self) -> None:
         """Leaves plain weights T, and no trace of this object in them."""
         self.freeze()
-        self.weights, self._bits, self.totals, self.floors, self.kept = {}, [], [], [], []
+        self.weights, self._final, self.totals, self.floors, self.kept = {}, [], [], [], []
 
     # State
 

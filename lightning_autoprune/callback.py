@@ -259,7 +259,7 @@ class AutoPruneCallback(Callback):
         )
         if self._loaded is not None:
             self._pruner.load_state_dict(self._loaded["pruner"])
-            self._report.load_state_dict(self._loaded["report"], weights.values())
+            self._report.load_state_dict(self._loaded["report"])
             self._gradients.load_state_dict(self._loaded["gradients"])
             if not self._pruner.frozen:
                 self._resume_source(self._loaded)

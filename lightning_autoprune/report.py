@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Report:
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.history = History(names)
         self._loss_sum, self._losses = 0.0, 0
-        self._before: list[Tensor] = []
+        self._before: list[Tensor] = []  # the masks at the last log, packed
 
     def held_out_loss(self, loss: float) -> None:
         """Takes the loss of a held-out batch."""
@@ -85,8 +85,8 @@ class Report:
             remember: whether this moment is one that the history must have.
         """
         pruned = revived = 0
-        dense = [torch.ones_like(mask) for mask in masks]
-        for i, (before, now) in enumerate(zip(self._before or dense, masks, strict=True)):
+        for i, now in enumerate(masks):
+            before = unpack(self._before[i], now.shape).to(now.device) if self._before else torch.ones_like(now)
             pruned += int((before & ~now).sum())
             back = int((now & ~before).sum())
             revived += back
@@ -97,22 +97,21 @@ class Report:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=steps_done(trainer))
         self._loss_sum, self._losses = 0.0, 0
-        self._before = masks
+        self._before = [pack(mask) for mask in masks]
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
         return {
             "loss": (self._loss_sum, self._losses),
-            "before": [pack(mask) for mask in self._before],
+            "before": list(self._before),
             "history": self.history.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], weights: Iterable[Tensor]) -> None:
-        """Restores what :meth:`state_dict` gave; ``weights`` are those that the masks belong to, in order."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
         self._loss_sum, self._losses = state["loss"]
+        self._before = list(state["before"])
         self.history = History.of(state["history"])
-        pairs = zip(state["before"], weights, strict=False)
-        self._before = [unpack(packed, weight.shape).to(weight.device) for packed, weight in pairs]
 
 
 def _set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Mapping[str, float]) -> None:

@@ -335,3 +335,28 @@ def test_state_of_other_layers_is_refused_by_name():
 def test_a_wrong_setting_is_refused(options, message):
     with pytest.raises(AutoPruneError, match=message):
         attached(network(), **options)
+
+
+def held(value, seen) -> int:
+    """Bytes of all tensors in the attributes of an object but the weights themselves."""
+    if isinstance(value, torch.Tensor):
+        return 0 if id(value) in seen else value.untyped_storage().nbytes()
+    if isinstance(value, dict):
+        return sum(held(v, seen) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(held(v, seen) for v in value)
+    return held(vars(value), seen) if hasattr(value, "__dict__") else 0
+
+
+def test_frozen_masks_take_one_bit_a_weight():
+    weight = torch.randn(1000, 1000)
+    aux = AuxiliaryParameters({"layer": weight})
+    aux.keep(100_000)
+    kept = aux.masks()[0]
+    assert held(aux, {id(weight)}) >= 4 * 4 * weight.numel()
+    aux.freeze()
+    assert held(aux, {id(weight)}) < weight.numel() / 8 + 2**14
+    weight.copy_(torch.randn(1000, 1000))
+    aux.after_weight_step()
+    assert torch.equal(weight != 0, kept)
+    assert torch.equal(aux.masks()[0], kept)

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.masks import as_bits, check_count, decide, floors, keep_best, pack, unpack
+from lightning_autoprune.masks import (
+    PackedMask,
+    as_bits,
+    check_count,
+    clear,
+    decide,
+    floors,
+    keep_best,
+    pack,
+    packed_if_large,
+    unpack,
+)
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -91,3 +102,42 @@ def test_a_count_below_the_floors_names_the_way_out():
     )
     with pytest.raises(AutoPruneError, match=message):
         check_count(3, [10000, 10000], 0.001)
+
+
+# Masks of one bit an entry
+
+
+@given(
+    st.integers(1, 50).flatmap(lambda n: st.lists(st.booleans(), min_size=n, max_size=n)),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_a_packed_mask_clears_what_the_wide_one_does(kept, dtype):
+    x = torch.randn(len(kept)).to(dtype)
+    x[::3], x[1::3] = float("nan"), -0.0
+    bits = torch.tensor(kept).to(as_bits(x).dtype).neg_()
+    packed, wide = x.clone(), x.clone()
+    PackedMask(bits).clear_(packed)
+    clear(wide, bits)
+    assert torch.equal(as_bits(packed), as_bits(wide))
+    assert PackedMask(bits).bool().tolist() == kept
+
+
+@pytest.mark.parametrize("shape", [(1, 8 * 2**15), (3, 8 * 2**15 + 5), (700, 37, 3, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_masks_of_any_layout_are_packed_and_clear_alike(shape, transposed):
+    x = torch.randn(shape)
+    if transposed:
+        x = x.transpose(0, 1)
+    bits = (torch.rand(x.shape) > 0.7).int().neg_()
+    mask = packed_if_large(bits)
+    assert isinstance(mask, PackedMask)
+    expected = x * bits.bool()
+    clear(x, mask)
+    assert torch.equal(x, expected)
+    assert torch.equal(mask.bool(), bits.bool())
+    assert mask.packed.numel() == -(-x.numel() // 8)
+
+
+def test_small_masks_stay_as_they_are():
+    bits = torch.full((100,), -1, dtype=torch.int32)
+    assert packed_if_large(bits) is bits
