@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 ARGS ?=
 
-.PHONY: help demo test lint types notebook clean
+.PHONY: help demo test lint types notebook docs clean
 
 help:
 	@echo "make demo      train LeNet-300-100 dense and pruned (ARGS='--data mnist' for MNIST, ARGS=--help for more)"
 	@echo "make test      style, types, tests, notebook"
 	@echo "make notebook  execute notebooks/quickstart.ipynb in place"
+	@echo "make docs      build the documentation site in docs/_build/html"
 	@echo "make clean     remove the environment and what the demo wrote"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -19,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/python -m lightning_autoprune.demo $(ARGS)
+	$(BIN)/lightning-autoprune demo $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest $(ARGS)
@@ -35,5 +36,9 @@ notebook: $(VENV)/installed
 	$(BIN)/jupytext --to notebook notebooks/quickstart.py
 	$(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
 
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output docs/_build

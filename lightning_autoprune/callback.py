@@ -12,29 +12,17 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.auxiliary import InitialM
-from lightning_autoprune.averages import prune_again, prune_averages
-from lightning_autoprune.compatibility import (
-    check_trainer,
-    has_stepped,
-    steps_done,
-    total_steps,
-    trained_weights,
-    will_step,
-)
-from lightning_autoprune.errors import AutoPruneError, check_range
+from lightning_autoprune.compatibility import check_trainer, has_stepped, trained_weights
+from lightning_autoprune.errors import check_range
 from lightning_autoprune.estimators import Estimator
-from lightning_autoprune.figures import log_figures
-from lightning_autoprune.flops import ModelCost
-from lightning_autoprune.gradients import MaskGradients
-from lightning_autoprune.layers import being_pruned, prunable_weights
-from lightning_autoprune.monitored import best_values
+from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.neurons import Cost
-from lightning_autoprune.plan import check_example, plan
-from lightning_autoprune.pruner import Granularity, Pruner, Settings
-from lightning_autoprune.report import Report
+from lightning_autoprune.plan import check_example
+from lightning_autoprune.pruner import Granularity, Settings
 from lightning_autoprune.rules import UpdateRule
+from lightning_autoprune.run import Run
 from lightning_autoprune.sources import Source, make_source
-from lightning_autoprune.summary import LayerSummary, summarise
+from lightning_autoprune.summary import LayerSummary
 
 __all__ = ["AutoPruneCallback"]
 
@@ -87,7 +75,7 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a
             shield that leaves the run untouched. Needed for manual optimisation.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
-        figures_every_n_epochs: when loggers get figures beside the curves (see ``figures``): 0, when fitting ends; n,
+        figures_every_n_epochs: when loggers get figures beside the curves (see :func:`~lightning_autoprune.figures.log_figures`): 0, when fitting ends; n,
             also at the end of each n epochs. None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``; sparsity, operations and the monitored metric are its metadata.
@@ -172,37 +160,26 @@ class AutoPruneCallback(Callback):
         self.enabled = enabled and warmup < 1
         self._source: Source = make_source(held_out, redraw_held_out, seed)
         self.train_gradients = train_gradients
-        self._handles: list[Any] = []  # not empty while the hooks are at work
         self._loaded: Mapping[str, Any] | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pruner: Pruner | None = None
-        self._report = Report()
-        self._gradients: MaskGradients | None = None
-        self._cost: ModelCost | None = None  # of the dense model
+        self._run: Run | None = None
 
     @property
     def sparsity(self) -> float:
         """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting."""
-        return self._pruner.sparsity if self._pruner else 0.0
+        return self._run.pruner.sparsity if self._run else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
         """Fraction of each layer's weights that are pruned, in [0, 1), by layer name; empty before fitting."""
-        return self._pruner.layer_sparsity() if self._pruner else {}
+        return self._run.pruner.layer_sparsity() if self._run else {}
 
     @property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """By layer name, and ``"all"``, the pairs (step, sparsity) of the run so far; what :mod:`plots` draws."""
-        return self._report.history.curves
+        """By layer name, and ``"all"``, the pairs (step, sparsity) of the run so far; what :mod:`lightning_autoprune.plots` draws."""
+        return self._run.report.history.curves if self._run else {}
 
     def layers(self) -> list[LayerSummary]:
-        """A row for each layer: shape, weights, those kept, operations, and how many came back."""
-        if self._pruner is None:
-            return []
-        flops = {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None
-        revived = dict(zip(self._pruner.weights, self._report.history.revived, strict=True))
-        return summarise(self._pruner.weights, flops, revived)
+        """A row for each layer: shape, weights, those kept, operations, how many came back; empty before fitting."""
+        return self._run.layers() if self._run else []
 
     # Start
 
@@ -218,7 +195,12 @@ class AutoPruneCallback(Callback):
     def _steps_done(self) -> int:
         if self._loaded is not None:
             return int(self._loaded["pruner"]["step"])
-        return self._pruner.step if self._pruner and self._handles else 0
+        return run.pruner.step if (run := self._active) else 0
+
+    @property
+    def _active(self) -> Run | None:
+        """The run, while training is under way."""
+        return self._run if self._run and self._run.active else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the layers and checks the optimisers."""
@@ -246,146 +228,87 @@ class AutoPruneCallback(Callback):
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
         if not self.enabled:
             return
-        self._forget()
-        self._source.start(trainer, lambda: self._upcoming(trainer))
+        self._run = None
+        self._source.start(trainer, lambda: self._run.upcoming(trainer) if self._run else None)
         weights, optimizers = self._trained_weights(trainer, pl_module)
-        weights, neurons, self._cost = plan(pl_module, weights, self.settings)
-        if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
-            neurons = trainer.strategy.broadcast(neurons).to(pl_module.device)
-        self._report = Report(list(weights))
-        self._pruner = Pruner(weights, self.settings, total_steps(trainer), steps_done(trainer), neurons)
-        self._gradients = MaskGradients(
-            self._pruner, self._source, optimizers, self._report, self.train_gradients, self.loss_fn, self.seed
+        run = Run(
+            trainer,
+            pl_module,
+            weights,
+            optimizers,
+            self.settings,
+            self._source,
+            self.train_gradients,
+            self.loss_fn,
+            self.seed,
         )
         if self._loaded is not None:
-            self._pruner.load_state_dict(self._loaded["pruner"])
-            self._report.load_state_dict(self._loaded["report"])
-            self._gradients.load_state_dict(self._loaded["gradients"])
-            if not self._pruner.frozen:
-                self._resume_source(self._loaded)
-            self._loaded = None
-        self._pruner.start()
-        if not self._pruner.frozen:
-            being_pruned.update(pl_module.modules())
-        else:
-            self._source.finetune()
-            prune_averages(trainer, self._pruner)
-        self._handles = [optimizer.register_step_post_hook(self._after_weight_step) for optimizer in optimizers]
-
-    def _resume_source(self, state: Mapping[str, Any]) -> None:
-        if self._source.name != state["source"]:
-            raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.name}. Resume"
-                " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
-            )
-        self._source.load_state_dict(state["held_out"])
+            run.load_state_dict(self._loaded)
+        self._run, self._loaded = run, None
+        run.start(trainer)
 
     # Each step
 
-    def _upcoming(self, trainer: Trainer) -> int | None:
-        """The number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
-        return self._pruner.step if self._pruner and self._pruner.due and will_step(trainer) else None
-
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
-        if self._handles and self._pruner is not None and self._gradients is not None:
-            self._gradients.before_weight_step(trainer, optimizer)
-            self._pruner.before_weight_step()
-
-    def _after_weight_step(self, *_: Any) -> None:
-        if self._pruner is not None:
-            self._pruner.after_weight_step()
+        if run := self._active:
+            run.before_weight_step(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Steps M on a held-out batch, updates the masks, moves on to the next phase, and reports."""
-        if not self._handles or self._pruner is None or self._gradients is None or not has_stepped(trainer):
-            return
-        self._gradients.after_weight_step(trainer)
-        if self._pruner.last:
-            self._report.history.look_at(self._pruner.M)
-        frozen_now = self._pruner.end_step()
-        if frozen_now:
-            being_pruned.difference_update(pl_module.modules())
-            self._finish_pruning(trainer)
-        layers = self._pruner.layer_sparsity()
-        flops = self._cost.flops_left(layers) if self._cost else None
-        metrics = self._report.publish(trainer, 1 - self._pruner.sparsity, self._pruner.mu, flops)
-        if frozen_now or self._log_is_due(trainer):
-            self._report.log(trainer, metrics, layers, self._pruner.masks(), remember=frozen_now)
+        if (run := self._active) and has_stepped(trainer):
+            run.end_step(trainer, lambda step: self._log_is_due(trainer, step))
 
-    def _finish_pruning(self, trainer: Trainer) -> None:
-        assert self._pruner is not None
-        assert self._gradients is not None
-        self._source.finetune()
-        prune_averages(trainer, self._pruner)
-        if self._gradients.last < 0 and self._pruner.phases.end > self._pruner.phases.start:
-            rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
-
-    def _log_is_due(self, trainer: Trainer) -> bool:
-        assert self._pruner is not None
+    def _log_is_due(self, trainer: Trainer, step: int) -> bool:
         if self.log_every_n_steps is None:
             return trainer._logger_connector.should_update_logs
-        return self._pruner.step % self.log_every_n_steps == 0
+        return step % self.log_every_n_steps == 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the metric that is followed beside the sparsity."""
-        if self._handles and not trainer.sanity_checking:
-            self._report.measure(trainer, self.sparsity)
+        if (run := self._active) and not trainer.sanity_checking:
+            run.report.measure(trainer, run.pruner.sparsity)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs figures of the run so far, at the interval asked for."""
         every = self.figures_every_n_epochs
-        if self._handles and self._pruner is not None and every and (trainer.current_epoch + 1) % every == 0:
-            if self._pruner.M:
-                self._report.history.look_at(self._pruner.M)
-            self._log_figures(trainer)
-
-    def _log_figures(self, trainer: Trainer, best: dict[str, float] | None = None) -> None:
-        if trainer.is_global_zero:
-            log_figures(trainer, steps_done(trainer), self.layers(), self._report.history, best)
+        if (run := self._active) and every and (trainer.current_epoch + 1) % every == 0:
+            run.log_figures(trainer)
 
     # The end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where training ended before pruning did, and lets go of the run."""
-        if self._handles and self._pruner is not None and not self._pruner.frozen:
+        if (run := self._active) and not run.pruner.frozen:
             rank_zero_warn(
-                f"Training ended after {self._pruner.step} of {self._pruner.phases.total} steps, before the masks were"
-                f" frozen: sparsity is {self._pruner.sparsity:.2%}. Resume to go on."
+                f"Training ended after {run.pruner.step} of {run.pruner.phases.total} steps, before the masks were"
+                f" frozen: sparsity is {run.pruner.sparsity:.2%}. Resume to go on."
             )
-        self._release(trainer, pl_module)
+        self._release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the pruned checkpoint to W&B, if asked for; the checkpoint callbacks have written theirs by now."""
-        if self._pruner is not None:
-            prune_again(self._pruner)
+        """Logs figures, and the pruned checkpoint if asked for; the checkpoint callbacks have written theirs by now."""
+        if self._run is not None:
+            self._run.end()
             if self.figures_every_n_epochs is not None:
-                self._log_figures(trainer, best_values(trainer, self._report.history, self.sparsity))
-        if self.log_artifact and self._pruner is not None and self._pruner.frozen and trainer.is_global_zero:
-            from lightning_autoprune._wandb import log_artifact
-
-            layers = self._pruner.layer_sparsity()
-            metadata = {"sparsity": self._pruner.sparsity, "layer_sparsity": layers}
-            if self._cost:
-                metadata["flops"] = self._cost.flops_left(layers)
-            log_artifact(trainer, self._pruner.weights, metadata)
+                self._run.log_figures(trainer, ended=True)
+            if self.log_artifact:
+                self._run.log_artifact(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the run; what has been pruned stays pruned."""
-        self._release(trainer, pl_module)
+        self._release(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lets go of the run, if that has not happened yet."""
         if stage == "fit":
-            self._release(trainer, pl_module)
+            self._release(trainer)
 
-    def _release(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        being_pruned.difference_update(pl_module.modules())
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _release(self, trainer: Trainer) -> None:
+        if self._run is not None:
+            self._run.release()
         self._source.stop(trainer)
 
     # Checkpoints
@@ -394,16 +317,7 @@ class AutoPruneCallback(Callback):
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
         if self._loaded is not None:  # restored, and training has not started
             return dict(self._loaded)
-        if self._pruner is None or self._gradients is None:
-            return {}
-        return {
-            "source": self._source.name,
-            "gradients": self._gradients.state_dict(),
-            "pruner": self._pruner.state_dict(),
-            "report": self._report.state_dict(),
-            "held_out": self._source.state_dict(),
-            "flops": {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None,
-        }
+        return self._run.state_dict() if self._run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until training starts."""

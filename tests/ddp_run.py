@@ -38,7 +38,7 @@ class Seen(Callback):
         self.callback, self.masks = callback, []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        masks = self.callback._pruner.masks()
+        masks = self.callback._run.pruner.masks()
         self.masks.append(torch.cat([mask.flatten() for mask in masks]) if masks else torch.ones(1))
 
 

@@ -60,7 +60,7 @@ def test_masks_change_only_every_n_steps(every):
     class Watch(AutoPruneCallback):
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
-            seen.append(torch.cat([mask.flatten() for mask in self._pruner.masks()]))
+            seen.append(torch.cat([mask.flatten() for mask in self._run.pruner.masks()]))
 
     fit(Watch(target_sparsity=0.8, mask_every_n_steps=every, warmup=0.0, finetune=0.45), epochs=4)
     changes = [i + 1 for i, (a, b) in enumerate(pairwise(seen)) if not torch.equal(a, b)]
@@ -111,7 +111,7 @@ def test_the_last_rows_of_an_epoch_may_be_too_few_to_split():
 def test_gradient_accumulation_counts_optimiser_steps(source):
     callback = AutoPruneCallback(target_sparsity=0.8, **source)
     _, t = fit(callback, epochs=6, accumulate_grad_batches=3, gradient_clip_val=0.1)
-    assert callback._pruner.step == t.global_step == 18
+    assert callback._run.pruner.step == t.global_step == 18
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
 
 
@@ -163,7 +163,7 @@ def test_the_step_at_the_end_of_an_epoch_has_its_auxiliary_step_too(rows, accumu
     """Lightning steps on the last batch, whatever is left to accumulate."""
     callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0)
     _, t = fit(callback, train=loader(rows=rows), epochs=6, accumulate_grad_batches=accumulate)
-    assert callback._pruner.auxiliary.scale.updates == t.global_step
+    assert callback._run.pruner.auxiliary.scale.updates == t.global_step
 
 
 def test_batches_of_any_size_are_split():
@@ -178,7 +178,7 @@ def test_batches_of_any_size_are_split():
     for train_gradients, updates in ((None, 18), (False, 15)):  # nothing is held out of the batches of two rows
         callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, train_gradients=train_gradients)
         fit(callback, train=Sizes(), epochs=3)
-        assert callback._pruner.auxiliary.scale.updates == updates
+        assert callback._run.pruner.auxiliary.scale.updates == updates
 
 
 def test_weights_that_the_user_clips_stay_clipped():
@@ -267,7 +267,7 @@ def test_the_same_callback_can_be_used_for_another_fit():
     for _ in range(2):
         model, _t = fit(callback)
         assert sparsity(model) == callback.sparsity == pytest.approx(0.8, abs=0.01)
-        assert callback._pruner.step == 24
+        assert callback._run.pruner.step == 24
 
 
 def test_nothing_of_the_callback_is_left_in_trainer_or_optimiser():
@@ -302,7 +302,7 @@ def test_fast_dev_run_and_validation_within_an_epoch_work():
 def test_max_steps_gives_the_length_of_the_run():
     callback = AutoPruneCallback(target_sparsity=0.5)
     fit(callback, epochs=-1, max_steps=20)
-    assert callback._pruner.phases.total == 20
+    assert callback._run.pruner.phases.total == 20
     assert callback.sparsity == 0.5
 
 
@@ -333,7 +333,7 @@ class TwoOptimizers(Manual):
 def test_only_the_optimiser_of_the_weights_drives_m_and_once_a_step():
     callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
     fit(callback, model=TwoOptimizers(), epochs=2)
-    assert callback._pruner.auxiliary.scale.updates == callback._pruner.step == 16
+    assert callback._run.pruner.auxiliary.scale.updates == callback._run.pruner.step == 16
 
 
 class Module(LightningDataModule):

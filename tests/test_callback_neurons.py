@@ -96,7 +96,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(at, tmp_path):
     whole, one = run(32)
     resumed, two = run(32, ckpt_path=tmp_path / f"step={at}.ckpt")
     assert one.sparsity == two.sparsity > 0.5
-    assert torch.equal(one._pruner.auxiliary.alive, two._pruner.auxiliary.alive)
+    assert torch.equal(one._run.pruner.auxiliary.alive, two._run.pruner.auxiliary.alive)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
 def test_pruned_neurons_are_not_read_in_any_checkpoint():
     callback, model = neurons(target_flops=0.3), Example()
     fit(callback, model=model)
-    dead = ~callback._pruner.auxiliary.alive
+    dead = ~callback._run.pruner.auxiliary.alive
     assert dead.any()
     weights = prunable_weights(model)
     assert not weights["last"][:, dead].any()

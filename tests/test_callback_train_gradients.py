@@ -26,7 +26,7 @@ def auxiliary_parameters(**options):
     class Watch(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 7:
-                found.append(torch.cat([m.flatten() for m in callback._pruner.auxiliary.M]))
+                found.append(torch.cat([m.flatten() for m in callback._run.pruner.auxiliary.M]))
 
     torch.manual_seed(0)
     fit([callback, Watch()], model=Still(), epochs=1)

@@ -133,7 +133,7 @@ def test_a_logger_that_raises_is_the_users_error_and_nothing_is_left_behind(tmp_
     with pytest.raises(ConnectionError, match="the logger is gone"):
         run(tmp_path, model=model, callback=callback, logger=Broken())
     assert sparsity(model) == callback.sparsity > 0
-    assert not callback._handles
+    assert not callback._run.active
     whole = run(tmp_path / "whole")
     assert same(run(tmp_path, ckpt_path=tmp_path / "step=20.ckpt")[:2], whole[:2])
 

@@ -72,7 +72,7 @@ def test_the_summary_holds_sparsity_compression_and_the_best_values(tmp_path):
     assert summary["autoprune/final_sparsity"] == pytest.approx(callback.sparsity)
     assert summary["autoprune/final_compression"] == pytest.approx(1 / (1 - callback.sparsity))
     assert summary["autoprune/best_val_loss"] == pytest.approx(float(saving.best_model_score))
-    pruned = [value for _, then, value in callback._report.history.points if then == callback.sparsity]
+    pruned = [value for _, then, value in callback._run.report.history.points if then == callback.sparsity]
     assert len(pruned) == 2
     assert summary["autoprune/best_pruned_val_loss"] == min(pruned)
 

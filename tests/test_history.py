@@ -104,7 +104,7 @@ def test_a_callback_has_the_curves_the_path_and_the_spread_of_m_at_its_end():
     curve = callback.curves["first"]
     assert [step for step, _ in curve] == sorted({*range(1, 32, 2), 20})  # each log, and where the masks froze
     assert all(value == seen[step + 1]["first"] for step, value in curve)
-    history = callback._report.history
+    history = callback._run.report.history
     assert history.metric == "val_loss"
     assert [step for step, _, _ in history.points] == [7, 15, 23, 31]  # as the loggers count
     assert history.points[-1][1] == callback.sparsity
@@ -120,7 +120,7 @@ def test_the_monitored_metric_is_the_one_that_is_followed():
     callback = AutoPruneCallback()
     saving = ModelCheckpoint("c", monitor="train_loss")
     fit([callback, saving], val=loader(seed=3), enable_checkpointing=True)
-    assert callback._report.history.metric == "train_loss"
+    assert callback._run.report.history.metric == "train_loss"
 
 
 @pytest.mark.parametrize("options", [{"enabled": False}, {}], ids=str)

@@ -193,7 +193,7 @@ def test_training_further_after_the_masks_were_frozen_keeps_them():
     t.save_checkpoint("done.ckpt")
     more = AutoPruneCallback(target_sparsity=0.8)
     longer, _ = fit(more, epochs=8, ckpt_path="done.ckpt")
-    assert same(more._pruner.masks(), callback._pruner.masks())
+    assert same(more._run.pruner.masks(), callback._run.pruner.masks())
     assert not torch.equal(flat(model), flat(longer))
 
 

@@ -30,11 +30,11 @@ class Steps(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, *_):
         self.before = pl_module.first.weight.detach().clone()
-        auxiliary = self.callback._pruner.auxiliary
+        auxiliary = self.callback._run.pruner.auxiliary
         self.m = auxiliary.M[0].clone() if auxiliary and auxiliary.M else None
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        auxiliary = self.callback._pruner.auxiliary
+        auxiliary = self.callback._run.pruner.auxiliary
         if self.m is not None and auxiliary.M:
             self.moved.append(not same(self.before, pl_module.first.weight.detach()))
             self.m_moved.append(not same(self.m, auxiliary.M[0]))
@@ -70,7 +70,7 @@ def test_the_scale_has_no_say_in_the_masks():
 
         class Seen(Callback):
             def on_train_batch_end(self, *_):
-                seen.append([mask.clone() for mask in callback._pruner.masks()])
+                seen.append([mask.clone() for mask in callback._run.pruner.masks()])
 
         fit([callback, Seen()], Fused(), epochs=4, plugins=half(scale, 10**6))
         return [torch.cat([mask.flatten() for mask in some]).float() for some in seen if some]
@@ -121,7 +121,7 @@ def test_a_step_without_a_loss_at_the_end_of_an_accumulation_leaves_no_scale_in_
 
         class Look(Callback):
             def on_train_batch_end(self, *_):
-                auxiliary = callback._pruner.auxiliary
+                auxiliary = callback._run.pruner.auxiliary
                 found.append(auxiliary.scale.mean_square if auxiliary else 0.0)
 
         options = {"epochs": 8, "accumulate_grad_batches": 2}

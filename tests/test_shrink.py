@@ -192,7 +192,7 @@ def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_prun
 
     class Watch(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
-            pruner = callback._pruner
+            pruner = callback._run.pruner
             if pruner.step == pruner.phases.start + 1:
                 with pytest.raises(AutoPruneError) as error:
                     shrink(pl_module.net, torch.zeros(1, 4))

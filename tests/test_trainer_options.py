@@ -28,9 +28,9 @@ class Counting(Callback):
         self.callback, self.auxiliary = callback, 0
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        pruner = self.callback._pruner
+        pruner = self.callback._run.pruner
         self.step, self.total = pruner.step, pruner.phases.total
-        self.auxiliary += self.callback._gradients.last == pruner.step - 1
+        self.auxiliary += self.callback._run.gradients.last == pruner.step - 1
 
 
 def pruned(options=None, **more):
@@ -38,7 +38,7 @@ def pruned(options=None, **more):
     counting = Counting(callback)
     model, t = fit([callback, counting, *more.pop("callbacks", [])], **more)
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
-    assert callback._pruner.frozen
+    assert callback._run.pruner.frozen
     return counting, model, t
 
 
@@ -123,7 +123,7 @@ def test_the_learning_rate_finder_leaves_no_trace():
     assert callback.state_dict() == {}
     t.fit(model, loader())
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
-    assert callback._pruner.phases.total == callback._pruner.step == 8 * STEPS
+    assert callback._run.pruner.phases.total == callback._run.pruner.step == 8 * STEPS
 
 
 def test_the_batch_size_finder_leaves_no_trace():
@@ -164,7 +164,7 @@ def test_validating_testing_and_predicting_before_and_after_change_nothing():
                 t.validate(model, loader(32), verbose=False)
                 t.test(model, loader(32), verbose=False)
                 t.predict(model, loader(32))
-                assert not t.callbacks[0]._handles
+                assert t.callbacks[0]._run is None or not t.callbacks[0]._run.active
             if not hasattr(t, "fitted"):
                 seed_everything(2, verbose=False)
                 t.fit(model, loader())

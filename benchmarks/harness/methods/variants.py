@@ -52,12 +52,12 @@ class Variant(AutoPrune):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keeps the dense network when pruning begins."""
-        if self.distillation and self._teacher is None and self.callback._pruner.auxiliary is not None:
+        if self.distillation and self._teacher is None and self.callback._run.pruner.auxiliary is not None:
             self._teacher = copy.deepcopy(pl_module.network).requires_grad_(False)
             pl_module.network.register_forward_hook(self._keep)
 
     def _keep(self, network: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-        self._passed = (inputs[0], logits) if network.training and self.callback._pruner.frozen else None
+        self._passed = (inputs[0], logits) if network.training and self.callback._run.pruner.frozen else None
 
     def penalty(self, network: nn.Module) -> Tensor | float:
         """The divergence from the teacher, in nats."""

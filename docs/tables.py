@@ -1,0 +1,154 @@
+"""The measured figures of ``settings.md``, from the rows in ``benchmarks/results`` at the time the site is built."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from inspect import signature
+from typing import Any
+
+import ablations
+import robustness
+from harness.report import markdown
+from harness.results import read
+from harness.tasks import TASKS
+
+from lightning_autoprune import AutoPruneCallback
+
+UNITS = {"error": "% error", "loss": "nats"}
+DIGITS = {"error": 2, "loss": 3}
+DEFAULTS = {name: p.default for name, p in signature(AutoPruneCallback).parameters.items()}
+SETTINGS = {name: options for name, options in ablations.CHANGES.items() if options.keys() <= DEFAULTS.keys()}
+
+Seeds = dict[int, float]
+"""A figure by seed."""
+
+
+def substitutions() -> dict[str, str]:
+    """What the pages write in double braces: the tables, their commands, and the figures of each setting."""
+    tasks = _tasks()
+    return {
+        **{name: _measured(name, tasks) for name in DEFAULTS},
+        "ablations": _ablations(tasks, SETTINGS),
+        "other_parts": _ablations(tasks, {k: v for k, v in ablations.CHANGES.items() if k not in SETTINGS}),
+        "ablations_command": _command("ablations.py", _ablation_rows()),
+        "sweeps": _sweeps(),
+        "sweeps_command": _command("robustness.py", _sweep_rows()),
+    }
+
+
+def code(options: Mapping[str, Any]) -> str:
+    """Options as they are written in Python."""
+    return ", ".join(f"{name}={json.dumps(v) if isinstance(v, str) else v}" for name, v in options.items())
+
+
+def _command(script: str, rows: Iterable[Mapping[str, str]]) -> str:
+    tasks = " ".join(dict.fromkeys(row["task"] for row in rows))
+    seeds = " ".join(sorted({row["seed"] for row in rows}, key=int))
+    return f"```\npython benchmarks/{script} --data-dir DIR --tasks {tasks} --seeds {seeds}\n```"
+
+
+def _ablation_rows() -> list[dict[str, str]]:
+    """Those of the length and the target that ``ablations.py`` has by default."""
+    return [
+        row
+        for row in read(ablations.RESULTS)
+        if row["epochs"] == str(TASKS[row["task"]].third) and float(row["target"]) == ablations.TARGETS[row["task"]]
+    ]
+
+
+def _tasks() -> dict[str, dict[str, Seeds]]:
+    """By task and options (as JSON), the figure that ranks; of the tasks whose default has been run."""
+    found: dict[str, dict[str, Seeds]] = {}
+    for row in _ablation_rows():
+        seeds = found.setdefault(row["task"], {}).setdefault(row["options"], {})
+        seeds[int(row["seed"])] = float(row[TASKS[row["task"]].metric])
+    return {task: options for task, options in found.items() if "{}" in options}
+
+
+def _mean(values: Iterable[float], digits: int, sign: str = "") -> str:
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    mean = round(statistics.mean(values), digits) + 0.0  # never -0
+    return f"{mean:{sign}.{digits}f}{spread}"
+
+
+def _change(task: str, seeds: Seeds, base: Seeds) -> str | None:
+    """The difference from the default over the seeds that both have; None where there is none."""
+    both = sorted(seeds.keys() & base.keys())
+    return _mean([seeds[s] - base[s] for s in both], DIGITS[TASKS[task].metric], "+") if both else None
+
+
+def _measured(name: str, tasks: dict[str, dict[str, Seeds]]) -> str:
+    """What has been measured of a setting. A change of several belongs to the last of them."""
+    parts = []
+    if len(sweep := _sweep(name)) > 1:
+        figures = [figure for _, figure in sweep]
+        parts.append(
+            f"{min(figures):.2f} to {max(figures):.2f}% error at `{sweep[0][0]:g}` to `{sweep[-1][0]:g}`"
+            f" ({_sweep_task()})"
+        )
+    for options in ablations.CHANGES.values():
+        if list(options)[-1:] == [name] and options.keys() <= DEFAULTS.keys():
+            changes = {
+                task: _change(task, found.get(json.dumps(options), {}), found["{}"]) for task, found in tasks.items()
+            }
+            if known := ", ".join(f"{change} ({task})" for task, change in changes.items() if change):
+                shown = code(options).removeprefix(f"{name}=")
+                parts.append(f"`{shown}`: {known}")
+    return " <br> ".join(parts) or "not measured"
+
+
+def _ablations(tasks: dict[str, dict[str, Seeds]], changes: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["change"]
+    for task, found in tasks.items():
+        seeds = ", ".join(map(str, sorted(found["{}"])))
+        head.append(f"{task}, {ablations.TARGETS[task]:g}×: {UNITS[TASKS[task].metric]} (default: seeds {seeds})")
+    lines = []
+    for name, options in {"default": {}, **changes}.items():
+        written = f" (`{code(options)}`)" if options and options.keys() <= DEFAULTS.keys() else ""
+        cells = [_cell(task, found, json.dumps(options)) for task, found in tasks.items()]
+        lines.append([name + written, *cells])
+    return markdown(head, lines)
+
+
+def _cell(task: str, found: dict[str, Seeds], options: str) -> str:
+    seeds, base = found.get(options, {}), found["{}"]
+    if not seeds:
+        return "–"
+    text = _mean(seeds.values(), DIGITS[TASKS[task].metric])
+    if options == "{}":
+        return text
+    number = "" if seeds.keys() == base.keys() else f", seeds {', '.join(map(str, sorted(seeds)))}"
+    return f"{text} ({_change(task, seeds, base) or '–'}{number})"
+
+
+def _sweep_rows() -> list[dict[str, str]]:
+    return [row for row in read(robustness.RESULTS) if row["method"] == "autoprune"]
+
+
+def _sweep_task() -> str:
+    row = _sweep_rows()[0]
+    return f"{row['task']}, {row['target']}×"
+
+
+def _sweep(name: str) -> list[tuple[float, float]]:
+    """The values that a setting was given, and the mean error of each."""
+    errors: dict[float, list[float]] = {}
+    for row in _sweep_rows():
+        options = json.loads(row["options"])
+        if list(options) == [name]:
+            errors.setdefault(options[name], []).append(float(row["error"]))
+    return [(value, statistics.mean(errors[value])) for value in sorted(errors)]
+
+
+def _sweeps() -> str:
+    """Each setting's error along its sweep, the default in bold."""
+    lines = []
+    for name in DEFAULTS:
+        if sweep := _sweep(name):
+            shown = [f"**{figure:.2f}**" if value == DEFAULTS[name] else f"{figure:.2f}" for value, figure in sweep]
+            values = " ".join(f"{value:g}" for value, _ in sweep)
+            lines.append([f"`{name}`", values, " ".join(shown)])
+    return markdown([_sweep_task(), "values", "error, %"], lines)

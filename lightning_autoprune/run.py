@@ -1,0 +1,201 @@
+"""One fit under the callback: what is pruned, by which gradients, and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_autoprune.averages import prune_again, prune_averages
+from lightning_autoprune.compatibility import steps_done, total_steps, will_step
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.figures import log_figures
+from lightning_autoprune.gradients import MaskGradients
+from lightning_autoprune.layers import being_pruned
+from lightning_autoprune.monitored import best_values
+from lightning_autoprune.plan import plan
+from lightning_autoprune.pruner import Pruner, Settings
+from lightning_autoprune.report import Report
+from lightning_autoprune.sources import Source
+from lightning_autoprune.summary import LayerSummary, summarise
+
+__all__ = ["Run"]
+
+
+class Run:
+    """Prunes a module from the start of its training to the end.
+
+    Args:
+        trainer: the trainer.
+        module: the module that it trains.
+        weights: those that may be pruned, by layer name.
+        optimizers: those that train them.
+        settings: how to prune.
+        source: of the held-out data; it has been started.
+        train_gradients: as of the callback.
+        loss_fn: as of the callback.
+        seed: as of the callback.
+
+    Attributes:
+        pruner: the course of the run.
+        report: what is logged.
+        gradients: those that M follows.
+        active: whether training is under way.
+
+    Raises:
+        AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no neurons.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        weights: Mapping[str, nn.Parameter],
+        optimizers: Sequence[Optimizer],
+        settings: Settings,
+        source: Source,
+        train_gradients: bool | None,
+        loss_fn: Callable[[LightningModule, Any], Tensor] | None,
+        seed: int,
+    ) -> None:
+        chosen, neurons, self._cost = plan(module, weights, settings)
+        if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
+            neurons = trainer.strategy.broadcast(neurons).to(module.device)
+        self._module, self._source, self._optimizers = module, source, optimizers
+        self.report = Report(list(chosen))
+        self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
+        self.gradients = MaskGradients(self.pruner, source, optimizers, self.report, train_gradients, loss_fn, seed)
+        self._handles: list[Any] = []
+
+    def start(self, trainer: Trainer) -> None:
+        """Enters the phase that the run is in, and hooks into the optimisers."""
+        self.pruner.start()
+        if self.pruner.frozen:
+            self._source.finetune()
+            prune_averages(trainer, self.pruner)
+        else:
+            being_pruned.update(self._module.modules())
+        self._handles = [o.register_step_post_hook(self._after_weight_step) for o in self._optimizers]
+
+    @property
+    def active(self) -> bool:
+        """Whether training is under way."""
+        return bool(self._handles)
+
+    def upcoming(self, trainer: Trainer) -> int | None:
+        """The number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
+        return self.pruner.step if self.pruner.due and will_step(trainer) else None
+
+    # Each step
+
+    def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Masks the gradients before they are clipped; M may need them as they were."""
+        self.gradients.before_weight_step(trainer, optimizer)
+        self.pruner.before_weight_step()
+
+    def _after_weight_step(self, *_: Any) -> None:
+        self.pruner.after_weight_step()
+
+    def end_step(self, trainer: Trainer, log_is_due: Callable[[int], bool]) -> None:
+        """Steps M, updates the masks, moves on to the next phase, and reports.
+
+        Args:
+            trainer: the trainer.
+            log_is_due: tells whether to log once so many steps are over.
+        """
+        self.gradients.after_weight_step(trainer)
+        if self.pruner.last:
+            self.report.history.look_at(self.pruner.M)
+        frozen_now = self.pruner.end_step()
+        if frozen_now:
+            self._finish_pruning(trainer)
+        layers = self.pruner.layer_sparsity()
+        flops = self._cost.flops_left(layers) if self._cost else None
+        metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops)
+        if frozen_now or log_is_due(self.pruner.step):
+            self.report.log(trainer, metrics, layers, self.pruner.masks(), remember=frozen_now)
+
+    def _finish_pruning(self, trainer: Trainer) -> None:
+        being_pruned.difference_update(self._module.modules())
+        self._source.finetune()
+        prune_averages(trainer, self.pruner)
+        if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
+            rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
+
+    # What is told of it
+
+    def layers(self) -> list[LayerSummary]:
+        """A row for each layer."""
+        revived = dict(zip(self.pruner.weights, self.report.history.revived, strict=True))
+        return summarise(self.pruner.weights, self._flops(), revived)
+
+    def log_figures(self, trainer: Trainer, *, ended: bool = False) -> None:
+        """Hands the loggers the figures of the run so far."""
+        history = self.report.history
+        if self.pruner.M:
+            history.look_at(self.pruner.M)
+        if trainer.is_global_zero:
+            best = best_values(trainer, history, self.pruner.sparsity) if ended else None
+            log_figures(trainer, steps_done(trainer), self.layers(), history, best)
+
+    def log_artifact(self, trainer: Trainer) -> None:
+        """Hands W&B the best checkpoint that is pruned."""
+        if self.pruner.frozen and trainer.is_global_zero:
+            from lightning_autoprune._wandb import log_artifact
+
+            layers = self.pruner.layer_sparsity()
+            metadata = {"sparsity": self.pruner.sparsity, "layer_sparsity": layers}
+            if self._cost:
+                metadata["flops"] = self._cost.flops_left(layers)
+            log_artifact(trainer, self.pruner.weights, metadata)
+
+    def _flops(self) -> dict[str, int] | None:
+        return {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None
+
+    # The end
+
+    def end(self) -> None:
+        """Writes the zeros once more, which what other callbacks do when fitting ends may have overwritten."""
+        prune_again(self.pruner)
+
+    def release(self) -> None:
+        """Lets go of the module and the optimisers; what has been pruned stays pruned."""
+        being_pruned.difference_update(self._module.modules())
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._optimizers = [], []
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
+        return {
+            "source": self._source.name,
+            "gradients": self.gradients.state_dict(),
+            "pruner": self.pruner.state_dict(),
+            "report": self.report.state_dict(),
+            "held_out": self._source.state_dict(),
+            "flops": self._flops(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, before :meth:`start`.
+
+        Raises:
+            AutoPruneError: if it was made for other layers, shapes or held-out data.
+        """
+        self.pruner.load_state_dict(state["pruner"])
+        self.report.load_state_dict(state["report"])
+        self.gradients.load_state_dict(state["gradients"])
+        if self.pruner.frozen:
+            return
+        if self._source.name != state["source"]:
+            raise AutoPruneError(
+                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.name}. Resume"
+                " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
+            )
+        self._source.load_state_dict(state["held_out"])
