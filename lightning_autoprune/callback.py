@@ -75,8 +75,9 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a
             shield that leaves the run untouched. Needed for manual optimisation.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
-        figures_every_n_epochs: when loggers get figures beside the curves (see :func:`~lightning_autoprune.figures.log_figures`): 0, when fitting ends; n,
-            also at the end of each n epochs. None: never.
+        figures_every_n_epochs: when loggers get figures beside the curves, as
+            :func:`~lightning_autoprune.figures.log_figures` says: 0, when fitting ends; n, also at the end of each n
+            epochs. None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``; sparsity, operations and the monitored metric are its metadata.
         seed: decides which rows are held out.
@@ -174,7 +175,7 @@ class AutoPruneCallback(Callback):
 
     @property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
-        """By layer name, and ``"all"``, the pairs (step, sparsity) of the run so far; what :mod:`lightning_autoprune.plots` draws."""
+        """By layer name, and ``"all"``, the pairs (step, sparsity) of the run so far; for the plots."""
         return self._run.report.history.curves if self._run else {}
 
     def layers(self) -> list[LayerSummary]:
