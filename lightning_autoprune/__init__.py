@@ -6,6 +6,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.flops import LayerCost, ModelCost, model_cost
 from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.onnx import export_onnx
+from lightning_autoprune.program import export_program
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.shrink import shrink
 from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
@@ -23,6 +24,7 @@ __all__ = [
     "Settings",
     "Sparsity",
     "export_onnx",
+    "export_program",
     "layer_sparsity",
     "load_sparse",
     "load_sparse_into",
