@@ -20,7 +20,7 @@ FRACTION, FIXED, LOADER = {"held_out": 0.5}, {"held_out": 0.25, "redraw_held_out
 SOURCES = [FRACTION, FIXED, LOADER, {"held_out": "val"}, {"held_out": "train"}]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=str)
+@pytest.mark.parametrize("source", SOURCES, ids=["redrawn", "fixed", "loader", "val", "train"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_source_of_held_out_data_prunes_to_the_target(source, shuffle):
     callback = AutoPruneCallback(target_sparsity=0.8, **source)

@@ -137,7 +137,9 @@ def test_the_progress_bar_shows_the_sparsity():
     assert seen[-1] == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize("options", [{"logger": False}, {"val": loader(seed=3), "logger": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"logger": False}, {"val": loader(seed=3), "logger": False}], ids=["plain", "validated"]
+)
 def test_no_logger_at_all_just_works(options):
     callback = AutoPruneCallback(target_sparsity=0.8)
     _, t = fit(callback, **options)
