@@ -8,8 +8,8 @@ ARGS ?=
 
 help:
 	@echo "make demo      train LeNet-300-100 dense and pruned (ARGS='--data mnist' for MNIST, ARGS=--help for more)"
-	@echo "make test      style, types, tests, notebook"
-	@echo "make notebook  execute notebooks/quickstart.ipynb in place"
+	@echo "make test      style, types, tests, notebooks"
+	@echo "make notebook  execute notebooks/*.ipynb in place"
 	@echo "make docs      build the documentation site in docs/_build/html"
 	@echo "make clean     remove the environment and what the demo wrote"
 
@@ -33,8 +33,8 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 notebook: $(VENV)/installed
-	$(BIN)/jupytext --to notebook notebooks/quickstart.py
-	$(BIN)/jupyter execute --inplace notebooks/quickstart.ipynb
+	$(BIN)/jupytext --to notebook notebooks/*.py
+	PYTHONWARNINGS=ignore:IProgress $(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 docs: $(VENV)/installed
 	$(BIN)/sphinx-build -W --keep-going --quiet docs docs/_build/html

@@ -89,7 +89,7 @@ def sparsity_curves(curves: Curves) -> Figure:
             line.set(color="black", linestyle="-", linewidth=2.6)
     _style(axes, "Sparsity of each layer", "training step", "pruned weights (%)")
     axes.set_ylim(-2, 102)
-    if len(names) <= 12:
+    if len(names) <= 8:
         axes.legend(frameon=False, title="at the end")
     else:
         columns = -(-len(names) // 24)

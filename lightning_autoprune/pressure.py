@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 __all__ = ["GradientScale", "PressureController", "target_path"]
 
-_LARGEST_CHANGE = 1.0  # of ln μ in one update
+_LARGEST_ANSWER = 1.0  # of ln μ to one change of the error
 
 
 @dataclass
@@ -72,9 +72,9 @@ class PressureController:
 
     With the error e = ln(density / path),
 
-        ln μ ← ln μ + gain · clip(5e, −1, 1) + response · (e − e before).
+        ln μ ← ln μ + gain · clip(5e, −1, 1) + clip(response · (e − e before), −1, 1).
 
-    The first term ends a lasting error, the second answers a change at once and so damps swings. Working on
+    The first term ends a lasting error, even one that swings, the second answers a change at once and so damps swings. Working on
     logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights come back. μ stays
     above a hundredth of where it started, so that it never has far to climb.
 
@@ -101,7 +101,8 @@ class PressureController:
     def update(self, density: float, path: float) -> float:
         """Takes the density there is and the one there should be (both > 0), and returns the new μ."""
         error, before = math.log(density / path), self.error
-        change = self.gain * min(max(5 * error, -1.0), 1.0) + self.response * (error - before)
-        self.mu = max(self.mu * math.exp(min(max(change, -_LARGEST_CHANGE), _LARGEST_CHANGE)), self._least)
+        answer = min(max(self.response * (error - before), -_LARGEST_ANSWER), _LARGEST_ANSWER)
+        change = self.gain * min(max(5 * error, -1.0), 1.0) + answer
+        self.mu = max(self.mu * math.exp(change), self._least)
         self.error = error
         return self.mu

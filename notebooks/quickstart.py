@@ -20,7 +20,6 @@
 # %%
 # %matplotlib inline
 import logging
-import os
 import warnings
 
 import torch
@@ -36,7 +35,7 @@ from lightning_autoprune.plots import input_survivors, read_curves, sparsity_cur
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
-output = os.environ.get("QUICKSTART_OUTPUT", "quickstart-output")
+output = "quickstart-output"
 
 # %% [markdown]
 # ## Train

@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.py"))}
 SMALLER = {
     "quickstart": ("max_epochs=40", "max_epochs=10"),
-    "your_own_model": ("BATCHES = 400", "BATCHES = 40"),
+    "your_own_model": ("BATCHES = 400", "BATCHES = 20"),
 }
 LAST_LINES = {
     "how_it_works": "T = W ⊙ h(M) after each step, dormant values unchanged, target met",
