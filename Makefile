@@ -23,7 +23,7 @@ demo: $(VENV)/installed
 	$(BIN)/lightning-autoprune demo $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

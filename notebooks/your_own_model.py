@@ -174,10 +174,7 @@ stopped, resumed, whole = (
 )
 curves = {name: points + resumed[name] for name, points in stopped.items()}
 assert curves == whole
-figure = sparsity_curves(curves)
-figure.set_figwidth(9.5)
-figure.axes[0].get_legend().set(loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
-figure
+sparsity_curves(curves)
 
 # %%
 sparsity_heatmap(curves)
