@@ -74,9 +74,9 @@ class PressureController:
 
         ln μ ← ln μ + gain · clip(5e, −1, 1) + clip(response · (e − e before), −1, 1).
 
-    The first term ends a lasting error, even one that swings, the second answers a change at once and so damps swings. Working on
-    logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights come back. μ stays
-    above a hundredth of where it started, so that it never has far to climb.
+    The first term ends a lasting error, even one that swings, the second answers a change at once and so damps
+    swings. Working on logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights
+    come back. μ stays above a hundredth of where it started, so that it never has far to climb.
 
     Attributes:
         mu: the pressure, in units of the running root mean square; above 0.

@@ -67,13 +67,13 @@ def test_the_server_receives_the_pruned_checkpoint_and_its_figures(tmp_path):
     with WandbStub() as stub:
         fitted, messages = fit_online(tmp_path, stub.url)
     assert WARNING not in messages
-    [artifact] = [variables["input"] for variables in stub.asked("CreateArtifact")]
-    assert artifact["artifactTypeName"] == "model"
+    created = [variables["input"] for variables in stub.asked("CreateArtifact")]
+    [artifact] = [given for given in created if given["artifactTypeName"] == "model"]
     assert "pruned" in {alias["alias"] for alias in artifact["aliases"]}
     assert json.loads(artifact["metadata"])["sparsity"] == pytest.approx(0.75, abs=0.01)
-    assert json.loads(stub.uploads["manifest.json"])["contents"].keys() == {"model.ckpt"}
-    assert len(stub.asked("CommitArtifact")) == 1
-    checkpoint = torch.load(io.BytesIO(stub.uploads["model.ckpt"]), weights_only=True)
+    assert json.loads(stub.uploads["model/manifest.json"])["contents"].keys() == {"model.ckpt"}
+    assert stub.asked("CommitArtifact").count({"artifactID": "model"}) == 1
+    checkpoint = torch.load(io.BytesIO(stub.uploads["model/model.ckpt"]), weights_only=True)
     assert same(dict(checkpoint["state_dict"]), dict(fitted))
     assert sparsity_of(checkpoint["state_dict"]) == pytest.approx(0.75, abs=0.01)
 

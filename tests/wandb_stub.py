@@ -22,7 +22,7 @@ class WandbStub:
     def __init__(self, failing: str | None = None, last: str | None = None) -> None:
         self.failing, self.last = failing, last
         self.operations: list[tuple[str, dict[str, Any]]] = []  # names and variables
-        self.uploads: dict[str, bytes] = {}  # by name
+        self.uploads: dict[str, bytes] = {}  # by name, those of artifacts under their type
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (_Handler,), {"stub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -54,24 +54,29 @@ class WandbStub:
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         if operation == "ArtifactType":  # of an earlier version
             return {"project": {"artifact": None}}
-        if operation == "CreateArtifact":
-            return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": {}}}}
+        if operation == "CreateArtifact":  # at most one of a type, which is its ID
+            artifact = {"id": variables["input"]["artifactTypeName"], "state": "PENDING", "artifactSequence": {}}
+            return {"createArtifact": {"artifact": artifact}}
         if operation == "CreateArtifactManifest":
-            file = {"id": "f", "uploadUrl": f"{self.url}/manifest.json", "uploadHeaders": []}
+            url = f"{self.url}/{variables['artifactID']}/manifest.json"
+            file = {"id": "f", "uploadUrl": url, "uploadHeaders": []}
             return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
         if operation == "CreateArtifactFiles":
-            names = [file["name"] for file in variables["input"]["artifactFiles"]]
-            nodes = [{"storagePath": n, "uploadUrl": f"{self.url}/{n}", "artifact": {"id": "a"}} for n in names]
+            files = [(file["artifactID"], file["name"]) for file in variables["input"]["artifactFiles"]]
+            nodes = [
+                {"storagePath": name, "uploadUrl": f"{self.url}/{owner}/{name}", "artifact": {"id": owner}}
+                for owner, name in files
+            ]
             return {"createArtifactFiles": {"files": {"edges": [{"node": node} for node in nodes]}}}
         if operation == "CommitArtifact":
-            return {"commitArtifact": {"artifact": {"id": "a", "digest": "0"}}}
+            return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": "0"}}}
         if operation == "ArtifactByID":
-            return {"artifact": self._committed()}
+            return {"artifact": self._committed(variables["id"])}
         return {}
 
-    def _committed(self) -> dict[str, Any]:
-        sent = self.asked("CreateArtifact")[-1]["input"]
-        of_the_server = {"id": "a", "versionIndex": 0, "state": "COMMITTED", "size": 0, "fileCount": 1, "tags": []}
+    def _committed(self, identity: str) -> dict[str, Any]:
+        [sent] = [v["input"] for v in self.asked("CreateArtifact") if v["input"]["artifactTypeName"] == identity]
+        of_the_server = {"id": identity, "versionIndex": 0, "state": "COMMITTED", "size": 0, "fileCount": 1, "tags": []}
         empty = dict.fromkeys(["description", "historyStep", "commitHash", "updatedAt"])
         return {
             **of_the_server,
