@@ -174,30 +174,34 @@ class AuxiliaryParameters:
 
     # The auxiliary step
 
-    def step(self, dL_dT: Sequence[Tensor], lr: float, mu: float) -> bool:
+    def step(self, dL_dT: Sequence[Tensor | None], lr: float, mu: float) -> bool:
         """One auxiliary step by the update rule (see ``rules``). The masks are not updated.
 
         Args:
-            dL_dT: one gradient a weight, in order, pruned entries included.
+            dL_dT: one gradient a weight, in order, pruned entries included; None for one that is not trained now, whose
+                M stays as it is.
             lr: η, > 0.
             mu: the pressure μ, >= 0.
 
         Returns:
             Whether a step was taken: it is not where a gradient is not finite.
         """
-        G = self._sensitivity(dL_dT)
-        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / sum(m.numel() for m in self.M)
+        which, G = self._sensitivity(dL_dT)
+        if not G:
+            return True
+        M = [self.M[i] for i in which]
+        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / sum(m.numel() for m in M)
         if not math.isfinite(mean_square):
             return False
         torch._foreach_div_(G, self.scale.update(mean_square) or 1.0)
         self._press(G, mu)
         if self.squares:
-            self.squares.normalise(G)
-        for g, m in zip(G, self.M, strict=True):
+            self.squares.normalise(G, which)
+        for g, m in zip(G, M, strict=True):
             slope = straight_through(self.estimator, m, self.leaky_slope)
             if slope is not None:
                 g.mul_(slope)
-        torch._foreach_add_(self.M, G, alpha=-lr)
+        torch._foreach_add_(M, G, alpha=-lr)
         return True
 
     def update_masks(self) -> None:
@@ -229,6 +233,22 @@ class AuxiliaryParameters:
         check_count(count, self.totals, self._layer_floor)
         keep_best(self.M, self.floors, count)
         self.update_masks()
+
+    def join(self, other: AuxiliaryParameters, names: Sequence[str]) -> None:
+        """Takes over other weights, with all that goes with them.
+
+        Args:
+            other: of the same rule, neither frozen; not to be used any more.
+            names: the order of all weights from now on.
+        """
+        places = {name: (part, i) for part in (self, other) for i, name in enumerate(part.weights)}
+        order = [places[name] for name in names]
+        self.weights = {name: part.weights[name] for name, (part, _) in zip(names, order, strict=True)}
+        if self.squares:
+            v = [(part.squares.v[i], part.squares.updates[i]) for part, i in order if part.squares]
+            self.squares.v, self.squares.updates = [x for x, _ in v], [n for _, n in v]
+        for attribute in ("totals", "floors", "kept", "dormant", "M", "_bits"):
+            setattr(self, attribute, [getattr(part, attribute)[i] for part, i in order])
 
     # The end
 
@@ -287,8 +307,11 @@ class AuxiliaryParameters:
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         return [_initial(T, initial, scale) for T in self._effective()]
 
-    def _sensitivity(self, dL_dT: Sequence[Tensor]) -> list[Tensor]:
-        return sensitivity(dL_dT, self.W, self.rule)
+    def _sensitivity(self, dL_dT: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+        """The numbers of the M that the gradients say something of, and what they say."""
+        which = [i for i, gradient in enumerate(dL_dT) if gradient is not None]
+        W = self.W
+        return which, sensitivity([g for g in dL_dT if g is not None], [W[i] for i in which], self.rule)
 
     def _press(self, G: list[Tensor], mu: float) -> None:
         torch._foreach_add_(G, mu)

@@ -209,21 +209,30 @@ class AutoPruneCallback(Callback):
             return
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
-        every = prunable_weights(pl_module, self.include, self.exclude, trained_only=False)
-        dense = [name for name in every if name not in weights]
+        known = [*weights, *(self._loaded["layers"] if self._loaded else [])]
+        dense = [name for name in self._candidates(pl_module) if name not in known]
         if dense:
-            rank_zero_warn(f"Layers that are not trained (frozen, or in no optimiser) stay dense: {', '.join(dense)}.")
+            rank_zero_warn(
+                "Layers that are not trained (frozen, or in no optimiser) stay dense until they are:"
+                f" {', '.join(dense)}."
+            )
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
         weights = prunable_weights(pl_module, self.include, self.exclude)
+        if self._loaded:  # layers that were thawed may be frozen again for now
+            pruned = self._loaded["layers"]
+            weights = {n: w for n, w in self._candidates(pl_module).items() if n in weights or n in pruned}
         needed = None
         if not self._source.holds_out:
             needed = 'held_out="train"'
         elif self.train_gradients:
             needed = "train_gradients=True"
         return trained_weights(trainer, weights, needed)
+
+    def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
+        return prunable_weights(pl_module, self.include, self.exclude, trained_only=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
@@ -249,6 +258,11 @@ class AutoPruneCallback(Callback):
         run.start(trainer)
 
     # Each step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
+        if (run := self._active) and batch_idx == 0:
+            run.take_in(self._candidates(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""

@@ -56,7 +56,7 @@ class MaskGradients:
         self._loss_fn, self._seed = loss_fn, seed
         joined = source.joins and len(optimizers) == 1
         self._follows_training = joined if train_gradients is None or not source.holds_out else train_gradients
-        self._own: list[Tensor] = []  # of the weight step under way
+        self._own: dict[str, Tensor] = {}  # of the weight step under way, by layer
         self._bad_losses = 0
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
         self._overflows = 0  # in a row
@@ -68,20 +68,21 @@ class MaskGradients:
         self._scaled = scaler is not None
         owns = any(optimizer is owner for owner in self._optimizers)
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
-            weights = self._pruner.weights.values()
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            weights = self._trained()
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
             if scaler and (scale := scale_left(scaler, optimizer)) != 1:
                 gradients = list(torch._foreach_div(gradients, scale))
             if self._source.holds_out:
-                self._own = [gradient.clone() for gradient in gradients]
+                self._own = {name: gradient.clone() for name, gradient in zip(weights, gradients, strict=True)}
             else:
-                self._step(gradients)
+                self._step(dict(zip(weights, gradients, strict=True)))
 
     def after_weight_step(self, trainer: Trainer) -> None:
         """Passes a held-out batch, if a step is due, and steps M."""
-        if not self._source.holds_out or not self._pruner.due:
+        weights = self._trained()
+        if not (self._source.holds_out and self._pruner.due and weights):
             return
-        batch, own, self._own = self._source.batch(trainer), self._own, []
+        batch, own, self._own = self._source.batch(trainer), self._own, {}
         ranks, device = trainer.world_size, trainer.strategy.root_device
 
         def agree(good: bool) -> bool:
@@ -91,24 +92,28 @@ class MaskGradients:
             if own:
                 self._step(own)
             return
-        weights = list(self._pruner.weights.values())
-        result = held_out_gradients(trainer, batch, weights, self._loss_fn, self._seed, self._pruner.step, agree=agree)
+        tensors = list(weights.values())
+        result = held_out_gradients(trainer, batch, tensors, self._loss_fn, self._seed, self._pruner.step, agree=agree)
         if isinstance(result, str):
             self._bad_loss(f"the held-out loss is {result}")
             return
         loss, *gradients = mean_over_ranks([result[0], *result[1]], self._source.weight, ranks)
         self._report.held_out_loss(float(loss))
-        if own:
+        if own.keys() == weights.keys():
             share = self._source.share
             if ranks > 1:  # the same on all, whatever the sizes of their batches
                 share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
             gradients = list(torch._foreach_mul(gradients, share))
-            torch._foreach_add_(gradients, own, alpha=1 - share)
-        self._step(gradients)
+            torch._foreach_add_(gradients, list(own.values()), alpha=1 - share)
+        self._step(dict(zip(weights, gradients, strict=True)))
 
-    def _step(self, gradients: list[Tensor]) -> None:
+    def _trained(self) -> dict[str, Tensor]:
+        """The weights that are trained now, by layer name; others may be frozen for a while."""
+        return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
+
+    def _step(self, gradients: Mapping[str, Tensor]) -> None:
         self.last = self._pruner.step
-        if self._pruner.auxiliary_step(gradients):
+        if self._pruner.auxiliary_step([gradients.get(name) for name in self._pruner.weights]):
             self._bad_losses = self._overflows = 0
         elif self._scaled and self._overflows < _MAX_OVERFLOWS:
             self._overflows += 1

@@ -63,6 +63,14 @@ class History:
         if len(self._steps) > _ROWS:
             self._steps, self._rows, self._stride = self._steps[::2], self._rows[::2], 2 * self._stride
 
+    def extend(self, names: Sequence[str]) -> None:
+        """Takes in layers that have not been pruned so far; ``names`` is the order of all from now on."""
+        places = {name: i for i, name in enumerate(self.names)}
+        order = [places.get(name) for name in names]
+        self._rows = [[*(0.0 if i is None else row[i] for i in order), row[-1]] for row in self._rows]
+        self.revived = [0 if i is None else self.revived[i] for i in order]
+        self.names = list(names)
+
     def measure(self, metric: str, step: int, sparsity: float, value: float) -> None:
         """Takes the value of the metric that is followed; every second one goes when there are too many."""
         if metric != self.metric:
@@ -91,7 +99,7 @@ class History:
         return {
             "names": self.names,
             "steps": torch.tensor(self._steps, dtype=torch.int64),
-            "rows": torch.tensor(self._rows, dtype=torch.float32),
+            "rows": torch.tensor(self._rows, dtype=torch.float64),
             "thinned": (self._stride, self._count),
             "metric": self.metric,
             "points": list(self.points),

@@ -265,9 +265,10 @@ class NeuronParameters(AuxiliaryParameters):
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
         return [scale * norms]
 
-    def _sensitivity(self, dL_dT: Sequence[Tensor]) -> list[Tensor]:
-        g = self._sum_over_channels(super()._sensitivity(dL_dT))
-        return [g if self.rule == "adaptive" else g / self._root_sizes]
+    def _sensitivity(self, dL_dT: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
+        known = [torch.zeros_like(T) if g is None else g for g, T in zip(dL_dT, self._effective(), strict=True)]
+        g = self._sum_over_channels(super()._sensitivity(known)[1])
+        return [0], [g if self.rule == "adaptive" else g / self._root_sizes]
 
     def _press(self, G: list[Tensor], mu: float) -> None:
         G[0].add_(self.neurons.marginal(self.alive), alpha=mu)

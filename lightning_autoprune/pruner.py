@@ -171,16 +171,37 @@ class Pruner:
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target = settings.target_density
-        if self._target is not None:
-            if neurons is None:
-                totals = [weight.numel() for weight in self.weights.values()]
-                check_count(round(self._target * sum(totals)), totals, settings.layer_floor)
-            else:
-                neurons.check_density(self._target, settings.layer_floor)
+        self._check_target()
 
     def start(self) -> None:
         """Enters the phase that the run is in."""
         self._enter_phase()
+
+    def extend(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes in weights that are trained from now on; those that were there stay as they are.
+
+        Args:
+            weights: all, by layer name, in the order that they will have.
+
+        Raises:
+            AutoPruneError: if the target can't be met with them.
+        """
+        assert self.neurons is None, "channels are found when fitting starts"
+        assert not self.frozen, "final masks do not change"
+        new = {name: weight for name, weight in weights.items() if name not in self.weights}
+        self.weights = dict(weights)
+        self._check_target()
+        if self.auxiliary:
+            self.auxiliary.join(self._attached(new), list(weights))
+
+    def _check_target(self) -> None:
+        if self._target is None:
+            return
+        if self.neurons is not None:
+            self.neurons.check_density(self._target, self.settings.layer_floor)
+            return
+        totals = [weight.numel() for weight in self.weights.values()]
+        check_count(round(self._target * sum(totals)), totals, self.settings.layer_floor)
 
     @property
     def mu(self) -> float:
@@ -234,8 +255,11 @@ class Pruner:
         if self.auxiliary:
             self.auxiliary.after_weight_step()
 
-    def auxiliary_step(self, dL_dT: Sequence[Tensor]) -> bool:
-        """Steps M on one gradient a weight, not masked; tells whether it could (all gradients finite)."""
+    def auxiliary_step(self, dL_dT: Sequence[Tensor | None]) -> bool:
+        """Steps M on one gradient a weight, not masked; tells whether it could (all gradients finite).
+
+        A weight without a gradient (None), as it is not trained now, is left as it is.
+        """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
         steps = max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
         return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / steps, self.mu)
@@ -253,7 +277,7 @@ class Pruner:
 
     def _enter_phase(self) -> bool:
         if self.auxiliary is None and self.step >= self.phases.start:
-            self.auxiliary = self._attached()
+            self.auxiliary = self._attached(self.weights)
         if self.auxiliary is None or self.auxiliary.frozen or self.step < self.phases.end:
             return False
         if self._target is not None:
@@ -261,7 +285,7 @@ class Pruner:
         self.auxiliary.freeze()
         return True
 
-    def _attached(self) -> AuxiliaryParameters:
+    def _attached(self, weights: Mapping[str, Tensor]) -> AuxiliaryParameters:
         s = self.settings
         options: dict[str, Any] = {
             "initial": s.initial_m,
@@ -272,8 +296,8 @@ class Pruner:
             "layer_floor": s.layer_floor,
         }
         if self.neurons is None:
-            return AuxiliaryParameters(self.weights, **options)
-        return NeuronParameters(self.weights, self.neurons, **options)
+            return AuxiliaryParameters(weights, **options)
+        return NeuronParameters(weights, self.neurons, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights."""
@@ -290,5 +314,5 @@ class Pruner:
         self._controller.mu, self._controller.error = state["pressure"]
         self.auxiliary = None
         if state["auxiliary"] is not None:
-            self.auxiliary = self._attached()
+            self.auxiliary = self._attached(self.weights)
             self.auxiliary.load_state_dict(state["auxiliary"])

@@ -40,6 +40,22 @@ class Report:
         self._loss_sum, self._losses = 0.0, 0
         self._before: list[Tensor] = []  # the masks at the last log, packed
 
+    def extend(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes in layers that have not been pruned so far.
+
+        Args:
+            weights: of all layers from now on, in the order in which their masks are given.
+        """
+        if self._before:
+            before = dict(zip(self.history.names, self._before, strict=True))
+            whole = {
+                name: torch.ones(weight.shape, dtype=torch.bool)
+                for name, weight in weights.items()
+                if name not in before
+            }
+            self._before = [before[name] if name in before else pack(whole[name]) for name in weights]
+        self.history.extend(list(weights))
+
     def held_out_loss(self, loss: float) -> None:
         """Takes the loss of a held-out batch."""
         self._loss_sum += loss

@@ -71,7 +71,7 @@ class RunningSquares:
 
     Attributes:
         v: the averages so far, biased towards 0.
-        updates: number of updates so far.
+        updates: number of updates so far, of each tensor.
 
     Example:
         >>> squares = RunningSquares([torch.zeros(2)])
@@ -82,26 +82,35 @@ class RunningSquares:
     """
 
     def __init__(self, like: Sequence[Tensor], decay: float = 0.999) -> None:
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         self.v = [torch.zeros_like(tensor) for tensor in like]
+        self.updates = [0] * len(self.v)
 
-    def normalise(self, G: list[Tensor]) -> None:
-        """Takes one more value of each entry, and divides it by the root mean square so far, in place."""
-        self.updates += 1
-        torch._foreach_mul_(self.v, self.decay)
-        torch._foreach_addcmul_(self.v, G, G, value=1 - self.decay)
-        roots = torch._foreach_div(self.v, 1 - self.decay**self.updates)
+    def normalise(self, G: Sequence[Tensor], which: Sequence[int] | None = None) -> None:
+        """Takes one more value of each entry, and divides it by the root mean square so far, in place.
+
+        Args:
+            G: the values, in the shapes of the tensors.
+            which: numbers of the tensors that they are of. None: all.
+        """
+        which = range(len(self.v)) if which is None else which
+        for i in which:
+            self.updates[i] += 1
+        v = [self.v[i] for i in which]
+        torch._foreach_mul_(v, self.decay)
+        torch._foreach_addcmul_(v, list(G), list(G), value=1 - self.decay)
+        roots = torch._foreach_div(v, [1 - self.decay ** self.updates[i] for i in which])
         torch._foreach_sqrt_(roots)
         torch._foreach_clamp_min_(roots, 1e-6)  # an entry that never had a gradient stays 0
-        torch._foreach_div_(G, roots)
+        torch._foreach_div_(list(G), roots)
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
-        return {"v": [v.clone() for v in self.v], "updates": self.updates}
+        return {"v": [v.clone() for v in self.v], "updates": list(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores it, on tensors of the same shapes."""
-        self.updates = state["updates"]
+        self.updates = list(state["updates"])
         for v, saved in zip(self.v, state["v"], strict=True):
             v.copy_(saved)
 

@@ -70,6 +70,7 @@ class Run:
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         self.gradients = MaskGradients(self.pruner, source, optimizers, self.report, train_gradients, loss_fn, seed)
         self._handles: list[Any] = []
+        self._left_dense: list[str] = []  # of the layers that were thawed too late
 
     def start(self, trainer: Trainer) -> None:
         """Enters the phase that the run is in, and hooks into the optimisers."""
@@ -80,6 +81,26 @@ class Run:
         else:
             being_pruned.update(self._module.modules())
         self._handles = [o.register_step_post_hook(self._after_weight_step) for o in self._optimizers]
+
+    def take_in(self, candidates: Mapping[str, nn.Parameter]) -> None:
+        """Prunes layers too that have been thawed since, as finetuning callbacks do.
+
+        Args:
+            candidates: all weights of the module that may be pruned, trained or not, by layer name.
+        """
+        known = [*self.pruner.weights, *self._left_dense]
+        owned = {id(p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        thawed = [n for n, w in candidates.items() if n not in known and w.requires_grad and id(w) in owned]
+        if not thawed:
+            return
+        if self.pruner.frozen or self.pruner.neurons:
+            why = "the masks are final" if self.pruner.frozen else "neurons are found when fitting starts"
+            rank_zero_warn(f"Layers that are thawed now stay dense, as {why}: {', '.join(thawed)}.")
+            self._left_dense += thawed
+            return
+        weights = {name: weight for name, weight in candidates.items() if name in [*self.pruner.weights, *thawed]}
+        self.report.extend(weights)
+        self.pruner.extend(weights)
 
     @property
     def active(self) -> bool:
@@ -174,6 +195,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
         return {
+            "layers": list(self.pruner.weights),
             "source": self._source.name,
             "gradients": self.gradients.state_dict(),
             "pruner": self.pruner.state_dict(),

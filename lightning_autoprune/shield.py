@@ -106,7 +106,7 @@ def held_out_gradients(
     Args:
         trainer: a trainer in its training loop.
         batch: a batch on the model's device.
-        weights: the prunable parameters.
+        weights: parameters that are trained (``requires_grad``).
         loss_fn: takes the module and the batch and returns the loss; None calls ``training_step``.
         seeds: integers that seed the random numbers inside.
         agree: makes of whether this loss is good whether those of all ranks are; before the backward pass, in which a
@@ -125,26 +125,19 @@ def held_out_gradients(
         if not agree(not problem):
             return problem or "bad on another rank"
         assert isinstance(loss, Tensor)
-        trained = [weight for weight in weights if weight.requires_grad]
         with ExitStack() as stack:
-            for weight in trained:
+            for weight in weights:
                 stack.enter_context(_no_hooks(weight))
             scaler = grad_scaler(trainer)  # without it 16-bit gradients would be 0; a few rows have larger ones
             scale = scaler.get_scale() / 16 if scaler else 1.0
-            results = torch.autograd.grad(scale * loss.sum(), trained, allow_unused=True)
-    if any(result is None and weight.grad is not None for weight, result in zip(trained, results, strict=True)):
+            results = torch.autograd.grad(scale * loss.sum(), list(weights), allow_unused=True)
+    if any(result is None and weight.grad is not None for weight, result in zip(weights, results, strict=True)):
         rank_zero_warn(
             "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
-    gradients = {
-        id(weight): result if result is None or scale == 1 else result / scale
-        for weight, result in zip(trained, results, strict=True)
-    }
-    found = [gradients.get(id(weight)) for weight in weights]
-    return at_least_float32(loss.detach()), [
-        torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)
-    ]
+    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, results, strict=True)]
+    return at_least_float32(loss.detach()), gradients if scale == 1 else list(torch._foreach_div(gradients, scale))
 
 
 def _problem(loss: Any) -> str:

@@ -6,12 +6,7 @@ import pytest
 import torch
 from helpers import BATCH, ROWS, Net, csv_logger, data, fit, flat, loader, rows, trainer
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    GradientAccumulationScheduler,
-    LearningRateMonitor,
-    ModelCheckpoint,
-)
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
@@ -190,26 +185,3 @@ def test_several_checkpoints_and_a_learning_rate_monitor(tmp_path):
         assert sparsity(other) > 0.795
     assert torch.equal(flat(other), flat(model))
     assert len(rows(tmp_path / "logs")) > 10
-
-
-class Backbone(Net):
-    """A backbone that is thawed on the way."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = torch.nn.Sequential(torch.nn.Linear(12, 12), torch.nn.ReLU())
-
-    def forward(self, x):
-        return super().forward(self.backbone(x))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
-
-
-def test_a_backbone_that_is_frozen_when_fitting_starts_stays_dense():
-    callback = AutoPruneCallback(target_sparsity=0.8)
-    with pytest.warns(UserWarning, match="Layers that are not trained .* stay dense: backbone.0"):
-        model, _ = fit([callback, BackboneFinetuning(2, verbose=False)], Backbone(), epochs=6)
-    assert set(callback.layer_sparsity()) == {"first", "last"}
-    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
-    assert model.backbone[0].weight.count_nonzero() == 144
