@@ -19,36 +19,28 @@ Parameters", NeurIPS 2019.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_autoprune.buckets import Bucket, pieces
+from lightning_autoprune.effective import EffectiveWeights, latent, numbers
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import Estimator, straight_through
-from lightning_autoprune.masks import (
-    PackedMask,
-    as_bits,
-    check_count,
-    clear,
-    decide,
-    floors,
-    keep_best,
-    pack,
-    packed_if_large,
-    unpack,
-)
+from lightning_autoprune.masks import check_count, floors, keep_best, pack, unpack
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
 
-__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM", "latent", "write"]
+__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM"]
 
 InitialM = Literal["magnitude", "constant"]
 INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
+Part = tuple[int, Tensor, Tensor]
 
 
-class AuxiliaryParameters:
+class AuxiliaryParameters(EffectiveWeights):
     """Auxiliary parameters M for a set of weights, trained to decide which weights to keep.
 
     Creating it attaches: from then on each weight's storage holds T = W ⊙ h(M), in place, so that the
@@ -76,7 +68,8 @@ class AuxiliaryParameters:
         M: auxiliary parameters in at least float32 (empty once frozen).
         kept: number of weights kept in each layer.
         scale: the running root mean square of the sensitivities.
-        squares: the running mean square of each weight's own, under the rule ``"adaptive"``.
+        squares: the running mean square of each weight's own, under the rule ``"adaptive"``: one for each bucket of
+            weights (see ``buckets``).
         frozen: whether the masks are final.
 
     Raises:
@@ -92,6 +85,10 @@ class AuxiliaryParameters:
         >>> layer.weight.data, aux.sparsity
         (tensor([[ 0., -2.,  3.]]), 0.3333333333333333)
     """
+
+    M: list[Tensor]
+    squares: list[RunningSquares]
+    _flat_M: list[Tensor]
 
     def __init__(
         self,
@@ -110,67 +107,16 @@ class AuxiliaryParameters:
         check_range("scale", scale, 0, low_open=True)
         check_range("leaky_slope", leaky_slope, 0, 1)
         check_range("layer_floor", layer_floor, 0, 1, high_open=True)
-        self.weights = dict(weights)
+        for name, weight in weights.items():
+            _check_values(name, weight.detach(), initial)
         self.rule, self.estimator, self.leaky_slope = rule, estimator, leaky_slope
         self.scale = GradientScale()
-        self.frozen = False
-        self.totals = [weight.numel() for weight in self.weights.values()]
+        super().__init__(weights)
         self.floors = floors(self.totals, layer_floor)
         self._layer_floor = layer_floor
-        T = self._effective()
-        for name, t in zip(self.weights, T, strict=True):
-            _check_values(name, t, initial)
-        self.dormant = [torch.zeros_like(t) for t in T]
-        self.M = self._initial_M(initial, scale)
-        self.squares = RunningSquares(self.M) if rule == "adaptive" else None
-        self._bits = [torch.full_like(as_bits(t), -1) for t in T]
-        self._final: list[Tensor | PackedMask] = []  # what the bits become once they are frozen
-        self.kept = list(self.totals)
+        for M, m in zip(self.M, self._initial_M(initial, scale), strict=True):
+            M.copy_(m)
         self.update_masks()
-
-    @property
-    def W(self) -> list[Tensor]:  # noqa: N802
-        """Latent weights, new tensors: kept ones as they are now, pruned ones as they went. Empty once frozen."""
-        parts = zip(self._effective(), self._bits, self.dormant, strict=False)
-        return [latent(T, bits, dormant) for T, bits, dormant in parts]
-
-    # Sizes
-
-    @property
-    def total(self) -> int:
-        """Number of prunable weights."""
-        return sum(self.totals)
-
-    @property
-    def density(self) -> float:
-        """Fraction of prunable weights kept, in (0, 1]."""
-        return sum(self.kept) / self.total
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of prunable weights that are pruned, in [0, 1)."""
-        return (self.total - sum(self.kept)) / self.total
-
-    def layer_sparsity(self) -> dict[str, float]:
-        """Fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
-        return {name: (n - k) / n for name, k, n in zip(self.weights, self.kept, self.totals, strict=True)}
-
-    def masks(self) -> list[Tensor]:
-        """h(M) as bool tensors, True where a weight is kept."""
-        return [mask.bool() for mask in self._final or self._bits]
-
-    # The weight step
-
-    def mask_gradients(self) -> None:
-        """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
-        for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
-            if weight.grad is not None:
-                clear(weight.grad, mask)
-
-    def after_weight_step(self) -> None:
-        """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
-        for T, mask in zip(self._effective(), self._final or self._bits, strict=True):
-            clear(T, mask)
 
     # The auxiliary step
 
@@ -186,22 +132,22 @@ class AuxiliaryParameters:
         Returns:
             Whether a step was taken: it is not where a gradient is not finite.
         """
-        which, G = self._sensitivity(dL_dT)
-        if not G:
+        parts = self._flatten(dL_dT)
+        if not parts:
             return True
-        M = [self.M[i] for i in which]
-        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / sum(m.numel() for m in M)
+        norms = numbers([torch.linalg.vector_norm(G) for G, *_ in self._sensitivities(parts)])
+        mean_square = math.fsum(norm * norm for norm in norms) / sum(self._flat_M[k].numel() for k, *_ in parts)
         if not math.isfinite(mean_square):
             return False
-        torch._foreach_div_(G, self.scale.update(mean_square) or 1.0)
-        self._press(G, mu)
-        if self.squares:
-            self.squares.normalise(G, which)
-        for g, m in zip(G, M, strict=True):
-            slope = straight_through(self.estimator, m, self.leaky_slope)
-            if slope is not None:
-                g.mul_(slope)
-        torch._foreach_add_(M, G, alpha=-lr)
+        s = self.scale.update(mean_square) or 1.0
+        for k, *_ in parts if self.squares else ():
+            self.squares[k].count()
+        for G, M, v, k in self._sensitivities(parts):
+            self._press(G.div_(s), mu)
+            if v is not None:
+                self.squares[k].normalise(G, v)
+            slope = straight_through(self.estimator, M, self.leaky_slope)
+            M.sub_(G if slope is None else G.mul_(slope), alpha=lr)
         return True
 
     def update_masks(self) -> None:
@@ -209,14 +155,12 @@ class AuxiliaryParameters:
 
         A layer that would keep fewer than its floor keeps the weights of largest m: they are lifted just above 0.
         """
-        parts = zip(self._effective(), self.dormant, self.M, self._bits, strict=True)
-        for i, (T, dormant, M, bits) in enumerate(parts):
-            W = latent(T, bits, dormant)
-            self.kept[i] = decide(M, bits)
-            if self.kept[i] < self.floors[i]:
-                keep_best([M], [self.floors[i]], self.floors[i], prune=False)
-                self.kept[i] = decide(M, bits)
-            write(T, dormant, bits, W)
+        self._decide(range(len(self._buckets)), self._flat_M)
+        low = [i for i, (kept, floor) in enumerate(zip(self.kept, self.floors, strict=True)) if kept < floor]
+        for i in low:
+            keep_best([self.M[i]], [self.floors[i]], self.floors[i], prune=False)
+        if low:
+            self._decide([k for k, b in enumerate(self._buckets) if set(low) & set(b.numbers)], self._flat_M)
 
     def meet(self, density: float) -> None:
         """Moves M so that the density is met exactly, up to one weight."""
@@ -241,22 +185,29 @@ class AuxiliaryParameters:
             other: of the same rule, neither frozen; not to be used any more.
             names: the order of all weights from now on.
         """
-        places = {name: (part, i) for part in (self, other) for i, name in enumerate(part.weights)}
-        order = [places[name] for name in names]
-        self.weights = {name: part.weights[name] for name, (part, _) in zip(names, order, strict=True)}
-        if self.squares:
-            v = [(part.squares.v[i], part.squares.updates[i]) for part, i in order if part.squares]
-            self.squares.v, self.squares.updates = [x for x, _ in v], [n for _, n in v]
-        for attribute in ("totals", "floors", "kept", "dormant", "M", "_bits"):
-            setattr(self, attribute, [getattr(part, attribute)[i] for part, i in order])
+        old = [*self.weights, *other.weights]
+        order, count = [old.index(name) for name in names], len(self.weights)
+
+        def join(mine: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+            both = [*mine, *others]
+            return [both[i] for i in order]
+
+        groups = [[order.index(i) for i in bucket.numbers] for bucket in self._buckets]
+        groups += [[order.index(count + i) for i in bucket.numbers] for bucket in other._buckets]
+        updates = [squares.updates for squares in [*self.squares, *other.squares]]
+        entries = [join(mine, others) for mine, others in zip(self._entries(), other._entries(), strict=True)]
+        self.weights = dict(zip(names, join([*self.weights.values()], [*other.weights.values()]), strict=True))
+        self.kept, self.totals = join(self.kept, other.kept), join(self.totals, other.totals)
+        self.floors = join(self.floors, other.floors)
+        self._lay_out_again(groups, entries)
+        self._set_updates(updates)
 
     # The end
 
     def freeze(self) -> None:
         """Makes the masks final and forgets M and dormant values: pruned weights stay 0, kept ones train on."""
-        self.dormant, self.M, self.squares, self.frozen = [], [], None, True
-        if self._bits:
-            self._final, self._bits = [packed_if_large(bits) for bits in self._bits], []
+        super().freeze()
+        self.M, self._flat_M, self.squares = [], [], []
 
     def detach(self) -> None:
         """Leaves plain weights T, and no trace of this object in them."""
@@ -267,16 +218,19 @@ class AuxiliaryParameters:
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights T: packed masks, M, dormant weights, the scale."""
+        masks = self.masks()
         state: dict[str, Any] = {
             "shapes": {name: tuple(weight.shape) for name, weight in self.weights.items()},
             "frozen": self.frozen,
             "scale": (self.scale.mean_square, self.scale.updates),
-            "masks": [pack(mask) for mask in self.masks()],
+            "masks": [pack(mask) for mask in masks],
         }
         if not self.frozen:
+            state["buckets"] = [list(bucket.numbers) for bucket in self._buckets]
             state["M"] = [M.clone() for M in self.M]
-            state["squares"] = self.squares.state_dict() if self.squares else None
-            state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, self.masks(), strict=True)]
+            state["squares"] = [v.clone() for v in self._v]
+            state["updates"] = [squares.updates for squares in self.squares]
+            state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, masks, strict=True)]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,46 +243,75 @@ class AuxiliaryParameters:
         self.scale.mean_square, self.scale.updates = state["scale"]
         T = self._effective()
         masks = [unpack(packed, t.shape).to(t.device) for packed, t in zip(state["masks"], T, strict=True)]
+        if not state["frozen"]:
+            self._lay_out([Bucket(group, T) for group in state["buckets"]])  # sums are taken in the same order
+            self._set_updates(state["updates"])
+            for new, saved in ((self.M, state["M"]), (self._v, state["squares"])):
+                for tensor, value in zip(new, saved, strict=True):
+                    tensor.copy_(value)
+            for d, mask, values in zip(self.dormant, masks, state["dormant"], strict=True):
+                d[~mask] = values.to(d.device, d.dtype)
         for bits, mask in zip(self._bits, masks, strict=True):
             bits.copy_(mask).neg_()
         self.kept = [int(mask.sum()) for mask in masks]
         if state["frozen"]:
             self.freeze()
-        else:
-            self.M = [saved.to(m.device, copy=True) for saved, m in zip(state["M"], self.M, strict=True)]
-            if self.squares:
-                self.squares.load_state_dict(state["squares"])
-            for d, mask, values in zip(self.dormant, masks, state["dormant"], strict=True):
-                d.zero_()[~mask] = values.to(d.device, d.dtype)
         self.after_weight_step()
+
+    # The layout of the state
+
+    def _lay_out(self, buckets: Sequence[Bucket]) -> None:
+        super()._lay_out(buckets)
+        self._lay_out_M()
+
+    def _entries(self) -> list[list[Tensor]]:
+        return [*super()._entries(), self.M, *([self._v] if self._v else [])]
+
+    @property
+    def _v(self) -> list[Tensor]:
+        return self._views([squares.v for squares in self.squares]) if self.squares else []
+
+    def _set_updates(self, updates: Sequence[int]) -> None:
+        for squares, count in zip(self.squares, updates, strict=True):
+            squares.updates = count
+
+    def _with_gradients(self, dL_dT: Sequence[Tensor | None]) -> list[int]:
+        """The numbers of the buckets all of whose weights have gradients; those with some are made two."""
+        has = [gradient is not None for gradient in dL_dT]
+        groups = [[i for i in b.numbers if has[i] is given] for b in self._buckets for given in (True, False)]
+        if sum(map(bool, groups)) > len(self._buckets):
+            updates = [squares.updates for squares in self.squares for _ in range(2)]
+            chosen = [j for j, group in enumerate(groups) if group]
+            self._lay_out_again([groups[j] for j in chosen], self._entries())
+            self._set_updates([updates[j] for j in chosen] if updates else [])
+        return [k for k, bucket in enumerate(self._buckets) if has[bucket.numbers[0]]]
 
     # What differs where M is not one entry a weight
 
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         return [_initial(T, initial, scale) for T in self._effective()]
 
-    def _sensitivity(self, dL_dT: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
-        """The numbers of the M that the gradients say something of, and what they say."""
-        which = [i for i, gradient in enumerate(dL_dT) if gradient is not None]
-        W = self.W
-        return which, sensitivity([g for g in dL_dT if g is not None], [W[i] for i in which], self.rule)
+    def _lay_out_M(self) -> None:  # noqa: N802
+        self._flat_M = [torch.zeros_like(at_least_float32(flat)) for flat in self._flat_dormant]
+        self.M = self._views(self._flat_M)
+        self.squares = [RunningSquares(M) for M in self._flat_M] if self.rule == "adaptive" else []
 
-    def _press(self, G: list[Tensor], mu: float) -> None:
-        torch._foreach_add_(G, mu)
+    def _flatten(self, dL_dT: Sequence[Tensor | None]) -> list[Part]:
+        """What :meth:`_sensitivities` takes: for each bucket that is trained its number, dL/dT and T."""
+        which, effective = self._with_gradients(dL_dT), self._effective()
+        buckets = [(k, self._buckets[k]) for k in which]
+        return [(k, bucket.flatten(dL_dT), bucket.flatten(effective)) for k, bucket in buckets]  # type: ignore[arg-type]
 
-    def _effective(self) -> list[Tensor]:
-        return [weight.detach() for weight in self.weights.values()]
+    def _sensitivities(self, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
+        """The loss's part of dL/dm, without h'(m), in pieces, with those of M and of v and the bucket's number."""
+        for k, gradient, T in parts:
+            M = self._flat_M[k]
+            state = (self._flat_bits[k], self._flat_dormant[k], M, self.squares[k].v if self.squares else M)
+            for g, t, bits, dormant, m, v in pieces(gradient, T, *state):
+                yield sensitivity(g, latent(t, bits, dormant), self.rule), m, v if self.squares else None, k
 
-
-def write(T: Tensor, dormant: Tensor, bits: Tensor, W: Tensor) -> None:
-    """Writes T = W ⊙ h(M), and what it does not have of W into the dormant values."""
-    t = torch.bitwise_and(as_bits(W), bits, out=as_bits(T))
-    torch.bitwise_xor(as_bits(W), t, out=as_bits(dormant))
-
-
-def latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
-    """W as a new tensor: T where kept (whoever wrote it), the dormant value where pruned."""
-    return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
+    def _press(self, G: Tensor, mu: float) -> None:
+        G.add_(mu)
 
 
 def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:

@@ -20,7 +20,6 @@ __all__ = [
     "as_bits",
     "check_count",
     "clear",
-    "decide",
     "floors",
     "keep_best",
     "pack",
@@ -87,12 +86,6 @@ def clear(x: Tensor, mask: Tensor | PackedMask) -> None:
         mask.clear_(x)
     else:
         as_bits(x).bitwise_and_(mask)
-
-
-def decide(M: Tensor, bits: Tensor) -> int:
-    """Writes h(M) into ``bits``, -1 where kept and 0 where pruned, and returns the number kept."""
-    torch.gt(M, 0, out=bits).neg_()
-    return int(torch.count_nonzero(bits))
 
 
 def keep_best(M: Sequence[Tensor], floors: Sequence[int], count: int, *, prune: bool = True) -> None:

@@ -17,7 +17,7 @@ Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, latent, write
+from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, Part
 from lightning_autoprune.channels import find_channels, fix_entangled, weight_dim
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.heads import with_heads
 from lightning_autoprune.masks import floors, keep_best
+from lightning_autoprune.rules import RunningSquares, sensitivity
 
 __all__ = ["COSTS", "Cost", "NeuronParameters", "Neurons"]
 
@@ -198,18 +199,17 @@ class NeuronParameters(AuxiliaryParameters):
                 keep_best([part], [floor], floor, prune=False)
                 m[group] = part
         self.alive = m > 0
-        self._write(rows=False)
+        self._write_channels(rows=False)
 
-    def _write(self, rows: bool) -> None:
+    def _write_channels(self, rows: bool) -> None:
         h = torch.cat([self.alive, self.alive.new_ones(1)])
-        for i, (name, T) in enumerate(zip(self.weights, self._effective(), strict=True)):
-            W, bits = latent(T, self._bits[i], self.dormant[i]), self._bits[i]
+        masks = []
+        for name, T in zip(self.weights, self._effective(), strict=True):
             mask = _along(h[self.neurons.columns[name]], T, self.neurons.dims[name][1])
             if rows:
                 mask = mask & _along(h[self.neurons.rows[name]], T, self.neurons.dims[name][0])
-            bits.copy_(mask.expand_as(bits)).neg_()
-            self.kept[i] = int(torch.count_nonzero(bits))
-            write(T, self.dormant[i], bits, W)
+            masks.append(torch.empty_like(T, dtype=torch.bool).copy_(mask))
+        self._decide(range(len(self._buckets)), [bucket.flatten(masks) for bucket in self._buckets])
 
     def meet(self, density: float) -> None:
         """Prunes or brings back channels in the order of m, until the density is the largest that is not above."""
@@ -218,7 +218,7 @@ class NeuronParameters(AuxiliaryParameters):
             middle = (low + high + 1) // 2
             fits = self.neurons.density(self._keeping(middle) > 0) <= density
             low, high = (middle, high) if fits else (low, middle - 1)
-        self.M[0] = self._keeping(low)
+        self.M[0].copy_(self._keeping(low))
         self.update_masks()
 
     def _keeping(self, count: int) -> Tensor:
@@ -233,7 +233,7 @@ class NeuronParameters(AuxiliaryParameters):
     def freeze(self) -> None:
         """Makes the masks final and zeroes the rows that make pruned channels."""
         if not self.frozen and self.M:
-            self._write(rows=True)
+            self._write_channels(rows=True)
         super().freeze()
 
     def state_dict(self) -> dict[str, Any]:
@@ -265,13 +265,26 @@ class NeuronParameters(AuxiliaryParameters):
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
         return [scale * norms]
 
-    def _sensitivity(self, dL_dT: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
-        known = [torch.zeros_like(T) if g is None else g for g, T in zip(dL_dT, self._effective(), strict=True)]
-        g = self._sum_over_channels(super()._sensitivity(known)[1])
-        return [0], [g if self.rule == "adaptive" else g / self._root_sizes]
+    def _lay_out_M(self) -> None:  # noqa: N802
+        self._flat_M = self.M = [torch.zeros(self.neurons.count, device=self.alive.device)]
+        self.squares = [RunningSquares(self.M[0])] if self.rule == "adaptive" else []
 
-    def _press(self, G: list[Tensor], mu: float) -> None:
-        G[0].add_(self.neurons.marginal(self.alive), alpha=mu)
+    @property
+    def _v(self) -> list[Tensor]:
+        return [squares.v for squares in self.squares]
+
+    def _flatten(self, dL_dT: Sequence[Tensor | None]) -> list[Part]:
+        zero = torch.zeros(())
+        parts = [sensitivity(zero if g is None else g, W, self.rule) for g, W in zip(dL_dT, self.W, strict=True)]
+        G = self._sum_over_channels(parts)
+        return [(0, G if self.squares else G / self._root_sizes, self.M[0])]
+
+    def _sensitivities(self, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
+        [(k, G, M)] = parts
+        yield G.clone(), M, self.squares[0].v if self.squares else None, k
+
+    def _press(self, G: Tensor, mu: float) -> None:
+        G.add_(self.neurons.marginal(self.alive), alpha=mu)
 
     def _sum_over_channels(self, values: Sequence[Tensor]) -> Tensor:
         total = torch.zeros(self.neurons.count + 1, device=self.alive.device)

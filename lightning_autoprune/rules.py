@@ -22,8 +22,7 @@ Hinton, 2012).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ UpdateRule = Literal["adaptive", "autoprune", "vanilla"]
 UPDATE_RULES: tuple[UpdateRule, ...] = get_args(UpdateRule)
 
 
-def sensitivity(dL_dT: Sequence[Tensor], W: Sequence[Tensor], rule: UpdateRule) -> list[Tensor]:
+def sensitivity(dL_dT: Tensor, W: Tensor, rule: UpdateRule) -> Tensor:
     """The loss's part of dL/dm, without h'(m): how much the loss wants each weight's magnitude to shrink.
 
     * ``"autoprune"``: dL/dT · sgn(w) = dL/d|w|. It does not scale with |w| (sensitivity consistency), and m
@@ -42,77 +41,58 @@ def sensitivity(dL_dT: Sequence[Tensor], W: Sequence[Tensor], rule: UpdateRule) 
     * ``"vanilla"`` and ``"adaptive"``: dL/dT · w, the plain chain rule.
 
     Args:
-        dL_dT: gradients with respect to the effective weights, pruned entries included.
-        W: latent weights, same shapes.
+        dL_dT: gradient with respect to effective weights, pruned entries included.
+        W: latent weights, of the same shape.
         rule: one of :data:`UPDATE_RULES`.
 
     Returns:
-        One new tensor a weight, in at least float32.
+        A new tensor of that shape, in at least float32.
 
     Example:
-        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "autoprune")
-        [tensor([-2.,  2.])]
-        >>> sensitivity([torch.tensor([2.0, 2.0])], [torch.tensor([-0.5, 4.0])], "vanilla")
-        [tensor([-1.,  8.])]
+        >>> sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]), "autoprune")
+        tensor([-2.,  2.])
+        >>> sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]), "vanilla")
+        tensor([-1.,  8.])
     """
-    if rule != "autoprune":
-        return [at_least_float32(g) * at_least_float32(w) for g, w in zip(dL_dT, W, strict=True)]
-    D = torch._foreach_sign(list(W))
-    torch._foreach_mul_(D, list(dL_dT))  # exact in any precision
-    return [at_least_float32(d) for d in D]
+    return at_least_float32(dL_dT) * at_least_float32(W.sign() if rule == "autoprune" else W)
 
 
 class RunningSquares:
-    """Running mean square v of each entry of some tensors, as an exponential average without bias.
+    """Running mean square v of each entry of a tensor, as an exponential average without bias.
 
     Args:
-        like: tensors of the shapes, dtypes and devices.
+        like: a tensor of the shape, dtype and device.
         decay: weight of the past at each update, in [0, 1).
 
     Attributes:
-        v: the averages so far, biased towards 0.
-        updates: number of updates so far, of each tensor.
+        v: the average so far, biased towards 0.
+        updates: number of updates so far.
 
     Example:
-        >>> squares = RunningSquares([torch.zeros(2)])
-        >>> G = [torch.tensor([-0.5, 40.0])]
-        >>> squares.normalise(G)
-        >>> G  # the first is its own root mean square
-        [tensor([-1.,  1.])]
+        >>> squares = RunningSquares(torch.zeros(2))
+        >>> squares.count()
+        >>> squares.normalise(torch.tensor([-0.5, 40.0]), squares.v)  # the first is its own root mean square
+        tensor([-1.,  1.])
     """
 
-    def __init__(self, like: Sequence[Tensor], decay: float = 0.999) -> None:
-        self.decay = decay
-        self.v = [torch.zeros_like(tensor) for tensor in like]
-        self.updates = [0] * len(self.v)
+    def __init__(self, like: Tensor, decay: float = 0.999) -> None:
+        self.decay, self.updates = decay, 0
+        self.v = torch.zeros_like(like)
 
-    def normalise(self, G: Sequence[Tensor], which: Sequence[int] | None = None) -> None:
+    def count(self) -> None:
+        """Begins an update; :meth:`normalise` takes its values."""
+        self.updates += 1
+
+    def normalise(self, G: Tensor, v: Tensor) -> Tensor:
         """Takes one more value of each entry, and divides it by the root mean square so far, in place.
 
         Args:
-            G: the values, in the shapes of the tensors.
-            which: numbers of the tensors that they are of. None: all.
+            G: the values of a part of the entries.
+            v: the same part of the averages.
         """
-        which = range(len(self.v)) if which is None else which
-        for i in which:
-            self.updates[i] += 1
-        v = [self.v[i] for i in which]
-        torch._foreach_mul_(v, self.decay)
-        torch._foreach_addcmul_(v, list(G), list(G), value=1 - self.decay)
-        roots = torch._foreach_div(v, [1 - self.decay ** self.updates[i] for i in which])
-        torch._foreach_sqrt_(roots)
-        torch._foreach_clamp_min_(roots, 1e-6)  # an entry that never had a gradient stays 0
-        torch._foreach_div_(list(G), roots)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
-        return {"v": [v.clone() for v in self.v], "updates": list(self.updates)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores it, on tensors of the same shapes."""
-        self.updates = list(state["updates"])
-        for v, saved in zip(self.v, state["v"], strict=True):
-            v.copy_(saved)
+        v.mul_(self.decay).addcmul_(G, G, value=1 - self.decay)
+        root = (v / (1 - self.decay**self.updates)).sqrt_()
+        return G.div_(root.clamp_min_(1e-6))  # an entry that never had a gradient stays 0
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -300,11 +300,12 @@ def coarse_gradient(rule, M, estimator, squares):
     noisy = M + torch.randn(SHAPE, generator=random)
     x, y = batch(A)
     dL_dT = (x @ torch.where(noisy > 0, W, 0.0).T - y).T @ x / len(x)
-    G = [dL_dT] if rule == "without w" else sensitivity([dL_dT], [W], rule)
+    G = dL_dT if rule == "without w" else sensitivity(dL_dT, W, rule)
     if rule == "adaptive":
-        squares.normalise(G)
+        squares.count()
+        squares.normalise(G, squares.v)
     slope = straight_through(estimator, noisy)
-    return G[0] if slope is None else G[0] * slope
+    return G if slope is None else G * slope
 
 
 true = normal.log_prob(M).exp() * ((W - A) ** 2 - A**2) / 2
@@ -315,13 +316,13 @@ figure, (left, right) = panels(
 cosines = {}
 for rule, (colour, marker) in LOOKS.items():
     for estimator in ESTIMATORS:
-        squares = RunningSquares([M])
+        squares = RunningSquares(M)
         coarse = sum(coarse_gradient(rule, M, estimator, squares) for _ in range(150)) / 150
         cosines[rule, estimator] = float((coarse * true).sum() / (coarse.norm() * true.norm()))
         if estimator == "linear":
             scaled = [(value / value.abs().max()).flatten() for value in (true, coarse)]
             left.plot(*scaled, marker, color=colour, ms=3.5, label=rule)
-    m, squares, objective = M, RunningSquares([M]), [true_objective(M)]
+    m, squares, objective = M, RunningSquares(M), [true_objective(M)]
     for _ in range(200):
         G = coarse_gradient(rule, m, "linear", squares)
         m = m - 0.2 * G / G.norm()
@@ -365,7 +366,8 @@ for rule in ("autoprune", "adaptive"):
     path = auxiliary_steps(aux, rule, A, 500, mu=0.5, masks_follow=False)
     fall = (path[0] - path[-1]).flatten() / 0.01 / 500
     ax.semilogx(magnitude, fall, LOOKS[rule][1], color=LOOKS[rule][0], ms=4, label=rule)
-v = aux.squares.v[0].flatten() / (1 - aux.squares.decay**aux.squares.updates)
+[squares] = aux.squares
+v = squares.v / (1 - squares.decay**squares.updates)
 ax.semilogx(magnitude[by_magnitude], 0.5 / v[by_magnitude].sqrt(), color="black", lw=1, label="μ / √v")
 ax.set_ylim(0, 1.25)
 ax.legend(frameon=False, ncols=3, loc="upper right")

@@ -13,7 +13,6 @@ from lightning_autoprune.masks import (
     as_bits,
     check_count,
     clear,
-    decide,
     floors,
     keep_best,
     pack,
@@ -32,13 +31,6 @@ def test_and_with_a_mask_clears_exactly_even_nan_and_minus_zero(dtype):
     as_bits(x).bitwise_and_(bits)
     assert x.tolist() == [1.5, -2.0, 0, 0, 0, 0]
     assert not torch.signbit(x[2:]).any()
-
-
-def test_zero_is_pruned_and_only_what_is_above_is_kept():
-    M = torch.tensor([-1.0, -0.0, 0.0, 1e-30, 2.0])
-    bits = torch.empty(5, dtype=torch.int32)
-    assert decide(M, bits) == 2
-    assert bits.tolist() == [0, 0, 0, -1, -1]
 
 
 @given(st.lists(st.booleans(), min_size=0, max_size=70))

@@ -17,16 +17,21 @@ def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:
     return dL_dT
 
 
+def normalise(squares: RunningSquares, G: Tensor) -> Tensor:
+    squares.count()
+    return squares.normalise(G, squares.v)
+
+
 def rule(name: str):
     """The loss's part of g; under "adaptive" divided by its root mean square over the calls so far."""
     squares: list[RunningSquares] = []
 
     def of(dL_dT: Tensor, W: Tensor) -> Tensor:
-        G = sensitivity([dL_dT], [W], name)
+        G = sensitivity(dL_dT, W, name)
         if name == "adaptive":
             squares[:] = squares or [RunningSquares(G)]
-            squares[0].normalise(G)
-        return G[0]
+            normalise(squares[0], G)
+        return G
 
     return of
 
@@ -122,30 +127,22 @@ def test_without_the_sign_the_coarse_gradient_is_no_descent_direction():
 def test_under_the_adaptive_rule_noise_of_the_gradient_protects_a_weight_and_so_does_its_magnitude():
     generator = torch.Generator().manual_seed(0)
     noise, W = torch.tensor([0.1, 1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 10.0, 10.0])
-    squares, fallen = RunningSquares([W]), torch.zeros(4)
+    squares, fallen = RunningSquares(W), torch.zeros(4)
     for _ in range(2000):
-        G = sensitivity([noise * torch.randn(4, generator=generator)], [W], "adaptive")
-        G[0] += 0.5  # the pressure
-        squares.normalise(G)
-        fallen += G[0] / 2000
+        G = sensitivity(noise * torch.randn(4, generator=generator), W, "adaptive")
+        fallen += normalise(squares, G + 0.5) / 2000  # 0.5 is the pressure
     assert fallen.tolist() == pytest.approx([0.98, 0.45, 0.05, 1.0], abs=0.05)  # 0.5 / √(0.5² + (noise · w)²)
 
 
 def test_running_squares_are_the_mean_square_at_first_and_forget_afterwards():
-    squares = RunningSquares([torch.zeros(1)], decay=0.9)
-    G = [torch.tensor([2.0])]
-    squares.normalise(G)
-    assert G[0].item() == pytest.approx(1)
+    squares = RunningSquares(torch.zeros(1), decay=0.9)
+    assert normalise(squares, torch.tensor([2.0])).item() == pytest.approx(1)
     for _ in range(200):
-        G = [torch.tensor([6.0])]
-        squares.normalise(G)
-    assert G[0].item() == pytest.approx(1)
-    G = [torch.tensor([0.0])]
-    squares.normalise(G)
-    assert G[0].item() == 0
+        last = normalise(squares, torch.tensor([6.0]))
+    assert last.item() == pytest.approx(1)
+    assert normalise(squares, torch.tensor([0.0])).item() == 0
 
 
 def test_an_entry_that_never_had_a_gradient_stays_0():
-    G = [torch.zeros(3)]
-    RunningSquares(G).normalise(G)
-    assert G[0].tolist() == [0, 0, 0]
+    squares = RunningSquares(torch.zeros(3))
+    assert normalise(squares, torch.zeros(3)).tolist() == [0, 0, 0]
