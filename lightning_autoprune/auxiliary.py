@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +29,13 @@ from lightning_autoprune.buckets import Bucket, pieces
 from lightning_autoprune.effective import EffectiveWeights, latent, numbers
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import Estimator, straight_through
+from lightning_autoprune.initial import INITIAL_M, InitialM, check_values, initial_m
 from lightning_autoprune.masks import check_count, floors, keep_best, pack, unpack
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
 
-__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM"]
+__all__ = ["AuxiliaryParameters", "Part"]
 
-InitialM = Literal["magnitude", "constant"]
-INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
 Part = tuple[int, Tensor, Tensor]
 
 
@@ -107,11 +106,10 @@ class AuxiliaryParameters(EffectiveWeights):
         check_range("scale", scale, 0, low_open=True)
         check_range("leaky_slope", leaky_slope, 0, 1)
         check_range("layer_floor", layer_floor, 0, 1, high_open=True)
-        for name, weight in weights.items():
-            _check_values(name, weight.detach(), initial)
         self.rule, self.estimator, self.leaky_slope = rule, estimator, leaky_slope
         self.scale = GradientScale()
         super().__init__(weights)
+        self._check_values(initial)
         self.floors = floors(self.totals, layer_floor)
         self._layer_floor = layer_floor
         for M, m in zip(self.M, self._initial_M(initial, scale), strict=True):
@@ -136,10 +134,11 @@ class AuxiliaryParameters(EffectiveWeights):
         if not parts:
             return True
         norms = numbers([torch.linalg.vector_norm(G) for G, *_ in self._sensitivities(parts)])
-        mean_square = math.fsum(norm * norm for norm in norms) / sum(self._flat_M[k].numel() for k, *_ in parts)
-        if not math.isfinite(mean_square):
+        sums = [math.fsum(norm * norm for norm in norms), sum(float(self._flat_M[k].numel()) for k, *_ in parts)]
+        square, entries = self._over_ranks(sums)
+        if not math.isfinite(square):
             return False
-        s = self.scale.update(mean_square) or 1.0
+        s = self.scale.update(square / entries) or 1.0
         for k, *_ in parts if self.squares else ():
             self.squares[k].count()
         for G, M, v, k in self._sensitivities(parts):
@@ -158,7 +157,7 @@ class AuxiliaryParameters(EffectiveWeights):
         self._decide(range(len(self._buckets)), self._flat_M)
         low = [i for i, (kept, floor) in enumerate(zip(self.kept, self.floors, strict=True)) if kept < floor]
         for i in low:
-            keep_best([self.M[i]], [self.floors[i]], self.floors[i], prune=False)
+            self._keep_best([i], self.floors[i], prune=False)
         if low:
             self._decide([k for k, b in enumerate(self._buckets) if set(low) & set(b.numbers)], self._flat_M)
 
@@ -175,8 +174,11 @@ class AuxiliaryParameters(EffectiveWeights):
             AutoPruneError: if ``count`` is less than the layers' floors together, or more than all weights.
         """
         check_count(count, self.totals, self._layer_floor)
-        keep_best(self.M, self.floors, count)
+        self._keep_best(range(len(self.M)), count)
         self.update_masks()
+
+    def _keep_best(self, which: Sequence[int], count: int, *, prune: bool = True) -> None:
+        keep_best([self.M[i] for i in which], [self.floors[i] for i in which], count, prune=prune)
 
     def join(self, other: AuxiliaryParameters, names: Sequence[str]) -> None:
         """Takes over other weights, with all that goes with them.
@@ -231,7 +233,7 @@ class AuxiliaryParameters(EffectiveWeights):
             state["squares"] = [v.clone() for v in self._v]
             state["updates"] = [squares.updates for squares in self.squares]
             state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, masks, strict=True)]
-        return state
+        return self._to_save(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment.
@@ -240,6 +242,7 @@ class AuxiliaryParameters(EffectiveWeights):
             AutoPruneError: if the state was made for other layers or shapes; names them.
         """
         _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
+        state = self._to_load(state)
         self.scale.mean_square, self.scale.updates = state["scale"]
         T = self._effective()
         masks = [unpack(packed, t.shape).to(t.device) for packed, t in zip(state["masks"], T, strict=True)]
@@ -253,7 +256,7 @@ class AuxiliaryParameters(EffectiveWeights):
                 d[~mask] = values.to(d.device, d.dtype)
         for bits, mask in zip(self._bits, masks, strict=True):
             bits.copy_(mask).neg_()
-        self.kept = [int(mask.sum()) for mask in masks]
+        self.kept = [round(n) for n in self._over_ranks([float(mask.sum()) for mask in masks])]
         if state["frozen"]:
             self.freeze()
         self.after_weight_step()
@@ -286,10 +289,20 @@ class AuxiliaryParameters(EffectiveWeights):
             self._set_updates([updates[j] for j in chosen] if updates else [])
         return [k for k, bucket in enumerate(self._buckets) if has[bucket.numbers[0]]]
 
-    # What differs where M is not one entry a weight
+    # What differs where M is not one entry a weight, or where weights are sharded
+
+    def _check_values(self, initial: InitialM) -> None:
+        for name, T in zip(self.weights, self._effective(), strict=True):
+            check_values(name, T, initial)
+
+    def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state
+
+    def _to_load(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state
 
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        return [_initial(T, initial, scale) for T in self._effective()]
+        return [initial_m(T, initial, scale) for T in self._effective()]
 
     def _lay_out_M(self) -> None:  # noqa: N802
         self._flat_M = [torch.zeros_like(at_least_float32(flat)) for flat in self._flat_dormant]
@@ -312,25 +325,6 @@ class AuxiliaryParameters(EffectiveWeights):
 
     def _press(self, G: Tensor, mu: float) -> None:
         G.add_(mu)
-
-
-def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
-    wide = at_least_float32(T)
-    if initial == "constant":
-        return torch.full_like(wide, scale)
-    largest = wide.abs().max()
-    std = wide.std() if wide.numel() > 1 else largest
-    return wide.abs() * (scale / torch.where(std > 1e-6 * largest, std, largest))  # equal weights have no spread
-
-
-def _check_values(name: str, T: Tensor, initial: InitialM) -> None:
-    if not T.isfinite().all():
-        raise AutoPruneError(f"Layer {name!r} has weights that are not finite: the training has diverged.")
-    if initial == "magnitude" and T.count_nonzero() == 0:
-        raise AutoPruneError(
-            f"All weights of layer {name!r} are 0, so their magnitude says nothing of what to keep: start later"
-            ' (`warmup`), exclude the layer, or use `initial_m="constant"`.'
-        )
 
 
 def _check_shapes(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:

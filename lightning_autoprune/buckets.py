@@ -47,7 +47,7 @@ class Bucket:
         self.numbers = list(numbers)
         self.sizes = [t.numel() for t in mine]
         self.total = sum(self.sizes)
-        self._ends = torch.tensor(self.sizes, device=mine[0].device).cumsum(0) - 1
+        self._ends = torch.tensor([0, *self.sizes], device=mine[0].device).cumsum(0)
         self._shapes = [t.shape for t in mine]
         self._strides = [torch.empty_like(t, device="meta").stride() for t in mine]  # dense, whatever those of t
 
@@ -67,8 +67,8 @@ class Bucket:
 
     def sums(self, flat: Tensor) -> Tensor:
         """The sum of a flat tensor of small integers over each of the tensors, shape (len(numbers),)."""
-        upto = torch.cumsum(flat, 0, dtype=torch.int32)[self._ends]
-        return torch.diff(upto, prepend=upto.new_zeros(1))
+        upto = torch.cumsum(flat, 0)
+        return torch.cat([upto.new_zeros(1), upto])[self._ends].diff()
 
     def write(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
         """Writes what :meth:`flatten` gave, after it was changed in place, into the tensors."""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_autoprune.auxiliary import InitialM
 from lightning_autoprune.compatibility import check_trainer, has_stepped, trained_weights
 from lightning_autoprune.errors import check_range
 from lightning_autoprune.estimators import Estimator
+from lightning_autoprune.initial import InitialM
 from lightning_autoprune.layers import prunable_weights
 from lightning_autoprune.neurons import Cost
 from lightning_autoprune.plan import check_example

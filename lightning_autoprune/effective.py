@@ -39,12 +39,11 @@ class EffectiveWeights:
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = dict(weights)
-        T = self._effective()
-        self.totals = [t.numel() for t in T]
+        self.totals = [weight.numel() for weight in self.weights.values()]
         self.kept = list(self.totals)
         self.frozen = False
         self._final: list[Tensor | PackedMask] = []  # what the bits become once they are frozen
-        self._lay_out(fill(T))
+        self._lay_out(fill(self._effective()))
 
     @property
     def W(self) -> list[Tensor]:  # noqa: N802
@@ -100,22 +99,27 @@ class EffectiveWeights:
             scores: a flat tensor for each of all buckets.
         """
         which = list(which)
-        counts = numbers([self._write(k, scores[k]) for k in which])
+        counts = self._over_ranks(numbers([self._write(k, scores[k]) for k in which]))
         for i, count in zip((i for k in which for i in self._buckets[k].numbers), counts, strict=True):
-            self.kept[i] = int(count)
+            self.kept[i] = round(count)
 
     def _write(self, k: int, scores: Tensor) -> Tensor:
         """Decides and writes one bucket; gives the numbers of weights kept of its layers."""
         bucket, effective, kept = self._buckets[k], self._effective(), []
-        T = bucket.flatten(effective)
+        T, alone = bucket.flatten(effective), len(bucket.sizes) == 1
         for t, bits, dormant, score in pieces(as_bits(T), self._flat_bits[k], as_bits(self._flat_dormant[k]), scores):
             W = (t & bits).bitwise_or_(dormant)
             torch.gt(score, 0, out=bits).neg_()
             torch.bitwise_and(W, bits, out=t)
             torch.bitwise_xor(W, t, out=dormant)
-            kept.append(torch.count_nonzero(bits) if len(bucket.sizes) == 1 else bucket.sums(bits).neg_())
+            if alone:
+                kept.append(torch.count_nonzero(bits))  # while they are in the cache
         bucket.write(T, effective)
-        return torch.stack(kept).sum(0)
+        return torch.stack(kept).sum() if alone else -bucket.sums(self._flat_bits[k])
+
+    def _over_ranks(self, sums: list[float]) -> list[float]:
+        """Sums over the parts of the weights that this process has, as those over the whole weights."""
+        return sums
 
     def freeze(self) -> None:
         """Makes the masks final and forgets dormant values: pruned weights stay 0, kept ones train on."""

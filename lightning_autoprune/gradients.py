@@ -103,7 +103,8 @@ class MaskGradients:
             share = self._source.share
             if ranks > 1:  # the same on all, whatever the sizes of their batches
                 share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
-            torch._foreach_lerp_(mean := list(own.values()), gradients, share)
+            mean = list(own.values())
+            torch._foreach_lerp_(mean, gradients, share)
             gradients = mean
         self._step(dict(zip(weights, gradients, strict=True)))
 

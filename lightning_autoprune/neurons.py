@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_autoprune.auxiliary import AuxiliaryParameters, InitialM, Part
+from lightning_autoprune.auxiliary import AuxiliaryParameters, Part
 from lightning_autoprune.channels import find_channels, fix_entangled, weight_dim
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.heads import with_heads
+from lightning_autoprune.initial import InitialM
 from lightning_autoprune.masks import floors, keep_best
 from lightning_autoprune.rules import RunningSquares, sensitivity
 

@@ -8,9 +8,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lightning_autoprune.auxiliary import INITIAL_M, AuxiliaryParameters, InitialM
+from lightning_autoprune.auxiliary import AuxiliaryParameters
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import ESTIMATORS, Estimator
+from lightning_autoprune.initial import INITIAL_M, InitialM
 from lightning_autoprune.masks import check_count
 from lightning_autoprune.neurons import COSTS, Cost, NeuronParameters, Neurons
 from lightning_autoprune.pressure import PressureController, target_path
