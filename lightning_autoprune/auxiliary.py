@@ -41,8 +41,9 @@ from lightning_autoprune.masks import (
 )
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
+from lightning_autoprune.shards import part
 
-__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM", "latent", "write"]
+__all__ = ["INITIAL_M", "AuxiliaryParameters", "InitialM", "check_values", "initial_m", "latent", "write"]
 
 InitialM = Literal["magnitude", "constant"]
 INITIAL_M: tuple[InitialM, ...] = get_args(InitialM)
@@ -118,8 +119,7 @@ class AuxiliaryParameters:
         self.floors = floors(self.totals, layer_floor)
         self._layer_floor = layer_floor
         T = self._effective()
-        for name, t in zip(self.weights, T, strict=True):
-            _check_values(name, t, initial)
+        self._check_values(initial)
         self.dormant = [torch.zeros_like(t) for t in T]
         self.M = self._initial_M(initial, scale)
         self.squares = RunningSquares(self.M) if rule == "adaptive" else None
@@ -165,7 +165,7 @@ class AuxiliaryParameters:
         """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
         for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
             if weight.grad is not None:
-                clear(weight.grad, mask)
+                clear(part(weight.grad), mask)
 
     def after_weight_step(self) -> None:
         """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
@@ -190,7 +190,7 @@ class AuxiliaryParameters:
         if not G:
             return True
         M = [self.M[i] for i in which]
-        mean_square = float(torch.stack(torch._foreach_norm(G)).square().sum()) / sum(m.numel() for m in M)
+        mean_square = self._mean_square(G, which)
         if not math.isfinite(mean_square):
             return False
         torch._foreach_div_(G, self.scale.update(mean_square) or 1.0)
@@ -213,7 +213,7 @@ class AuxiliaryParameters:
         for i, (T, dormant, M, bits) in enumerate(parts):
             W = latent(T, bits, dormant)
             self.kept[i] = decide(M, bits)
-            if self.kept[i] < self.floors[i]:
+            if self._too_few(i):
                 keep_best([M], [self.floors[i]], self.floors[i], prune=False)
                 self.kept[i] = decide(M, bits)
             write(T, dormant, bits, W)
@@ -277,7 +277,7 @@ class AuxiliaryParameters:
             state["M"] = [M.clone() for M in self.M]
             state["squares"] = self.squares.state_dict() if self.squares else None
             state["dormant"] = [d[~mask] for d, mask in zip(self.dormant, self.masks(), strict=True)]
-        return state
+        return self._to_save(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment.
@@ -286,6 +286,7 @@ class AuxiliaryParameters:
             AutoPruneError: if the state was made for other layers or shapes; names them.
         """
         _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
+        state = self._to_load(state)
         self.scale.mean_square, self.scale.updates = state["scale"]
         T = self._effective()
         masks = [unpack(packed, t.shape).to(t.device) for packed, t in zip(state["masks"], T, strict=True)]
@@ -302,10 +303,14 @@ class AuxiliaryParameters:
                 d.zero_()[~mask] = values.to(d.device, d.dtype)
         self.after_weight_step()
 
-    # What differs where M is not one entry a weight
+    # What differs where M is not one entry a weight, or where weights are sharded
+
+    def _check_values(self, initial: InitialM) -> None:
+        for name, T in zip(self.weights, self._effective(), strict=True):
+            check_values(name, T, initial)
 
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        return [_initial(T, initial, scale) for T in self._effective()]
+        return [initial_m(T, initial, scale) for T in self._effective()]
 
     def _sensitivity(self, dL_dT: Sequence[Tensor | None]) -> tuple[list[int], list[Tensor]]:
         """The numbers of the M that the gradients say something of, and what they say."""
@@ -316,8 +321,20 @@ class AuxiliaryParameters:
     def _press(self, G: list[Tensor], mu: float) -> None:
         torch._foreach_add_(G, mu)
 
+    def _mean_square(self, G: Sequence[Tensor], which: Sequence[int]) -> float:
+        return float(torch.stack(torch._foreach_norm(list(G))).square().sum()) / sum(g.numel() for g in G)
+
+    def _too_few(self, i: int) -> bool:
+        return self.kept[i] < self.floors[i]
+
+    def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
+        return state
+
+    def _to_load(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return state
+
     def _effective(self) -> list[Tensor]:
-        return [weight.detach() for weight in self.weights.values()]
+        return [part(weight) for weight in self.weights.values()]
 
 
 def write(T: Tensor, dormant: Tensor, bits: Tensor, W: Tensor) -> None:
@@ -331,7 +348,8 @@ def latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
     return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
 
 
-def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
+def initial_m(T: Tensor, initial: InitialM, scale: float) -> Tensor:
+    """The m that a layer starts with."""
     wide = at_least_float32(T)
     if initial == "constant":
         return torch.full_like(wide, scale)
@@ -340,7 +358,8 @@ def _initial(T: Tensor, initial: InitialM, scale: float) -> Tensor:
     return wide.abs() * (scale / torch.where(std > 1e-6 * largest, std, largest))  # equal weights have no spread
 
 
-def _check_values(name: str, T: Tensor, initial: InitialM) -> None:
+def check_values(name: str, T: Tensor, initial: InitialM) -> None:
+    """Raises if a layer's weights give no M to start with."""
     if not T.isfinite().all():
         raise AutoPruneError(f"Layer {name!r} has weights that are not finite: the training has diverged.")
     if initial == "magnitude" and T.count_nonzero() == 0:

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_callback import Manual, TwoOptimizers
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -28,6 +28,10 @@ def no_process_group_is_left():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(data())
+
+
+class AnotherStrategy(SingleDeviceStrategy):
+    pass
 
 
 class LBFGS(Net):
@@ -114,8 +118,8 @@ class Forgetful(Net):
         ),
         (
             AutoPruneCallback(),
-            {"strategy": ModelParallelStrategy()},
-            r"under ModelParallelStrategy yet: use one device \(`Trainer\(devices=1\)`\) or `strategy=\"ddp\"`",
+            {"strategy": AnotherStrategy("cpu")},
+            r"under AnotherStrategy yet: use one device \(`Trainer\(devices=1\)`\), `strategy=\"ddp\"`, or FSDP2 by",
         ),
         (
             AutoPruneCallback(held_out=0.25, redraw_held_out=False),
