@@ -29,7 +29,7 @@ class ShardedParameters(AuxiliaryParameters):
 
     def update_masks(self) -> None:
         """Decides anew which weights are kept, and writes T = W ⊙ h(M) into them."""
-        kept = self._sums([int(torch.count_nonzero(M > 0)) for M in self.M])
+        kept = sum_over_ranks(torch.stack([torch.count_nonzero(M > 0) for M in self.M])).tolist()
         for i, floor in enumerate(self.floors):
             if kept[i] < floor:
                 self._keep_best([i], floor, prune=False)
@@ -60,7 +60,8 @@ class ShardedParameters(AuxiliaryParameters):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment."""
         super().load_state_dict(state)
-        self.kept = self._sums(self.kept)
+        device = next(iter(self.weights.values())).device
+        self.kept = sum_over_ranks(torch.tensor(self.kept, device=device)).tolist()
 
     # What differs where a rank has a part of each weight
 
@@ -78,10 +79,6 @@ class ShardedParameters(AuxiliaryParameters):
 
     def _too_few(self, i: int) -> bool:
         return False  # all ranks together have been looked at
-
-    def _sums(self, numbers: Sequence[int]) -> list[int]:
-        device = next(iter(self.weights.values())).device
-        return [int(n) for n in sum_over_ranks(torch.tensor(numbers, device=device)).tolist()]
 
     def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         masks = self._wholes(self.masks())

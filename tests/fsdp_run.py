@@ -53,6 +53,18 @@ class Partly(Sharded):
         fully_shard(self.first, mesh=self.device_mesh["data_parallel"])
 
 
+class Replicated(Sharded):
+    def configure_model(self) -> None:
+        fully_shard(self, mesh=self.device_mesh)
+
+
+class Stop(Callback):
+    """Ends the training while masks still change."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 16
+
+
 def strategy(file: bool = True, tensor: int = 1) -> ModelParallelStrategy:
     return ModelParallelStrategy(RANKS // tensor, tensor, save_distributed_checkpoint=not file)
 
@@ -89,10 +101,10 @@ def after_a_pass(module: Any, batch: Any) -> Tensor:
 
 
 def bad_losses(folder: Path, loss_fn: Callable[[Any, Any], Tensor]) -> dict[str, Any]:
-    """One held-out loss that is not finite in each epoch of eight steps."""
+    """Two held-out losses that are not finite, one of them in the step that makes the masks final."""
 
     def sometimes(module: Any, batch: Any) -> Tensor:
-        bad = module.trainer.global_step % 8 == 4
+        bad = module.trainer.global_step in (4, 26)
         return loss_fn(module, batch) if bad else nn.functional.cross_entropy(module(batch[0]), batch[1])
 
     return run(folder, model=partial(Sharded, blocks=()), options={"loss_fn": sometimes})
@@ -172,11 +184,14 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "whole": lambda folder: resumed(folder, RANKS, None, file=True),
     "half": lambda folder: resumed(folder / "again", RANKS, folder / "file" / "epoch=2.ckpt", file=True),
     "frozen": lambda folder: resumed(folder / "again", RANKS, folder / "file" / "epoch=3.ckpt", file=True),
+    "from one": lambda folder: resumed(folder / "again", RANKS, folder / "alone" / "file" / "epoch=2.ckpt", file=True),
+    "stopped": lambda folder: run(folder, callbacks=[Stop()], logger=csv_logger(folder / "stopped")),
     "whole, in parts": lambda folder: resumed(folder, RANKS, None, file=False),
     "half, in parts": lambda folder: resumed(folder / "again", RANKS, folder / "parts" / "epoch=2.ckpt", file=False),
     "round trips": round_trips,
     "neurons": lambda folder: refused(folder, options={"granularity": "neuron"}),
     "tensor parallel": lambda folder: refused(folder, strategy=strategy(tensor=RANKS)),
+    "replicated": lambda folder: refused(folder, model=Replicated()),
     "not sharded": lambda folder: refused(folder, model=Partly()),
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
     "artifact": lambda folder: refused(folder, options={"log_artifact": True}),

@@ -8,7 +8,7 @@ import torch
 from helpers import rows, same
 from processes import run_on_two_ranks
 
-REFUSED = ("neurons", "tensor parallel", "not sharded", "fixed", "artifact", "averages")
+REFUSED = ("neurons", "tensor parallel", "replicated", "not sharded", "fixed", "artifact", "averages")
 PRUNED = [name for name in fsdp_run.RUNS if name not in (*REFUSED, "round trips")]
 WEIGHTS = ("first.weight", "last.weight", "one.weight")
 
@@ -16,6 +16,7 @@ WEIGHTS = ("first.weight", "last.weight", "one.weight")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
+    fsdp_run.resumed(folder / "alone", 1, None, file=True)  # from which one of the runs goes on
     run_on_two_ranks("fsdp_run.py", folder)
     return folder
 
@@ -37,8 +38,9 @@ def test_masks_and_weights_are_the_same_bits_on_both_ranks(ranks, name):
 def test_the_target_is_met_exactly_by_true_zeros(ranks, name):
     found = ranks[1][name][0]
     weights = [found["state"][key] for key in WEIGHTS]
-    kept = round((0.25 if name == "floors" else 0.3) * sum(weight.numel() for weight in weights))
-    assert sum(int(weight.count_nonzero()) for weight in weights) == kept
+    if name != "stopped":
+        kept = round((0.25 if name == "floors" else 0.3) * sum(weight.numel() for weight in weights))
+        assert sum(int(weight.count_nonzero()) for weight in weights) == kept
     assert same(torch.cat([weight.flatten() != 0 for weight in weights]), found["masks"][-1])
     assert all(int(weight.count_nonzero()) > 0 for weight in weights)
 
@@ -89,13 +91,18 @@ def test_resuming_gives_the_same_bits(ranks, whole, rest):
 def test_a_sharded_run_goes_on_with_one_process(ranks, folder, tmp_path):
     found = fsdp_run.resumed(tmp_path, 1, folder / "file" / "epoch=2.ckpt", file=True)
     assert found["sparsity"] == ranks[0]["half"][0]["sparsity"]
-    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"])
+    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"]) == len(ranks[0]["from one"][0]["masks"])
 
 
 def test_the_checkpoint_of_one_file_is_of_whole_plain_tensors_with_the_zeros(ranks, folder):
     saved = torch.load(folder / "file" / "epoch=4.ckpt", weights_only=False)
     assert all(type(value) is torch.Tensor for value in saved["state_dict"].values())
     assert same([saved["state_dict"][key] for key in WEIGHTS], [ranks[0]["whole"][0]["state"][key] for key in WEIGHTS])
+
+
+def test_training_that_ends_early_leaves_what_is_pruned_so_far(ranks, folder):
+    found, logged = ranks[0]["stopped"][0], rows(folder / "stopped")
+    assert 0 < logged[-1]["autoprune/sparsity"] == found["sparsity"] < 0.69
 
 
 def test_rank_zero_logs_what_is_true_of_whole_layers(ranks, folder):
@@ -119,6 +126,8 @@ def test_what_does_not_go_with_sharded_weights_is_refused(ranks):
         "averages": f'AutoPruneError: EMAWeightAveraging {yet} `strategy="ddp"`.',
         "tensor parallel": "AutoPruneError: `tensor_parallel_size` of ModelParallelStrategy is 2, and weights are"
         " pruned that are sharded over data-parallel ranks alone: use `data_parallel_size=2, tensor_parallel_size=1`.",
+        "replicated": "AutoPruneError: Layer 'first' is not sharded over all 2 ranks but laid out as (Replicate(),"
+        ' Shard(dim=0)) over 2: call `fully_shard` with `mesh=self.device_mesh["data_parallel"]`.',
         "not sharded": "AutoPruneError: Layer 'last' is not sharded, so that its weights would differ between the"
         " ranks: apply `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer.",
         "fixed": "AutoPruneError: One part of the training set can't be held out for the whole run on 2 ranks, each of"
