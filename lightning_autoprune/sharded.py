@@ -108,7 +108,8 @@ class ShardedParameters(AuxiliaryParameters):
         return own
 
     def _wholes(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        return [whole(x, weight) for x, weight in zip(parts, self.weights.values(), strict=True)]
+        # one after the other to the CPU: a device may have no room for all of them
+        return [whole(x, weight).cpu() for x, weight in zip(parts, self.weights.values(), strict=True)]
 
     def _parts(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         return [part_of(x, weight) for x, weight in zip(wholes, self.weights.values(), strict=True)]
