@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_autoprune.pruner import Pruner
+from lightning_autoprune.shards import part, part_of
 
 __all__ = ["prune_again", "prune_averages", "zero"]
 
@@ -42,7 +43,7 @@ def _zero_all(weights: Iterable[Tensor], pruner: Pruner) -> None:
 @torch.no_grad()
 def zero(weight: Tensor, mask: Tensor) -> None:
     """Sets a weight to 0 where its mask, which may be on another device, is False."""
-    weight.masked_fill_(~mask.to(weight.device), 0)
+    part(weight).masked_fill_(~part_of(mask, weight).to(weight.device), 0)
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_autoprune.compatibility import check_trainer, has_stepped, trained_weights
+from lightning_autoprune.compatibility import (
+    check_sharding,
+    check_shards,
+    check_trainer,
+    has_stepped,
+    trained_weights,
+)
 from lightning_autoprune.errors import check_range
 from lightning_autoprune.estimators import Estimator
 from lightning_autoprune.initial import InitialM
@@ -190,6 +196,7 @@ class AutoPruneCallback(Callback):
             return
         self._loaded = None
         check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.loss_fn is not None)
+        check_sharding(trainer, self.settings.granularity == "neuron", self.log_artifact)
         self._source.clock = self._steps_done
         self._source.setup(trainer)
 
@@ -224,6 +231,7 @@ class AutoPruneCallback(Callback):
         if self._loaded:  # layers that were thawed may be frozen again for now
             pruned = self._loaded["layers"]
             weights = {n: w for n, w in self._candidates(pl_module).items() if n in weights or n in pruned}
+        check_shards(trainer, weights)
         needed = None
         if not self._source.holds_out:
             needed = 'held_out="train"'

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.amp import GradScaler
@@ -21,8 +21,11 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.shards import is_sharded
 
 __all__ = [
+    "check_sharding",
+    "check_shards",
     "check_trainer",
     "grad_scaler",
     "has_stepped",
@@ -52,10 +55,10 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
     module, callbacks = trainer.lightning_module, _callbacks(trainer)
     if sum(isinstance(callback, kind) for callback in callbacks) > 1:
         raise AutoPruneError("The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one.")
-    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy):
+    if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):
         raise AutoPruneError(
             f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one device"
-            ' (`Trainer(devices=1)`) or `strategy="ddp"`.'
+            ' (`Trainer(devices=1)`), `strategy="ddp"`, or FSDP2 by `ModelParallelStrategy`.'
         )
     if getattr(trainer.strategy, "_model_averaging_period", None) is not None:
         raise AutoPruneError(
@@ -72,6 +75,66 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
             f"`training_step` of {type(module).__name__} takes a `dataloader_iter`, of which no batch can be held out:"
             ' take a `batch`, or pass `held_out="train"`.'
         )
+
+
+def check_sharding(trainer: Trainer, neurons: bool, artifact: bool) -> None:
+    """Raises for what does not go with weights that are sharded, before any data is loaded.
+
+    Args:
+        trainer: the trainer that is about to fit; other strategies than ``ModelParallelStrategy`` pass.
+        neurons: whether neurons are pruned.
+        artifact: whether the pruned checkpoint is to be an artifact.
+
+    Raises:
+        AutoPruneError: for tensor parallelism, neurons, an artifact, and averages of the weights.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    if (ranks := trainer.strategy.device_mesh["tensor_parallel"].size()) > 1:
+        raise AutoPruneError(
+            f"`tensor_parallel_size` of ModelParallelStrategy is {ranks}, and weights are pruned that are sharded over"
+            f" data-parallel ranks alone: use `data_parallel_size={trainer.world_size}, tensor_parallel_size=1`."
+        )
+    averages = [c for c in _callbacks(trainer) if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+    problems = {
+        '`granularity="neuron"`': neurons,
+        "`log_artifact=True`": artifact,
+        ", ".join(type(average).__name__ for average in averages): bool(averages),
+    }
+    for what, found in problems.items():
+        if found:
+            raise AutoPruneError(
+                f"{what} does not work with weights that are sharded (ModelParallelStrategy) yet: leave it out, or use"
+                ' `strategy="ddp"`.'
+            )
+
+
+def check_shards(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
+    """Raises unless each weight is sharded over all ranks, if the strategy is ``ModelParallelStrategy``.
+
+    Raises:
+        AutoPruneError: naming the layer.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return
+    for name, weight in weights.items():
+        if not is_sharded(weight):
+            raise AutoPruneError(
+                f"Layer {name!r} is not sharded, so that its weights would differ between the ranks: apply"
+                " `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer."
+            )
+        mesh = weight.device_mesh
+        if mesh.size() < trainer.world_size or not all(place.is_shard() for place in weight.placements):
+            raise AutoPruneError(
+                f"Layer {name!r} is not sharded over all {trainer.world_size} ranks but laid out as"
+                f" {weight.placements} over {mesh.size()}: call `fully_shard` with"
+                ' `mesh=self.device_mesh["data_parallel"]`.'
+            )
+        if weight.device.type != trainer.strategy.root_device.type:
+            raise AutoPruneError(
+                f"Layer {name!r} is on the {weight.device.type}, and the model runs on"
+                f" {trainer.strategy.root_device.type}: leave the `CPUOffloadPolicy` out."
+            )
 
 
 def trained_weights(

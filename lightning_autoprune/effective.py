@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_autoprune.buckets import Bucket, fill, pieces
 from lightning_autoprune.masks import PackedMask, as_bits, clear, packed_if_large
+from lightning_autoprune.shards import part
 
 __all__ = ["EffectiveWeights", "numbers"]
 
@@ -82,7 +83,7 @@ class EffectiveWeights:
         """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
         for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
             if weight.grad is not None:
-                clear(weight.grad, mask)
+                clear(part(weight.grad), mask)
 
     def after_weight_step(self) -> None:
         """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
@@ -163,7 +164,7 @@ class EffectiveWeights:
         return [found[i] for i in range(len(found))]
 
     def _effective(self) -> list[Tensor]:
-        return [weight.detach() for weight in self.weights.values()]
+        return [part(weight) for weight in self.weights.values()]
 
 
 def latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
 from lightning_autoprune.report import Report
+from lightning_autoprune.shards import is_sharded, part
 from lightning_autoprune.shield import held_out_gradients
 from lightning_autoprune.sources import Source
 
@@ -69,7 +70,7 @@ class MaskGradients:
         owns = any(optimizer is owner for owner in self._optimizers)
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
             weights = self._trained()
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights.values()]
+            gradients = [torch.zeros_like(part(w)) if w.grad is None else part(w.grad) for w in weights.values()]
             if scaler and (scale := scale_left(scaler, optimizer)) != 1:
                 gradients = list(torch._foreach_div(gradients, scale))
             if self._source.holds_out:
@@ -93,11 +94,15 @@ class MaskGradients:
                 self._step(own)
             return
         tensors = list(weights.values())
-        result = held_out_gradients(trainer, batch, tensors, self._loss_fn, self._seed, self._pruner.step, agree=agree)
+        sharded = any(is_sharded(weight) for weight in tensors)  # the backward pass takes the mean over the ranks then
+        seeds, factor = (self._seed, self._pruner.step), self._source.weight if sharded else 1.0
+        result = held_out_gradients(trainer, batch, tensors, self._loss_fn, *seeds, agree=agree, factor=factor)
         if isinstance(result, str):
             self._bad_loss(f"the held-out loss is {result}")
             return
-        loss, *gradients = mean_over_ranks([result[0], *result[1]], self._source.weight, ranks)
+        sent = [result[0]] if sharded else [result[0], *result[1]]
+        loss, *gradients = mean_over_ranks(sent, self._source.weight, ranks)
+        gradients = gradients or result[1]
         self._report.held_out_loss(float(loss))
         if own.keys() == weights.keys():
             share = self._source.share

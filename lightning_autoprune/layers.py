@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.shards import reshard
 
 __all__ = ["being_pruned", "prunable_weights"]
 
@@ -53,6 +54,7 @@ def prunable_weights(
         >>> {name: tuple(weight.shape) for name, weight in prunable_weights(model, exclude=["2"]).items()}
         {'0': (3, 4)}
     """
+    reshard(model)
     chosen = _choose(model, include, exclude)
     weights: dict[str, nn.Parameter] = {}
     embeddings = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]

@@ -16,6 +16,8 @@ from lightning_autoprune.masks import check_count
 from lightning_autoprune.neurons import COSTS, Cost, NeuronParameters, Neurons
 from lightning_autoprune.pressure import PressureController, target_path
 from lightning_autoprune.rules import UPDATE_RULES, UpdateRule
+from lightning_autoprune.sharded import ShardedParameters
+from lightning_autoprune.shards import is_sharded, whole
 
 __all__ = ["Granularity", "Phases", "Pruner", "Settings"]
 
@@ -224,16 +226,22 @@ class Pruner:
         return self.auxiliary.layer_sparsity() if self.auxiliary else dict.fromkeys(self.weights, 0.0)
 
     def masks(self) -> list[Tensor]:
-        """Bool tensors, True where a weight is kept, in the order of the weights; empty in the dense phase."""
-        return self.auxiliary.masks() if self.auxiliary else []
+        """Bool tensors, True where a weight is kept, in the order of the weights; empty in the dense phase.
+
+        To be called on all ranks where weights are sharded, as :attr:`M`.
+        """
+        masks = self.auxiliary.masks() if self.auxiliary else []
+        return [whole(mask, weight) for mask, weight in zip(masks, self.weights.values(), strict=False)]
 
     @property
     def M(self) -> dict[str, Tensor]:  # noqa: N802
         """The auxiliary parameters by layer name (of channels, under ``"neurons"``); empty but while pruning."""
         if self.auxiliary is None or self.auxiliary.frozen:
             return {}
-        names = self.weights if self.neurons is None else ["neurons"]
-        return dict(zip(names, self.auxiliary.M, strict=True))
+        if self.neurons is not None:
+            return {"neurons": self.auxiliary.M[0]}
+        parts = zip(self.weights.items(), self.auxiliary.M, strict=True)
+        return {name: whole(M, weight) for (name, weight), M in parts}
 
     @property
     def last(self) -> bool:
@@ -296,9 +304,10 @@ class Pruner:
             "leaky_slope": s.leaky_slope,
             "layer_floor": s.layer_floor,
         }
-        if self.neurons is None:
-            return AuxiliaryParameters(weights, **options)
-        return NeuronParameters(weights, self.neurons, **options)
+        if self.neurons is not None:
+            return NeuronParameters(weights, self.neurons, **options)
+        sharded = any(is_sharded(weight) for weight in weights.values())
+        return (ShardedParameters if sharded else AuxiliaryParameters)(weights, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights."""

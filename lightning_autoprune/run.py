@@ -20,6 +20,7 @@ from lightning_autoprune.monitored import best_values
 from lightning_autoprune.plan import plan
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
+from lightning_autoprune.shards import reshard
 from lightning_autoprune.sources import Source
 from lightning_autoprune.summary import LayerSummary, summarise
 
@@ -80,6 +81,7 @@ class Run:
             prune_averages(trainer, self.pruner)
         else:
             being_pruned.update(self._module.modules())
+        reshard(self._module)  # the example may have left copies of the weights as they were
         self._handles = [o.register_step_post_hook(self._after_weight_step) for o in self._optimizers]
 
     def take_in(self, candidates: Mapping[str, nn.Parameter]) -> None:
@@ -152,7 +154,7 @@ class Run:
     def layers(self) -> list[LayerSummary]:
         """A row for each layer."""
         revived = dict(zip(self.pruner.weights, self.report.history.revived, strict=True))
-        return summarise(self.pruner.weights, self._flops(), revived)
+        return summarise(self.pruner.weights, self._flops(), revived, self.pruner.layer_sparsity())
 
     def log_figures(self, trainer: Trainer, *, ended: bool = False) -> None:
         """Hands the loggers the figures of the run so far."""

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from lightning_autoprune.compatibility import grad_scaler
 from lightning_autoprune.random_numbers import isolated_random
 from lightning_autoprune.rules import at_least_float32
+from lightning_autoprune.shards import gradients, part, running_apart
 
 __all__ = ["held_out_gradients", "shielded"]
 
@@ -100,6 +101,7 @@ def held_out_gradients(
     loss_fn: Callable[[LightningModule, Any], Tensor] | None,
     *seeds: int,
     agree: Callable[[bool], bool] = bool,
+    factor: float = 1.0,
 ) -> tuple[Tensor, list[Tensor]] | str:
     """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
@@ -111,13 +113,14 @@ def held_out_gradients(
         seeds: integers that seed the random numbers inside.
         agree: makes of whether this loss is good whether those of all ranks are; before the backward pass, in which a
             rank may wait for the others.
+        factor: what the gradients are multiplied by.
 
     Returns:
-        The loss and one gradient a weight (zeros where the loss does not depend on it), or, where the loss is not
-        a finite scalar, a text that says what it is.
+        The loss and one gradient a weight (zeros where the loss does not depend on it; of sharded weights this rank's
+        part of the mean over the ranks), or, where the loss is not a finite scalar, a text that says what it is.
     """
     module = trainer.lightning_module
-    with shielded(module, *seeds), torch.enable_grad():
+    with shielded(module, *seeds), running_apart(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
             output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -130,14 +133,14 @@ def held_out_gradients(
                 stack.enter_context(_no_hooks(weight))
             scaler = grad_scaler(trainer)  # without it 16-bit gradients would be 0; a few rows have larger ones
             scale = scaler.get_scale() / 16 if scaler else 1.0
-            results = torch.autograd.grad(scale * loss.sum(), list(weights), allow_unused=True)
+            results = gradients(scale * factor * loss.sum(), weights)
     if any(result is None and weight.grad is not None for weight, result in zip(weights, results, strict=True)):
         rank_zero_warn(
             "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
-    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, results, strict=True)]
-    return at_least_float32(loss.detach()), gradients if scale == 1 else list(torch._foreach_div(gradients, scale))
+    found = [torch.zeros_like(part(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
+    return at_least_float32(loss.detach()), found if scale == 1 else list(torch._foreach_div(found, scale))
 
 
 def _problem(loss: Any) -> str:

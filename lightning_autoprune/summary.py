@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_autoprune.shards import is_sharded
+
 __all__ = ["LayerSummary", "aligned", "as_table", "summarise", "total"]
 
 
@@ -50,6 +52,7 @@ def summarise(
     weights: Mapping[str, Tensor],
     flops: Mapping[str, int] | None = None,
     revived: Mapping[str, int] | None = None,
+    sparsity: Mapping[str, float] | None = None,
 ) -> list[LayerSummary]:
     """A row for each weight, whose zeros are counted.
 
@@ -57,6 +60,7 @@ def summarise(
         weights: by layer name, of any shape.
         flops: operations of each dense layer, by name.
         revived: number of weights that came back, by name.
+        sparsity: fraction of zeros, by name, of weights that are sharded, whose zeros one rank alone can't count.
 
     Example:
         >>> import torch
@@ -68,7 +72,7 @@ def summarise(
             name,
             tuple(weight.shape),
             weight.numel(),
-            int(weight.count_nonzero()),
+            round((1 - (sparsity or {})[name]) * weight.numel()) if is_sharded(weight) else int(weight.count_nonzero()),
             (flops or {}).get(name),
             (revived or {}).get(name),
         )

@@ -75,11 +75,11 @@ def held_out(rows: int = 44, batch: int = 11) -> DataLoader[Any]:
     return DataLoader(data(rows, seed=5), batch)
 
 
-def union(folder: Path, ranks: int, held: Any, **options: Any) -> dict[str, Any]:
+def union(folder: Path, ranks: int, held: Any, fit: Any = run, **options: Any) -> dict[str, Any]:
     """In double precision, in which the order of a sum has no say in a mask; each step passes the same rows."""
     sampler = DistributedSampler(data(), ranks, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
     train = DataLoader(data(), BATCH // ranks, sampler=sampler)
-    return run(folder, ranks, options={"held_out": held, **options}, precision="64-true", epochs=5, train=train)
+    return fit(folder, ranks, options={"held_out": held, **options}, precision="64-true", epochs=5, train=train)
 
 
 def resumed(folder: Path, ranks: int, half: Path | None) -> dict[str, Any]:
@@ -161,14 +161,14 @@ def neuron_net() -> Net:
     return model
 
 
-def main() -> None:
+def main(runs: dict[str, Callable[[Path], Any]]) -> None:
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:  # ranks that Lightning starts by itself
         found = run(folder, strategy=sys.argv[2])
         torch.save(found, folder / f"{sys.argv[2]}.pt")
         return
     results = {}
-    for name, function in RUNS.items():
+    for name, function in runs.items():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             results[name] = function(folder), [str(w.message) for w in caught]
@@ -176,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(RUNS)

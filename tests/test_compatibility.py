@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from test_callback import Manual, TwoOptimizers
+from torch.distributed.tensor import Shard
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
+from lightning_autoprune.compatibility import check_shards
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +33,10 @@ def no_process_group_is_left():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(data())
+
+
+class AnotherStrategy(SingleDeviceStrategy):
+    pass
 
 
 class LBFGS(Net):
@@ -114,8 +123,8 @@ class Forgetful(Net):
         ),
         (
             AutoPruneCallback(),
-            {"strategy": ModelParallelStrategy()},
-            r"under ModelParallelStrategy yet: use one device \(`Trainer\(devices=1\)`\) or `strategy=\"ddp\"`",
+            {"strategy": AnotherStrategy("cpu")},
+            r"under AnotherStrategy yet: use one device \(`Trainer\(devices=1\)`\), `strategy=\"ddp\"`, or FSDP2 by",
         ),
         (
             AutoPruneCallback(held_out=0.25, redraw_held_out=False),
@@ -174,6 +183,18 @@ class Forgetful(Net):
 def test_what_can_not_work_is_refused_before_the_first_step(callback, options, message):
     with pytest.raises(AutoPruneError, match=message):
         fit(callback, **{"model": Forgetful(), **options})
+
+
+def test_weights_that_are_offloaded_are_refused():
+    gpu = ModelParallelStrategy()
+    gpu.parallel_devices, gpu.cluster_environment = [torch.device("cuda:0")], LightningEnvironment()
+    trainer: Any = SimpleNamespace(strategy=gpu, world_size=2)
+    mesh = SimpleNamespace(size=lambda: 2)
+    weight: Any = SimpleNamespace(device_mesh=mesh, placements=(Shard(0),), device=torch.device("cpu"))
+    with pytest.raises(AutoPruneError, match=r"Layer 'a' is on the cpu, and the model runs on cuda: leave the `CPUOff"):
+        check_shards(trainer, {"a": weight})
+    weight.device = torch.device("cuda:0")
+    check_shards(trainer, {"a": weight})
 
 
 def test_two_callbacks_of_the_same_class_are_refused_by_lightning_itself():

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import ddp_run
 import pytest
 import torch
 from helpers import rows, same
+from processes import finish, run_on_two_ranks, start
 
-HERE = Path(__file__).parent
-CLUSTER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # of a group in this process
 PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging")]
-
-
-def start(arguments: list[str], **environment: str) -> subprocess.Popen:
-    ours = {name: value for name, value in os.environ.items() if name not in CLUSTER}
-    env = {**ours, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(HERE / "ddp_run.py"), *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(processes: list[subprocess.Popen]) -> None:
-    try:
-        output = [process.communicate(timeout=400)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(output)[-6000:]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    finish([start([str(folder)], **shared, LOCAL_RANK=str(rank)) for rank in range(2)])
+    run_on_two_ranks("ddp_run.py", folder)
     return folder
 
 
@@ -122,7 +95,7 @@ def test_what_does_not_go_with_ranks_is_refused(ranks):
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
 def test_ranks_that_lightning_starts_by_itself_prune_too(tmp_path, strategy):
-    finish([start([str(tmp_path), strategy])])
+    finish([start("ddp_run.py", [str(tmp_path), strategy])])
     found = torch.load(tmp_path / f"{strategy}.pt", weights_only=False)
     assert found["metrics"]["autoprune/sparsity"] == pytest.approx(0.7, abs=0.01)
     weights = [found["state"][f"{name}.weight"] for name in ("first", "last")]

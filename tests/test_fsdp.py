@@ -1,0 +1,135 @@
+"""Two real processes whose weights are sharded (FSDP2, gloo): every fit of ``fsdp_run`` is made once, and read here."""
+
+from __future__ import annotations
+
+import fsdp_run
+import pytest
+import torch
+from helpers import rows, same
+from processes import run_on_two_ranks
+
+REFUSED = ("neurons", "tensor parallel", "replicated", "not sharded", "fixed", "artifact", "averages")
+PRUNED = [name for name in fsdp_run.RUNS if name not in (*REFUSED, "round trips")]
+WEIGHTS = ("first.weight", "last.weight", "one.weight")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    fsdp_run.resumed(folder / "alone", 1, None, file=True)  # from which one of the runs goes on
+    run_on_two_ranks("fsdp_run.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_masks_and_weights_are_the_same_bits_on_both_ranks(ranks, name):
+    one, two = (found[name][0] for found in ranks)
+    assert same(one["masks"], two["masks"])
+    assert all(same(one["state"][key], two["state"][key]) for key in WEIGHTS)
+    assert len(one["masks"]) > 5
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_the_target_is_met_exactly_by_true_zeros(ranks, name):
+    found = ranks[1][name][0]
+    weights = [found["state"][key] for key in WEIGHTS]
+    if name != "stopped":
+        kept = round((0.25 if name == "floors" else 0.3) * sum(weight.numel() for weight in weights))
+        assert sum(int(weight.count_nonzero()) for weight in weights) == kept
+    assert same(torch.cat([weight.flatten() != 0 for weight in weights]), found["masks"][-1])
+    assert all(int(weight.count_nonzero()) > 0 for weight in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("train", {"held": "train"}),
+        ("loader", {"held": fsdp_run.held_out()}),  # of eleven rows, six for one rank and five for the other
+        ("both", {"held": fsdp_run.held_out(), "train_gradients": True}),
+        ("floors", {"held": "train", **fsdp_run.FLOORS}),
+    ],
+)
+def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks, tmp_path, name, options):
+    alone, two = fsdp_run.union(tmp_path, 1, fit=fsdp_run.double, **options), ranks[0][name][0]
+    assert same(alone["masks"], two["masks"])
+    for key, value in alone["state"].items():
+        torch.testing.assert_close(two["state"][key], value)
+    if loss := alone["metrics"].get("autoprune/held_out_loss"):
+        assert two["metrics"]["autoprune/held_out_loss"] == pytest.approx(loss)
+
+
+def test_the_held_out_pass_leaves_no_trace_in_the_gradients(ranks):
+    found = ranks[0]["traces"][0]
+    assert found["kept"] == [True] * len(found["masks"])
+    assert found["complete"] == len(found["masks"])
+
+
+def test_a_held_out_loss_that_is_not_finite_leaves_no_stale_weights(ranks):
+    assert same(ranks[0]["after a pass"][0], ranks[0]["without a pass"][0])
+    assert "the held-out loss is bad on another rank" in " ".join(ranks[0]["not finite"][1])
+
+
+def test_whole_tensors_are_cut_up_and_gathered_again(ranks):
+    assert [found["round trips"][0] for found in ranks] == [[True] * 12] * 2
+
+
+@pytest.mark.parametrize(
+    ("whole", "rest"), [("whole", "half"), ("whole", "frozen"), ("whole, in parts", "half, in parts")]
+)
+def test_resuming_gives_the_same_bits(ranks, whole, rest):
+    whole, rest = (ranks[0][name][0] for name in (whole, rest))
+    assert same(whole["masks"][-len(rest["masks"]) :], rest["masks"])
+    ours = [key for key in whole["state"] if "running" not in key]  # each rank has its own, and one of them is saved
+    assert same([whole["state"][key] for key in ours], [rest["state"][key] for key in ours])
+
+
+def test_a_sharded_run_goes_on_with_one_process(ranks, folder, tmp_path):
+    found = fsdp_run.resumed(tmp_path, 1, folder / "file" / "epoch=2.ckpt", file=True)
+    assert found["sparsity"] == ranks[0]["half"][0]["sparsity"]
+    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"]) == len(ranks[0]["from one"][0]["masks"])
+
+
+def test_the_checkpoint_of_one_file_is_of_whole_plain_tensors_with_the_zeros(ranks, folder):
+    saved = torch.load(folder / "file" / "epoch=4.ckpt", weights_only=False)
+    assert all(type(value) is torch.Tensor for value in saved["state_dict"].values())
+    assert same([saved["state_dict"][key] for key in WEIGHTS], [ranks[0]["whole"][0]["state"][key] for key in WEIGHTS])
+
+
+def test_training_that_ends_early_leaves_what_is_pruned_so_far(ranks, folder):
+    found, logged = ranks[0]["stopped"][0], rows(folder / "stopped")
+    assert 0 < logged[-1]["autoprune/sparsity"] == found["sparsity"] < 0.69
+
+
+def test_rank_zero_logs_what_is_true_of_whole_layers(ranks, folder):
+    logged, found = rows(folder / "logs"), ranks[0]["redrawn"][0]
+    assert logged[-1]["autoprune/sparsity"] == found["sparsity"]
+    assert sum(row["autoprune/pruned"] - row["autoprune/revived"] for row in logged) == sum(
+        int((found["state"][key] == 0).sum()) for key in WEIGHTS
+    )
+    table = (folder / "logs" / "autoprune_layers.csv").read_text().splitlines()[1:]
+    assert [int(line.split(",")[3]) for line in table] == [int(found["state"][key].count_nonzero()) for key in WEIGHTS]
+    assert ranks[0]["example"][0]["metrics"]["autoprune/flops"] == pytest.approx(1 - found["sparsity"])
+
+
+def test_what_does_not_go_with_sharded_weights_is_refused(ranks):
+    texts = {name: ranks[0][name][0] for name in REFUSED}
+    assert texts == {name: ranks[1][name][0] for name in REFUSED}
+    yet = "does not work with weights that are sharded (ModelParallelStrategy) yet: leave it out, or use"
+    assert texts == {
+        "neurons": f'AutoPruneError: `granularity="neuron"` {yet} `strategy="ddp"`.',
+        "artifact": f'AutoPruneError: `log_artifact=True` {yet} `strategy="ddp"`.',
+        "averages": f'AutoPruneError: EMAWeightAveraging {yet} `strategy="ddp"`.',
+        "tensor parallel": "AutoPruneError: `tensor_parallel_size` of ModelParallelStrategy is 2, and weights are"
+        " pruned that are sharded over data-parallel ranks alone: use `data_parallel_size=2, tensor_parallel_size=1`.",
+        "replicated": "AutoPruneError: Layer 'first' is not sharded over all 2 ranks but laid out as (Replicate(),"
+        ' Shard(dim=0)) over 2: call `fully_shard` with `mesh=self.device_mesh["data_parallel"]`.',
+        "not sharded": "AutoPruneError: Layer 'last' is not sharded, so that its weights would differ between the"
+        " ranks: apply `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer.",
+        "fixed": "AutoPruneError: One part of the training set can't be held out for the whole run on 2 ranks, each of"
+        " which draws its own rows: use `redraw_held_out=True` or a DataLoader.",
+    }
