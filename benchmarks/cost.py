@@ -5,7 +5,8 @@
 Each round times the same steps of every mode, one after the other, under a Lightning Trainer; the ratios are medians
 over the rounds. ``frozen``: masks are final. ``pruning``: the default, a quarter of each batch held out. ``train``: M
 follows the training gradients. ``ModelPruning``: Lightning's own, once it has pruned. Memory (Linux only) is the peak
-of a process of its own, less what it held before the model was made. As the model grows:
+of a process of its own, less what it held before the model was made. A row a network is added to
+``results/cost.csv``; the last one counts. As the model grows:
 
     python benchmarks/cost.py --networks mlp-100k mlp-1m mlp-10m mlp-100m 100-layers --steps 20 --rounds 5
 """
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.report import markdown
+from harness.results import read, write_row
 from harness.training import quiet, quiet_trainer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelPruning
@@ -31,7 +34,9 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.demo.data import Split, loader
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
+from lightning_autoprune.layers import prunable_weights
 
+RESULTS = Path(__file__).parent / "results" / "cost.csv"
 PEAK_STEPS = 12  # of an epoch, where memory is measured; in ``frozen`` the masks are final after two
 
 
@@ -50,6 +55,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mlp-100m": lambda: mlp(9600),
     "100-layers": lambda: mlp(64, 98),
 }
+LABELS = {
+    "lenet-300-100": "LeNet-300-100",
+    "lenet-5": "LeNet-5",
+    "mlp-100k": "MLP of 0.1M weights",
+    "mlp-1m": "MLP of 1M weights",
+    "mlp-10m": "MLP of 10M weights",
+    "mlp-100m": "MLP of 100M weights",
+    "100-layers": "100 layers of 64 neurons",
+}
 MODES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "frozen": {"finetune": 0.95, "held_out": "train"},
@@ -57,6 +71,9 @@ MODES: dict[str, dict[str, Any] | None] = {
     "train": {"finetune": 0.0, "held_out": "train"},
     "ModelPruning": None,
 }
+
+
+OTHERS = [mode for mode in MODES if mode != "dense"]
 
 
 class Clock(Callback):
@@ -97,6 +114,38 @@ def peak(network: str, mode: str, batch: int) -> float:
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def measure(network: str, rounds: int, steps: int, batch: int) -> dict[str, object]:
+    """A row: the dense network's time and memory, and those of the other modes / these."""
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for _ in range(rounds):
+        for mode in MODES:
+            times[mode].append(fit(network, mode, steps, batch))
+    peaks = {mode: peak(network, mode, batch) for mode in MODES}
+    weights = sum(weight.numel() for weight in prunable_weights(NETWORKS[network]()).values())
+    row: dict[str, object] = {"network": network, "weights": weights, "batch": batch}
+    row |= {"step_ms": round(statistics.median(times["dense"]), 3), "peak_mib": round(peaks["dense"])}
+    for mode in OTHERS:
+        ratio = statistics.median(x / y for x, y in zip(times[mode], times["dense"], strict=True))
+        row |= {f"{mode}_time": round(ratio, 3), f"{mode}_memory": round(peaks[mode] / peaks["dense"], 3)}
+    return row
+
+
+def tables(rows: list[dict[str, str]]) -> str:
+    """The README's table: times, then memory."""
+    lines = [
+        [f"step and epoch, {LABELS[row['network']]}", f"{float(row['step_ms']):.2f} ms", *ratios(row, "time")]
+        for row in rows
+    ]
+    lines += [
+        [f"peak memory, {LABELS[row['network']]}", f"{row['peak_mib']} MiB", *ratios(row, "memory")] for row in rows
+    ]
+    return markdown(["", "dense", "frozen masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines)
+
+
+def ratios(row: dict[str, str], figure: str) -> list[str]:
+    return [f"×{float(row[f'{mode}_{figure}']):.2f}" for mode in OTHERS]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["lenet-300-100", "lenet-5", "mlp-10m"])
@@ -104,6 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of an epoch; the second of two is timed")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where a row for each network is added")
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet(args.threads)
@@ -115,25 +165,11 @@ def main() -> None:
         print(memory("VmHWM") - before)
         return
 
-    others = [mode for mode in MODES if mode != "dense"]
-    header = f"{'dense':>10}" + "".join(f"{mode + ' ÷ dense':>18}" for mode in others)
-    print(f"{'time of a step':<16}{header}")
     for network in args.networks:
-        times: dict[str, list[float]] = {mode: [] for mode in MODES}
-        for _ in range(args.rounds):
-            for mode in MODES:
-                times[mode].append(fit(network, mode, args.steps, args.batch))
-        line = f"{network:<16}{statistics.median(times['dense']):>7.2f} ms"
-        for mode in others:
-            ratio = statistics.median(x / y for x, y in zip(times[mode], times["dense"], strict=True))
-            line += f"{ratio:>18.2f}"
-        print(line, flush=True)
-
-    print(f"\n{'peak memory':<16}{header}")
-    for network in args.networks:
-        dense = peak(network, "dense", args.batch)
-        ratios = [peak(network, mode, args.batch) / dense for mode in others]
-        print(f"{network:<16}{dense:>6.0f} MiB" + "".join(f"{ratio:>18.2f}" for ratio in ratios), flush=True)
+        write_row(args.results, measure(network, args.rounds, args.steps, args.batch))
+        print(tables([read(args.results)[-1]]), flush=True)
+    last = {row["network"]: row for row in read(args.results)}
+    print("\n" + tables(list(last.values())))
 
 
 if __name__ == "__main__":

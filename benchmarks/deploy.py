@@ -136,7 +136,7 @@ def main() -> None:
         granularity = options.get("granularity", "weight")
         run = Run(task, granularity, compression or options["target_flops"], args.epochs or epochs, 0)
         if task in args.tasks and missing(args.results, [run]):
-            write_row(args.results, run, figures(run, options, args.data_dir))
+            write_row(args.results, {**run.key(), **figures(run, options, args.data_dir)})
             print(*run.key().values(), flush=True)
     rows = [row for row in read(args.results) if row["task"] in args.tasks]
     names = [

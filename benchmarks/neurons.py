@@ -58,7 +58,7 @@ def main() -> None:
                 run = Run(task, "neuron", target, args.epochs or TASKS[task].epochs, seed)
                 if missing(args.results, [run]):
                     found = figures(run, args.data_dir)
-                    write_row(args.results, run, found)
+                    write_row(args.results, {**run.key(), **found})
                     print(*run.key().values(), "→", found, flush=True)
     rows = read(args.results)
     for task in args.tasks:

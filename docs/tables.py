@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from inspect import signature
 from typing import Any
 
 import ablations
+import cost
 import robustness
 from harness.report import markdown
 from harness.results import read
@@ -35,6 +36,8 @@ def substitutions() -> dict[str, str]:
         "ablations_command": _command("ablations.py", _ablation_rows()),
         "sweeps": _sweeps(),
         "sweeps_command": _command("robustness.py", _sweep_rows()),
+        "cost_of_a_weight": _cost_of_a_weight(),
+        "large_models": _large_models(),
     }
 
 
@@ -152,3 +155,49 @@ def _sweeps() -> str:
             values = " ".join(f"{value:g}" for value, _ in sweep)
             lines.append([f"`{name}`", values, " ".join(shown)])
     return markdown([_sweep_task(), "values", "error, %"], lines)
+
+
+BFLOAT16 = {"pruning": 14, "held-out gradients": 2, "state": 10}  # bytes for each weight, as the page counts them
+
+
+def _nanoseconds() -> dict[str, float]:
+    """What each mode adds to a training step for each weight of the largest network."""
+    row = max(read(cost.RESULTS), key=lambda row: (int(row["weights"]), row["date"]))
+    dense = float(row["step_ms"]) * 1e6 / int(row["weights"])
+    return {"weights": int(row["weights"]), "dense": dense} | {
+        mode: dense * (float(row[f"{mode}_time"]) - 1) for mode in cost.OTHERS
+    }
+
+
+def _cost_of_a_weight() -> str:
+    found = _nanoseconds()
+    head = ["nanoseconds for each weight and step", f"of {found['weights'] / 1e6:.0f} million weights"]
+    modes = {
+        "dense": "dense training, a batch of 128",
+        "frozen": "frozen masks, added to it",
+        "pruning": "pruning, default, added to it: with the held-out pass",
+        "train": 'pruning, `"train"`, added to it',
+        "ModelPruning": "Lightning's ModelPruning, added to it",
+    }
+    return markdown(
+        head, [[text, f"{found[mode]:{'' if mode == 'dense' else '+'}.1f}"] for mode, text in modes.items()]
+    )
+
+
+def _large_models() -> str:
+    head = ["", "1B weights, 8 ranks", "70B weights, 64 ranks"]
+    sizes, nanoseconds = ((1e9, 8), (70e9, 64)), _nanoseconds()["train"]
+
+    def gigabytes(text: str, of: Callable[[float, int], float]) -> list[str]:
+        return [text, *(f"{of(weights, ranks) / 1e9:.3g} GB" for weights, ranks in sizes)]
+
+    lines = [
+        gigabytes("memory of a rank while pruning", lambda p, n: BFLOAT16["pruning"] * p / n),
+        gigabytes("and of the held-out gradients", lambda p, n: BFLOAT16["held-out gradients"] * p / n),
+        gigabytes("memory of a rank with frozen masks", lambda p, n: p / n / 8),
+        gigabytes("M in full, once", lambda p, n: 4 * p),
+        gigabytes("state of pruning in a checkpoint", lambda p, n: BFLOAT16["state"] * p),
+        gigabytes("sent by a held-out pass (default)", lambda p, n: 6 * p * (n - 1) / n),
+        ["time of an auxiliary step on one core", *(f"{nanoseconds * p / n / 1e9:.3g} s" for p, n in sizes)],
+    ]
+    return markdown(head, lines)

@@ -56,9 +56,9 @@ def test_equal_seeds_give_equal_outcomes_and_others_do_not():
 def test_a_row_with_other_columns_is_refused_and_one_without_a_figure_has_no_part_in_its_mean(tmp_path):
     path, run = tmp_path / "a.csv", Run("tabular", "gmp", 10.0, 1, 0)
     for error in (1.0, "", 2.0):
-        write_row(path, run, {"error": error})
+        write_row(path, {**run.key(), "error": error})
     with pytest.raises(ValueError, match=r"has the columns \['task', .*: move the file away"):
-        write_row(path, run, {"error": 1.0, "loss": 1.0})
+        write_row(path, {**run.key(), "error": 1.0, "loss": 1.0})
     assert [mean.values for mean in means(read(path), "error", ("task",)).values()] == [(1.0, 2.0)]
 
 
@@ -215,3 +215,14 @@ def test_csr_layers_give_the_same_outputs():
     network[0].weight.data[:, :4] = 0
     inputs = torch.randn(2, 7, 6)
     torch.testing.assert_close(as_csr(network)(inputs), network(inputs))
+
+
+def test_the_cost_of_pruning_is_measured_beside_dense_training(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "cost.py"), "--networks", "mlp-100k", "--rounds", "1", "--steps", "4"]
+    done = subprocess.run([*command, "--results", "a.csv"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "a.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert int(row["weights"]) == 784 * 110 + 110 * 110 + 110 * 10
+    assert all(float(row[f"{mode}_{figure}"]) > 0 for mode in ("frozen", "pruning") for figure in ("time", "memory"))
+    assert f"| {float(row['step_ms']):.2f} ms | ×{float(row['frozen_time']):.2f} |" in done.stdout

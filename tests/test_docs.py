@@ -22,7 +22,7 @@ for _name in ("sphinx", "furo", "myst_parser", "matplotlib"):
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ("settings", "coming_from_modelpruning", "troubleshooting", "api", "mathematics", "changelog")
+PAGES = ("settings", "coming_from_modelpruning", "troubleshooting", "large_models", "api", "mathematics", "changelog")
 RAISED = ("AutoPruneError", "rank_zero_warn", "warn")
 
 

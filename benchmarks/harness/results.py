@@ -58,10 +58,10 @@ def missing(path: Path, runs: Iterable[Run]) -> list[Run]:
 
 def append(path: Path, run: Run, outcome: Outcome) -> None:
     """Adds the row of a run."""
-    write_row(path, run, asdict(outcome))
+    write_row(path, {**run.key(), **asdict(outcome)})
 
 
-def write_row(path: Path, run: Run, figures: Mapping[str, object]) -> None:
+def write_row(path: Path, figures: Mapping[str, object]) -> None:
     """Adds a row of any figures, with the date, the versions and the command.
 
     Raises:
@@ -70,7 +70,6 @@ def write_row(path: Path, run: Run, figures: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"lightning-autoprune": lightning_autoprune, "torch": torch, "lightning": lightning}
     row = {
-        **run.key(),
         **figures,
         "date": datetime.date.today().isoformat(),
         "versions": ", ".join(f"{name} {module.__version__}" for name, module in versions.items()),
