@@ -45,6 +45,8 @@ def headline(saved: Saved) -> str:
         "pruning": "Saved while the masks still changed.",
         "frozen": "The masks are final.",
     }
+    if not whole.weights:
+        return "It has no weights, that is, no tensors of two dimensions or more."
     when = "" if saved.step is None else f" Epoch {saved.epoch}, step {saved.step:,}."
     compression = f"{whole.weights / whole.kept:.1f}×" if whole.kept else "nothing is left"
     return f"{whole.sparsity:.2%} of {whole.weights:,} weights are 0 ({compression}).{when} {words[saved.phase]}"
