@@ -41,4 +41,4 @@ def screenshot(page: Path, picture: Path) -> np.ndarray:
 def has_colour(seen: np.ndarray, colour: str) -> bool:
     """Whether a picture has a hundred pixels of a colour, #RRGGBB, or close to it: scaling changes it a little."""
     aim = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-    return bool((abs(seen.astype(int) - aim) < 12).all(-1).sum() > 100)
+    return bool((abs(seen.astype(int) - aim) < 6).all(-1).sum() > 100)
