@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,14 +103,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
     if not isinstance(content, Mapping):
         raise AutoPruneError(f"{path} holds {type(content).__name__}, no state dict or checkpoint.")
     state = content.get("state_dict", content)
-    tensors = {str(name): x for name, x in state.items() if isinstance(x, Tensor)} if isinstance(state, Mapping) else {}
+    named = state.items() if isinstance(state, Mapping) else []
+    tensors = {str(name): _dense(path, str(name), x) for name, x in named if isinstance(x, Tensor)}
     if not tensors:
         raise AutoPruneError(f"{path} holds no tensors by name, so it is no checkpoint of a model.")
     callbacks = content.get("callbacks")
     states = callbacks.values() if isinstance(callbacks, Mapping) else []
     found = [s for s in states if isinstance(s, Mapping) and s.keys() >= {"pruner", "report", "held_out"}]
     if not found:
-        weights = {name.removesuffix(".weight"): x for name, x in tensors.items() if x.dim() > 1}
+        weights = {name.removesuffix(".weight"): _countable(x) for name, x in tensors.items() if x.dim() > 1}
         return Saved(path, tensors, weights, epoch=content.get("epoch"), step=content.get("global_step"))
     try:
         return _with_pruning(path, tensors, content, found[0])
@@ -129,7 +131,7 @@ def _with_pruning(
     return Saved(
         path,
         tensors,
-        {name: tensors[key] for name, key in keys.items()},
+        {name: _countable(tensors[key]) for name, key in keys.items()},
         "dense" if auxiliary is None else "frozen" if auxiliary["frozen"] else "pruning",
         content.get("epoch"),
         content.get("global_step"),
@@ -151,12 +153,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> Any:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # of before PyTorch 1.6
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other protocols of pickle; what can't be read is an error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # of before PyTorch 1.6
     except pickle.UnpicklingError as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise AutoPruneError(
@@ -169,6 +173,25 @@ def _read_torch(path: Path) -> Any:
         raise _damaged(path, error) from error
 
 
+def _dense(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, as one that has all its entries."""
+    if tensor.is_meta or tensor.is_quantized:
+        kind = "on the meta device, without values" if tensor.is_meta else f"quantised ({tensor.dtype})"
+        raise AutoPruneError(
+            f"{name!r} in {path} is {kind}: save the model with its values, as floating-point numbers."
+        )
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def _countable(weight: Tensor) -> Tensor:
+    """The weight, in a dtype that can be compared with 0, which float8 can't."""
+    return weight.float() if weight.is_floating_point() and weight.dtype.itemsize == 1 else weight
+
+
 def _damaged(path: Path, error: Exception) -> AutoPruneError:
-    reason = str(error).split("\n")[0][:200] or type(error).__name__
-    return AutoPruneError(f"{path} is not a checkpoint, or not a whole one: {reason}")
+    first = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0].split(". ")[0]
+    reason = f"{type(error).__name__}: {first[:200]}".rstrip(".: ")
+    return AutoPruneError(
+        f"{path} is not a checkpoint, or not a whole one: {reason}. Give a checkpoint of Lightning, a file of"
+        " `torch.save(model.state_dict(), …)`, or a safetensors file."
+    )

@@ -30,13 +30,17 @@ from lightning_autoprune.summary import aligned, as_table, total
 
 __all__ = ["main"]
 
-_EXAMPLES = """examples:
-  lightning-autoprune demo --data digits
-  lightning-autoprune report pruned.ckpt --html report.html
-  lightning-autoprune compare early.ckpt pruned.ckpt
-  lightning-autoprune export pruned.ckpt --sparse pruned.safetensors
-  lightning-autoprune export pruned.ckpt --model my_project.models:Net --onnx net.onnx --shrunk net.pt2
-
+_EXAMPLES = {
+    "demo": ("demo --data digits", "demo --data mnist --data-dir data/mnist --target 0.95"),
+    "report": ("report pruned.ckpt", "report pruned.ckpt --html report.html", "report pruned.ckpt --json"),
+    "compare": ("compare early.ckpt pruned.ckpt",),
+    "export": (
+        "export pruned.ckpt --sparse pruned.safetensors",
+        "export pruned.ckpt --model my_project.models:Net --onnx net.onnx --shrunk net.pt2",
+        "export pruned.ckpt --model my_project.models:make_net --input-shape 1 1 28 28 --onnx net.onnx",
+    ),
+}
+_NOTES = """
 exit codes: 0, done; 1, a file or a setting that it can't work with; 2, arguments that it does not know.
 Files are loaded with weights_only=True: nothing in them is executed. --model imports your own code."""
 
@@ -46,7 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
+    except BrokenPipeError:  # what reads the output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 141
     except (AutoPruneError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -59,14 +67,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-autoprune",
         description="Look at what AutoPruneCallback did, and make small files of it.",
-        epilog=_EXAMPLES,
+        epilog=_examples(*_EXAMPLES) + "\n" + _NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lightning-autoprune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run)
         return command
 
@@ -80,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
 
     both = add("compare", _compare, "show which weights two checkpoints both keep, and which were pruned or came back")
-    both.add_argument("first", type=Path, metavar="A")
-    both.add_argument("second", type=Path, metavar="B")
+    both.add_argument("first", type=Path, metavar="A", help="the earlier one")
+    both.add_argument("second", type=Path, metavar="B", help="the later one, of the same layers")
     both.add_argument("--json", action="store_true", help="print all figures as JSON in place of the table")
 
     export = add("export", _export, "write a checkpoint as a sparse file, an ONNX file, or a shrunk program")
-    export.add_argument("checkpoint", type=Path)
+    export.add_argument("checkpoint", type=Path, help="as of `report`; a Lightning one where --model has arguments")
     export.add_argument("--sparse", type=Path, metavar="FILE", help="safetensors without the zeros; needs no model")
     export.add_argument("--onnx", type=Path, metavar="FILE", help="the shrunk model for onnxruntime; needs --model")
     export.add_argument("--shrunk", type=Path, metavar="FILE", help="the same for torch.export.load; needs --model")
@@ -95,9 +109,14 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="shape of one row of normally distributed numbers; without it, the module's example_input_array",
+        help="shape of an input, rows first; without it, the module's example_input_array",
     )
     return parser
+
+
+def _examples(*names: str) -> str:
+    lines = [f"  lightning-autoprune {line}" for name in names for line in _EXAMPLES[name]]
+    return "\n".join(["examples:", *lines])
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -161,9 +180,9 @@ def _make(name: str, saved: Saved) -> nn.Module:
     sys.path.insert(0, os.getcwd())
     try:
         make: Any = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever is in the user's module
         raise AutoPruneError(
-            f"`--model` is {name!r}, which can't be imported: {error}. It must be MODULE:NAME."
+            f"`--model` is {name!r}, which can't be imported: {_in_a_line(error)}. It must be MODULE:NAME."
         ) from error
     finally:
         sys.path.pop(0)
@@ -172,13 +191,16 @@ def _make(name: str, saved: Saved) -> nn.Module:
             return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
         model: nn.Module = make()
         model.load_state_dict(saved.state)
-    except (KeyError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of the user's own code, or of weights that are not for it
         raise AutoPruneError(
-            f"{name} does not take the weights of {saved.path}: {reason} Name a LightningModule that saves its"
-            " hyper-parameters, or a function without arguments that makes the module."
+            f"{name} does not take the weights of {saved.path}: {_in_a_line(error)}. Name a LightningModule that saves"
+            " its hyper-parameters, or a function without arguments that makes the module."
         ) from error
     return model
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".: ")
 
 
 def _example(model: nn.Module, shape: Sequence[int] | None) -> Any:

@@ -25,7 +25,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.touch()
+        try:
+            temporary.touch()
+        except OSError as error:
+            error.filename = str(path)  # the name that the caller knows
+            raise
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # some libraries make files that no one else may read

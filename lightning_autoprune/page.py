@@ -45,6 +45,8 @@ def headline(saved: Saved) -> str:
         "pruning": "Saved while the masks still changed.",
         "frozen": "The masks are final.",
     }
+    if not whole.weights:
+        return "It has no weights, that is, no tensors of two dimensions or more."
     when = "" if saved.step is None else f" Epoch {saved.epoch}, step {saved.step:,}."
     compression = f"{whole.weights / whole.kept:.1f}×" if whole.kept else "nothing is left"
     return f"{whole.sparsity:.2%} of {whole.weights:,} weights are 0 ({compression}).{when} {words[saved.phase]}"
@@ -94,7 +96,10 @@ def _pictures(saved: Saved) -> Iterator[tuple[str, Figure, str]]:
         caption = "Each point is a validation, in the order of the run."
         yield f"{history.metric} against sparsity", metric_path(points, history.metric), caption
     if history.histograms:
-        caption = "When the masks froze, or at the last look. Weights with m above 0 are kept."
+        caption = (
+            "Before the step in which the masks froze, or at the last look. Weights with m above 0 are kept; the freeze"
+            " moves that bound by what is left to a target."
+        )
         yield "Auxiliary parameters m", auxiliary_histograms(history.histograms), caption
     first = next(iter(saved.weights.items()), None)
     if first and first[1].dim() in (2, 4):

@@ -67,6 +67,8 @@ def read_curves(metrics: str | os.PathLike[str]) -> dict[str, list[tuple[int, fl
 def sparsity_curves(curves: Curves) -> Figure:
     """Draws every layer's sparsity, and that of all together, over the training steps.
 
+    More than 28 lines can't be told apart: they are drawn alike, and :func:`sparsity_heatmap` has the names.
+
     Args:
         curves: of :func:`read_curves`, or ``callback.curves``.
 
@@ -81,19 +83,26 @@ def sparsity_curves(curves: Curves) -> Figure:
     curves = _with_points(curves)
     figure, axes = _figure(7.5, 4.2)
     names = [name for name in curves if name != "all"] + ["all"] * ("all" in curves)
+    layers = len(names) - ("all" in curves)
+    alike = layers > len(COLOURS) * len(_DASHES)
     for i, name in enumerate(names):
         steps, values = zip(*curves[name], strict=True)
-        (line,) = axes.plot(steps, [100 * v for v in values], lw=1.8, label=f"{name}: {values[-1]:.2%}")
+        marker = "o" if len(steps) == 1 else ""  # a single point has no line
+        label = f"{name}: {values[-1]:.2%}"
+        (line,) = axes.plot(steps, [100 * v for v in values], lw=1.8, marker=marker, label=label)
         line.set(color=COLOURS[i % len(COLOURS)], linestyle=_DASHES[i // len(COLOURS) % len(_DASHES)])
         if name == "all":
             line.set(color="black", linestyle="-", linewidth=2.6)
+        elif alike:
+            line.set(color="0.6", linestyle="-", linewidth=0.8, label=f"_{name}" if i else f"each of {layers} layers")
     _style(axes, "Sparsity of each layer", "training step", "pruned weights (%)")
     axes.set_ylim(-2, 102)
-    if len(names) <= 8:
-        axes.legend(frameon=False, title="at the end")
+    if alike or len(names) <= 8:
+        axes.legend(frameon=False, title=None if alike else "at the end")
     else:
         columns = -(-len(names) // 24)
-        figure.set_size_inches(7.5 + 2.2 * columns, 4.2)
+        letters = max(map(len, names)) + len(": 95.00%")
+        figure.set_size_inches(6.8 + columns * (0.5 + 0.055 * letters), 4.2)
         figure.legend(loc="outside right upper", frameon=False, title="at the end", fontsize=7, ncols=columns)
     return figure
 
@@ -114,12 +123,13 @@ def sparsity_heatmap(curves: Curves) -> Figure:
     """
     curves = _with_points(curves)
     names = [name for name in curves if name != "all"]
-    figure, axes = _figure(7.5, min(1.2 + 0.28 * len(names), 16))
+    figure, axes = _figure(7.5, min(max(1.2 + 0.28 * len(names), 2), 16))
+    every = -(-len(names) // 110)  # so many names have room
     steps = [step for step, _ in curves[names[0]]]
     edges = [steps[0], *((a + b) / 2 for a, b in pairwise(steps)), steps[-1] + 1]
     values = [[100 * value for _, value in curves[name]] for name in names]
     image = axes.pcolormesh(edges, range(len(names) + 1), values, cmap="cividis", vmin=0, vmax=100)
-    axes.set_yticks([i + 0.5 for i in range(len(names))], names, fontsize=8)
+    axes.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize=8)
     axes.invert_yaxis()
     axes.set(title="Sparsity of each layer", xlabel="training step")
     figure.colorbar(image, label="pruned weights (%)")
@@ -146,7 +156,7 @@ def input_survivors(weight: Tensor, shape: Sequence[int] | None = None) -> Figur
     """
     if weight.dim() < 2:
         raise AutoPruneError(f"The weight has shape {tuple(weight.shape)}; it must be (outputs, inputs, …).")
-    kept = weight.detach().count_nonzero(0).cpu()
+    kept = (weight.detach() != 0).sum(0).cpu()
     shape = tuple(shape or (kept.shape[1:] if kept.dim() == 3 else _most_square(kept.numel())))
     if len(shape) != 2 or min(shape) < 1 or kept.numel() % math.prod(shape):
         raise AutoPruneError(
@@ -157,8 +167,9 @@ def input_survivors(weight: Tensor, shape: Sequence[int] | None = None) -> Figur
     figure, axes = _figure(4.4, 3.8)
     from matplotlib import colormaps
 
+    most = max(int(image.max()), 1)
     shown = image.double().where(image > 0, torch.nan).numpy()
-    picture = axes.imshow(shown, cmap=colormaps["cividis"].with_extremes(bad="white"), vmin=0)
+    picture = axes.imshow(shown, cmap=colormaps["cividis"].with_extremes(bad="white"), vmin=0, vmax=most)
     axes.set(title=f"{int((image == 0).sum())} of {image.numel()} inputs are dead", xticks=[], yticks=[])
     axes.set_xlabel("white: dead")
     figure.colorbar(picture, label="weights left for each input")
@@ -191,7 +202,8 @@ def auxiliary_histograms(auxiliary: Mapping[str, Tensor | Histogram]) -> Figure:
         axes.bar(edges[:-1], counts, [b - a for a, b in pairwise(edges)], align="edge", color=colours)
         axes.axvline(0, color="black", lw=1)
         share = sum(n for n, k in zip(counts, kept, strict=True) if k) / max(sum(counts), 1)
-        _style(axes, f"{name}: {share:.1%} kept", "m", "weights")
+        shown = name if len(name) <= 34 else f"…{name[-33:]}"
+        _style(axes, f"{shown}\n{share:.1%} kept", "m", "weights")
         axes.title.set_fontsize(9)
     return figure
 
@@ -256,6 +268,7 @@ def pareto(runs: Mapping[str, tuple[float, float]], metric: str = "error", *, lo
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}×" if f"{x:.0e}"[0] in "235" else "")
+    axes.tick_params(axis="x", which="both", length=3)
     _style(axes, "Compression and what it costs", "compression of the prunable weights", metric)
     axes.legend(frameon=False)
     return figure

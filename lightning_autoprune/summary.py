@@ -88,8 +88,8 @@ def total(rows: Sequence[LayerSummary]) -> LayerSummary:
         (),
         sum(row.weights for row in rows),
         sum(row.kept for row in rows),
-        None if None in flops else sum(n for n in flops if n is not None),
-        None if None in revived else sum(n for n in revived if n is not None),
+        None if None in flops or not rows else sum(n for n in flops if n is not None),
+        None if None in revived or not rows else sum(n for n in revived if n is not None),
     )
 
 

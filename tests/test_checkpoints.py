@@ -16,6 +16,8 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, save_sparse
 from lightning_autoprune.checkpoints import read_checkpoint
 from lightning_autoprune.history import History
+from lightning_autoprune.page import headline
+from lightning_autoprune.summary import as_table, total
 
 
 class Example(Net):
@@ -93,7 +95,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
     path = tmp_path / "other.ckpt"
     path.write_bytes(content)
-    with pytest.raises(AutoPruneError, match=r"other.ckpt is not a checkpoint, or not a whole one: \S"):
+    with pytest.raises(
+        AutoPruneError, match=r"other.ckpt is not a checkpoint, or not a whole one: \w+Error.*\. Give a"
+    ):
         read_checkpoint(path)
 
 
@@ -173,6 +177,29 @@ def test_mutated_checkpoints_are_read_or_refused_in_words(pruned, tmp_path):
         except AutoPruneError:
             refused += 1
     assert refused > 10
+
+
+def test_weights_of_any_layout_and_dtype_are_counted_and_exported_exactly(tmp_path):
+    kinds = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.complex64]
+    state = {str(dtype): torch.eye(4).to(dtype) for dtype in kinds} | {"sparse": torch.eye(4).to_sparse()}
+    torch.save(state, tmp_path / "kinds.pt")
+    saved = read_checkpoint(tmp_path / "kinds.pt")
+    assert [row.kept for row in saved.layers()] == [4] * 5
+    assert saved.state["torch.float8_e4m3fn"].dtype == torch.float8_e4m3fn
+    assert torch.equal(saved.state["sparse"], torch.eye(4))
+
+
+def test_weights_without_values_are_refused_by_name(tmp_path):
+    torch.save({"a": torch.eye(2), "b": torch.zeros(3, 3, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(AutoPruneError, match=r"'b' in \S*meta.pt is on the meta device, without values: save"):
+        read_checkpoint(tmp_path / "meta.pt")
+
+
+def test_a_file_of_biases_alone_says_that_it_has_no_weights(tmp_path):
+    torch.save({"a.bias": torch.zeros(4)}, tmp_path / "biases.pt")
+    saved = read_checkpoint(tmp_path / "biases.pt")
+    assert headline(saved) == "It has no weights, that is, no tensors of two dimensions or more."
+    assert as_table([total(saved.layers())])[1] == [["all", "", "0", "0", "0.00%"]]
 
 
 def anonymous_memory() -> int:

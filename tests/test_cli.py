@@ -108,6 +108,11 @@ def make() -> torch.nn.Module:
     return Net()
 
 
+def fails() -> torch.nn.Module:
+    """For ``--model``: code of the user's that raises."""
+    return 1 / 0
+
+
 def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
     program = tmp_path / "net.pt2"
     arguments = ["--model", "test_cli:make", "--input-shape", "1", "12", "--shrunk", str(program)]
@@ -139,8 +144,19 @@ def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
             ["export", "net.pt", "--onnx", "a", "--model", "test_cli:make"],
             "error: Net has no `example_input_array`: ",
         ),
-        (["export", "plain.pt", "--sparse", "no/folder/a"], "error: [Errno 2] No such file or directory"),
-        (["report", "plain.pt", "--html", "no/folder/a"], "error: [Errno 2] No such file or directory"),
+        (
+            ["export", "plain.pt", "--onnx", "a", "--model", "broken_module:Net"],
+            "error: `--model` is 'broken_module:Net', which can't be imported: SyntaxError: ",
+        ),
+        (
+            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:fails"],
+            "error: test_cli:fails does not take the weights of net.pt: ZeroDivisionError: division by zero. Name a",
+        ),
+        (
+            ["export", "plain.pt", "--sparse", "no/folder/a"],
+            "error: [Errno 2] No such file or directory: 'no/folder/a'",
+        ),
+        (["report", "plain.pt", "--html", "no/folder/a"], "error: [Errno 2] No such file or directory: 'no/folder/a'"),
         (["compare", "plain.pt", "net.pt"], "error: No layer is in both with one shape. The first has a (4, 4)."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -149,17 +165,30 @@ def test_errors_are_one_line_on_stderr_and_exit_code_1(arguments, message, capsy
     torch.save({"a.weight": torch.eye(4)}, "plain.pt")
     torch.save(Net().state_dict(), "net.pt")
     Path("broken.ckpt").write_bytes(b"PK\3\4")
+    Path("broken_module.py").write_text("class Net(:")
     assert main(arguments) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1].startswith(message)
     assert "Traceback" not in out + err
 
 
-@pytest.mark.parametrize("arguments", [[], ["prune"], ["report"], ["export", "a", "--input-shape", "x"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["prune"], ["report"], ["export", "a", "--input-shape", "x"], ["demo", "--epochs", "0"]],
+    ids=str,
+)
 def test_arguments_that_it_does_not_know_are_exit_code_2(arguments):
     with pytest.raises(SystemExit) as exit_code:
         main(arguments)
     assert exit_code.value.code == 2
+
+
+def test_a_reader_that_has_had_enough_is_no_error(checkpoints):
+    command = [sys.executable, "-m", "lightning_autoprune", "report", checkpoints[3]]
+    reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    reading.stdout.close()
+    assert reading.wait(timeout=60) == 141
+    assert reading.stderr.read() == ""
 
 
 def test_the_command_is_installed_under_its_name_and_its_help_has_examples():
@@ -176,4 +205,6 @@ def test_each_command_has_its_help(name, capsys):
     with pytest.raises(SystemExit) as exit_code:
         main([name, "--help"])
     assert exit_code.value.code == 0
-    assert f"usage: lightning-autoprune {name} " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: lightning-autoprune {name} " in text
+    assert f"examples:\n  lightning-autoprune {name} " in text

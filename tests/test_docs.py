@@ -12,17 +12,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import has_colour, needs_browser, screenshot
 from helpers import Net, loader
 
 import lightning_autoprune
 from lightning_autoprune import AutoPruneCallback, plots, prunable_weights, sparsity
+from lightning_autoprune.plots import COLOURS
 
 for _name in ("sphinx", "furo", "myst_parser", "matplotlib"):
     pytest.importorskip(_name)
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = ("settings", "coming_from_modelpruning", "troubleshooting", "large_models", "api", "mathematics", "changelog")
+PAGES = (
+    "settings",
+    "configuration",
+    "coming_from_modelpruning",
+    "troubleshooting",
+    "large_models",
+    "api",
+    "mathematics",
+    "changelog",
+)
 RAISED = ("AutoPruneError", "rank_zero_warn", "warn")
 
 
@@ -41,6 +52,16 @@ def test_all_pages_are_built_and_reached_from_the_first(site):
     for page in PAGES:
         assert (site / f"{page}.html").exists(), page
         assert f'href="{page}.html"' in home, page
+
+
+@needs_browser
+def test_a_real_browser_shows_the_site(site, tmp_path):
+    home = screenshot(site / "index.html", tmp_path / "index.png")
+    assert all(has_colour(home, colour) for colour in COLOURS[1:3])  # of the curves in the first picture
+    for page in PAGES:
+        seen = screenshot(site / f"{page}.html", tmp_path / f"{page}.png")
+        assert has_colour(seen, "#000000")  # text
+        assert has_colour(seen[:, :8], "#F8F9FB")  # the theme's bar at the left, which needs its style sheet
 
 
 def test_the_reference_has_every_public_name(site):

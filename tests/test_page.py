@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import has_colour, needs_browser, run, screenshot
 from helpers import Net, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.checkpoints import read_checkpoint
 from lightning_autoprune.page import headline, html_report
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from lightning_autoprune.plots import COLOURS
 
 
 class Elements(HTMLParser):
@@ -99,26 +97,12 @@ def test_a_file_without_a_pruning_state_says_so_and_names_are_never_taken_for_ma
     ]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser")
+@needs_browser
 def test_a_real_browser_shows_it(saved, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(html_report(saved), encoding="utf-8")
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--window-size=1100,2400",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    shot = tmp_path / "report.png"
-    subprocess.run(
-        [BROWSER, *options, f"--screenshot={shot}", page.as_uri()], check=True, capture_output=True, timeout=90
-    )
-    assert shot.read_bytes()[1:4] == b"PNG"
-    dom = subprocess.run(
-        [BROWSER, *options, "--dump-dom", page.as_uri()], check=True, capture_output=True, text=True, timeout=90
-    ).stdout
+    seen = screenshot(page, tmp_path / "report.png")
+    assert all(has_colour(seen, colour) for colour in COLOURS[:2])  # of curves and histograms
+    dom = run(page, tmp_path, "--dump-dom")
     assert len(re.findall("<tr>", dom)) == 4
     assert dom.count("<img ") == 4

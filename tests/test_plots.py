@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import csv_logger, fit
@@ -61,10 +63,33 @@ def test_curves_have_a_line_a_layer_that_ends_where_the_layer_does():
     pixels(figure)
 
 
-def test_forty_layers_are_told_apart():
+def test_twenty_eight_layers_are_told_apart():
     figure = sparsity_curves({f"layer{i}": [(0, 0.0), (1, i / 40)] for i in range(28)})
     assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 28
     pixels(figure)
+
+
+def test_more_layers_are_drawn_alike_with_one_entry_in_the_legend():
+    figure = sparsity_curves({f"layer{i}": [(0, 0.0), (1, i / 40)] for i in range(29)} | {"all": [(0, 0.0), (1, 0.5)]})
+    assert len({(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}) == 2
+    legend = figure.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["each of 29 layers", "all: 50.00%"]
+    pixels(figure)
+
+
+def test_long_names_leave_the_curves_their_room():
+    figure = sparsity_curves(
+        {f"model.encoder.layers.{i}.attention.self.query": [(0, 0.0), (1, 0.5)] for i in range(25)}
+    )
+    pixels(figure)
+    assert figure.axes[0].get_window_extent().width > 6 * figure.dpi
+
+
+def test_a_single_point_is_seen():
+    figure = sparsity_curves({"first": [(5, 0.5)], "last": [(5, 0.2)]})
+    figure.axes[0].get_legend().remove()  # has the colours too
+    drawn = np.asarray(pixels(figure))[..., :3]
+    assert (drawn == [0x00, 0x72, 0xB2]).all(-1).any()
 
 
 def test_the_heat_map_has_a_row_a_layer_and_a_column_a_step():
@@ -73,6 +98,16 @@ def test_the_heat_map_has_a_row_a_layer_and_a_column_a_step():
     assert mesh.get_array().reshape(2, 3).tolist() == [[0, 50, 87.5], [0, 25, 50]]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["first", "last"]
     pixels(figure)
+
+
+@pytest.mark.parametrize("layers", [1, 60, 250])
+def test_on_a_heat_map_of_any_height_all_text_has_its_room(layers):
+    figure = sparsity_heatmap({f"layers.{i}": [(0, 0.0), (1, 0.5)] for i in range(layers)})
+    pixels(figure)
+    names = [text.get_window_extent() for text in figure.axes[0].get_yticklabels()]
+    assert len(names) >= min(layers, 60)
+    assert all(below.y1 < above.y0 for above, below in pairwise(names))
+    assert figure.axes[1].yaxis.label.get_window_extent().y1 <= figure.bbox.y1
 
 
 def test_survivors_are_counted_for_each_input_and_dead_ones_are_bare():
@@ -105,9 +140,19 @@ def test_a_shape_that_the_inputs_do_not_make_is_refused(shape):
 def test_histograms_tell_kept_from_pruned():
     figure = auxiliary_histograms({f"layer{i}": torch.linspace(-1, 3, 100) for i in range(5)})
     assert len(figure.axes) == 5
-    assert figure.axes[0].get_title() == "layer0: 75.0% kept"
+    assert figure.axes[0].get_title() == "layer0\n75.0% kept"
     assert len({bar.get_facecolor() for bar in figure.axes[0].patches}) == 2
     pixels(figure)
+
+
+def test_titles_of_histograms_stay_within_their_panels():
+    names = [f"model.encoder.layers.{i}.attention.self.query" for i in range(3)]
+    figure = auxiliary_histograms({name: torch.linspace(-1, 3, 100) for name in names})
+    pixels(figure)
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(titles))
+    assert titles[-1].x1 < figure.bbox.x1
+    assert figure.axes[1].get_title() == "…der.layers.1.attention.self.query\n75.0% kept"
 
 
 def test_the_path_of_a_metric_goes_from_validation_to_validation():

@@ -28,10 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What can be asked of the demo."""
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="digits: shipped by scikit-learn")
     parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST's IDX files are or go")
-    parser.add_argument("--target", type=float, default=None, help="target sparsity; none: the pressure decides")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 100 for digits, 12 for mnist")
+    parser.add_argument("--target", type=float, default=None, help="sparsity, in [0, 1); none: the pressure decides")
+    parser.add_argument("--epochs", type=_at_least_one, default=None, help="default: 100 for digits, 12 for mnist")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,44 @@
+"""A real browser without a window, where one is installed: pictures of pages, and what becomes of their HTML."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium")
+OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--window-size=1200,2400",
+)
+
+
+def run(page: Path, folder: Path, *options: str) -> str:
+    """Opens a page with an empty profile; returns what the browser prints."""
+    command = [str(BROWSER), *OPTIONS, f"--user-data-dir={folder / 'profile'}", *options, page.resolve().as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
+
+
+def screenshot(page: Path, picture: Path) -> np.ndarray:
+    """Writes what a page looks like; returns it, shape (height, width, 3), values 0 to 255."""
+    from PIL import Image
+
+    run(page, picture.parent, f"--screenshot={picture}")
+    return np.asarray(Image.open(picture).convert("RGB"))
+
+
+def has_colour(seen: np.ndarray, colour: str) -> bool:
+    """Whether a picture has a hundred pixels of a colour, #RRGGBB, or close to it: scaling changes it a little."""
+    aim = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((abs(seen.astype(int) - aim) < 6).all(-1).sum() > 100)
