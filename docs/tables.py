@@ -195,7 +195,6 @@ def _large_models() -> str:
         gigabytes("memory of a rank while pruning", lambda p, n: BFLOAT16["pruning"] * p / n),
         gigabytes("and of the held-out gradients", lambda p, n: BFLOAT16["held-out gradients"] * p / n),
         gigabytes("memory of a rank with frozen masks", lambda p, n: p / n / 8),
-        gigabytes("M in full, once", lambda p, n: 4 * p),
         gigabytes("state of pruning in a checkpoint", lambda p, n: BFLOAT16["state"] * p),
         gigabytes("sent by a held-out pass (default)", lambda p, n: 6 * p * (n - 1) / n),
         ["time of an auxiliary step on one core", *(f"{nanoseconds * p / n / 1e9:.3g} s" for p, n in sizes)],

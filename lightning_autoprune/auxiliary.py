@@ -30,9 +30,10 @@ from lightning_autoprune.effective import EffectiveWeights, latent, numbers
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.estimators import Estimator, straight_through
 from lightning_autoprune.initial import INITIAL_M, InitialM, check_values, initial_m
-from lightning_autoprune.masks import check_count, floors, keep_best, pack, unpack
+from lightning_autoprune.masks import check_count, floors, pack, unpack
 from lightning_autoprune.pressure import GradientScale
 from lightning_autoprune.rules import UPDATE_RULES, RunningSquares, UpdateRule, at_least_float32, sensitivity
+from lightning_autoprune.selection import keep_best, lift
 
 __all__ = ["AuxiliaryParameters", "Part"]
 
@@ -157,7 +158,7 @@ class AuxiliaryParameters(EffectiveWeights):
         self._decide(range(len(self._buckets)), self._flat_M)
         low = [i for i, (kept, floor) in enumerate(zip(self.kept, self.floors, strict=True)) if kept < floor]
         for i in low:
-            self._keep_best([i], self.floors[i], prune=False)
+            self._lift(i)
         if low:
             self._decide([k for k, b in enumerate(self._buckets) if set(low) & set(b.numbers)], self._flat_M)
 
@@ -174,11 +175,8 @@ class AuxiliaryParameters(EffectiveWeights):
             AutoPruneError: if ``count`` is less than the layers' floors together, or more than all weights.
         """
         check_count(count, self.totals, self._layer_floor)
-        self._keep_best(range(len(self.M)), count)
+        self._keep_best(count)
         self.update_masks()
-
-    def _keep_best(self, which: Sequence[int], count: int, *, prune: bool = True) -> None:
-        keep_best([self.M[i] for i in which], [self.floors[i] for i in which], count, prune=prune)
 
     def join(self, other: AuxiliaryParameters, names: Sequence[str]) -> None:
         """Takes over other weights, with all that goes with them.
@@ -290,6 +288,12 @@ class AuxiliaryParameters(EffectiveWeights):
         return [k for k, bucket in enumerate(self._buckets) if has[bucket.numbers[0]]]
 
     # What differs where M is not one entry a weight, or where weights are sharded
+
+    def _lift(self, i: int) -> None:
+        lift(self.M[i], self.floors[i])
+
+    def _keep_best(self, count: int) -> None:
+        keep_best(self.M, self.floors, count)
 
     def _check_values(self, initial: InitialM) -> None:
         for name, T in zip(self.weights, self._effective(), strict=True):

@@ -295,9 +295,9 @@ class AutoPruneCallback(Callback):
             run.report.measure(trainer, run.pruner.sparsity)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs figures of the run so far, at the interval asked for."""
-        every = self.figures_every_n_epochs
-        if (run := self._active) and every and (trainer.current_epoch + 1) % every == 0:
+        """Logs figures of the run so far, at the interval asked for; those of its end come when fitting ends."""
+        every, run = self.figures_every_n_epochs, self._active
+        if run and not run.over and every and (trainer.current_epoch + 1) % every == 0:
             run.log_figures(trainer)
 
     # The end

@@ -21,7 +21,6 @@ __all__ = [
     "check_count",
     "clear",
     "floors",
-    "keep_best",
     "pack",
     "packed_if_large",
     "unpack",
@@ -30,7 +29,6 @@ __all__ = [
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LARGE = 2**16  # entries; below, a mask's size matters less than the time of a call
 _CHUNK = 2**15  # bytes of a packed mask at a time, which is 1 MiB of a mask for float32: it stays in the cache
-_BARELY_KEPT = 1e-8  # what m is lifted to where it must be kept: the first to go again
 
 
 def as_bits(x: Tensor) -> Tensor:
@@ -86,33 +84,6 @@ def clear(x: Tensor, mask: Tensor | PackedMask) -> None:
         mask.clear_(x)
     else:
         as_bits(x).bitwise_and_(mask)
-
-
-def keep_best(M: Sequence[Tensor], floors: Sequence[int], count: int, *, prune: bool = True) -> None:
-    """Moves the entries of M in place so that the ``count`` largest of all are kept, each tensor's floor first.
-
-    Args:
-        M: auxiliary parameters, one tensor a layer.
-        floors: number of entries that each tensor keeps whatever happens.
-        count: number of entries to keep, at least the sum of ``floors``.
-        prune: whether all others are pruned; otherwise they stay as they are.
-
-    Example:
-        >>> M = [torch.tensor([0.3, 0.2]), torch.tensor([-5.0, -4.0])]
-        >>> keep_best(M, floors=[1, 1], count=2)
-        >>> [(m > 0).tolist() for m in M]
-        [[True, False], [False, True]]
-    """
-    scores = []
-    for m, floor in zip(M, floors, strict=True):
-        score = m.flatten().clone()
-        score[score.topk(floor).indices] = math.inf
-        scores.append(score)
-    flat = torch.cat(scores)
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    kept[flat.topk(count).indices] = True
-    for m, part in zip(M, torch.split(kept, [len(score) for score in scores]), strict=True):
-        m.copy_(torch.where(part.view_as(m), m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
 
 
 def floors(totals: Sequence[int], layer_floor: float) -> list[int]:

@@ -30,8 +30,9 @@ from lightning_autoprune.channels import find_channels, fix_entangled, weight_di
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.heads import with_heads
 from lightning_autoprune.initial import InitialM
-from lightning_autoprune.masks import floors, keep_best
+from lightning_autoprune.masks import floors
 from lightning_autoprune.rules import RunningSquares, sensitivity
+from lightning_autoprune.selection import keep_best, lift
 
 __all__ = ["COSTS", "Cost", "NeuronParameters", "Neurons"]
 
@@ -197,7 +198,7 @@ class NeuronParameters(AuxiliaryParameters):
         for group, floor in zip(self.neurons.groups, self.neurons.floors(self._layer_floor), strict=True):
             part = m[group]
             if int((part > 0).sum()) < floor:
-                keep_best([part], [floor], floor, prune=False)
+                lift(part, floor)
                 m[group] = part
         self.alive = m > 0
         self._write_channels(rows=False)

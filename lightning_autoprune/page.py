@@ -96,10 +96,7 @@ def _pictures(saved: Saved) -> Iterator[tuple[str, Figure, str]]:
         caption = "Each point is a validation, in the order of the run."
         yield f"{history.metric} against sparsity", metric_path(points, history.metric), caption
     if history.histograms:
-        caption = (
-            "Before the step in which the masks froze, or at the last look. Weights with m above 0 are kept; the freeze"
-            " moves that bound by what is left to a target."
-        )
+        caption = "When the masks froze, or at the last look. Weights with m above 0 are kept."
         yield "Auxiliary parameters m", auxiliary_histograms(history.histograms), caption
     first = next(iter(saved.weights.items()), None)
     if first and first[1].dim() in (2, 4):

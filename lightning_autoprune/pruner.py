@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ from lightning_autoprune.neurons import COSTS, Cost, NeuronParameters, Neurons
 from lightning_autoprune.pressure import PressureController, target_path
 from lightning_autoprune.rules import UPDATE_RULES, UpdateRule
 from lightning_autoprune.sharded import ShardedParameters
-from lightning_autoprune.shards import is_sharded, whole
+from lightning_autoprune.shards import Wholes, is_sharded, whole
 
 __all__ = ["Granularity", "Phases", "Pruner", "Settings"]
 
@@ -228,25 +228,24 @@ class Pruner:
     def masks(self) -> list[Tensor]:
         """Bool tensors, True where a weight is kept, in the order of the weights; empty in the dense phase.
 
-        To be called on all ranks where weights are sharded, as :attr:`M`.
+        To be called on all ranks where weights are sharded, as :meth:`each_mask` and :attr:`M`.
         """
+        return list(self.each_mask())
+
+    def each_mask(self) -> Iterator[Tensor]:
+        """The same one after the other, so that no more than one of them is gathered at a time."""
         masks = self.auxiliary.masks() if self.auxiliary else []
-        return [whole(mask, weight) for mask, weight in zip(masks, self.weights.values(), strict=False)]
+        for mask, weight in zip(masks, self.weights.values(), strict=False):
+            yield whole(mask, weight)
 
     @property
-    def M(self) -> dict[str, Tensor]:  # noqa: N802
+    def M(self) -> Mapping[str, Tensor]:  # noqa: N802
         """The auxiliary parameters by layer name (of channels, under ``"neurons"``); empty but while pruning."""
         if self.auxiliary is None or self.auxiliary.frozen:
             return {}
         if self.neurons is not None:
             return {"neurons": self.auxiliary.M[0]}
-        parts = zip(self.weights.items(), self.auxiliary.M, strict=True)
-        return {name: whole(M, weight) for (name, weight), M in parts}
-
-    @property
-    def last(self) -> bool:
-        """Whether the training step under way is the last before the masks are frozen."""
-        return self.auxiliary is not None and not self.auxiliary.frozen and self.step + 1 == self.phases.end
+        return Wholes(self.auxiliary.M, self.weights)
 
     @property
     def due(self) -> bool:
@@ -273,8 +272,12 @@ class Pruner:
         steps = max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
         return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / steps, self.mu)
 
-    def end_step(self) -> bool:
-        """Ends a training step: updates masks and pressure; tells whether the masks were frozen."""
+    def end_step(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
+        """Ends a training step: updates masks and pressure; tells whether the masks were frozen.
+
+        Args:
+            look: called with M once, when it is final and before it is forgotten.
+        """
         if self.due:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
@@ -282,15 +285,17 @@ class Pruner:
                 path = target_path(self.phases.progress(self.step + 1), 1.0, self._target)
                 self._controller.update(self.auxiliary.density, path)
         self.step += 1
-        return self._enter_phase()
+        return self._enter_phase(look)
 
-    def _enter_phase(self) -> bool:
+    def _enter_phase(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.step >= self.phases.start:
             self.auxiliary = self._attached(self.weights)
         if self.auxiliary is None or self.auxiliary.frozen or self.step < self.phases.end:
             return False
         if self._target is not None:
             self.auxiliary.meet(self._target)
+        if look:
+            look(self.M)
         self.auxiliary.freeze()
         return True
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class Report:
         trainer: Trainer,
         metrics: dict[str, float],
         layers: Mapping[str, float],
-        masks: list[Tensor],
+        masks: Iterable[Tensor],
         *,
         remember: bool = False,
     ) -> None:
@@ -101,7 +101,9 @@ class Report:
             remember: whether this moment is one that the history must have.
         """
         pruned = revived = 0
+        packed = []
         for i, now in enumerate(masks):
+            packed.append(pack(now))
             before = unpack(self._before[i], now.shape).to(now.device) if self._before else torch.ones_like(now)
             pruned += int((before & ~now).sum())
             back = int((now & ~before).sum())
@@ -113,7 +115,7 @@ class Report:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=steps_done(trainer))
         self._loss_sum, self._losses = 0.0, 0
-        self._before = [pack(mask) for mask in masks]
+        self._before = packed
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""

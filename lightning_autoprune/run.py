@@ -109,6 +109,11 @@ class Run:
         """Whether training is under way."""
         return bool(self._handles)
 
+    @property
+    def over(self) -> bool:
+        """Whether all steps have been taken."""
+        return self.pruner.step >= self.pruner.phases.total
+
     def upcoming(self, trainer: Trainer) -> int | None:
         """The number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
         return self.pruner.step if self.pruner.due and will_step(trainer) else None
@@ -131,16 +136,14 @@ class Run:
             log_is_due: tells whether to log once so many steps are over.
         """
         self.gradients.after_weight_step(trainer)
-        if self.pruner.last:
-            self.report.history.look_at(self.pruner.M)
-        frozen_now = self.pruner.end_step()
+        frozen_now = self.pruner.end_step(self.report.history.look_at)
         if frozen_now:
             self._finish_pruning(trainer)
         layers = self.pruner.layer_sparsity()
         flops = self._cost.flops_left(layers) if self._cost else None
         metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops)
         if frozen_now or log_is_due(self.pruner.step):
-            self.report.log(trainer, metrics, layers, self.pruner.masks(), remember=frozen_now)
+            self.report.log(trainer, metrics, layers, self.pruner.each_mask(), remember=frozen_now)
 
     def _finish_pruning(self, trainer: Trainer) -> None:
         being_pruned.difference_update(self._module.modules())

@@ -1,7 +1,7 @@
 """The method on weights that are sharded over ranks: M, masks and dormant values are cut up as the weights are.
 
 What looks at more than one entry is made the same as on one device: the running root mean square and the numbers of
-weights kept are sums over the ranks, and a layer's floor and the end of pruning, which compare entries, gather M.
+weights kept are sums over the ranks, from which the largest entries are found too (``selection``).
 State is that of whole layers, so that a run can go on with another number of ranks, or without sharding.
 """
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lightning_autoprune.auxiliary import AuxiliaryParameters
 from lightning_autoprune.initial import InitialM, check_values, initial_m
-from lightning_autoprune.masks import keep_best, pack, unpack
-from lightning_autoprune.shards import part_of, sum_over_ranks, whole
+from lightning_autoprune.masks import pack, unpack
+from lightning_autoprune.selection import keep_best
+from lightning_autoprune.shards import part_of, sum_over_lower_ranks, sum_over_ranks, whole
 
 __all__ = ["ShardedParameters"]
 
@@ -40,13 +41,15 @@ class ShardedParameters(AuxiliaryParameters):
         device = next(iter(self.weights.values())).device
         return sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=device)).tolist()
 
-    def _keep_best(self, which: Sequence[int], count: int, *, prune: bool = True) -> None:
-        # on whole layers, alike on all ranks, of which each takes its part
-        weights = list(self.weights.values())
-        M = [whole(self.M[i], weights[i]) for i in which]
-        keep_best(M, [self.floors[i] for i in which], count, prune=prune)
-        for i, m in zip(which, M, strict=True):
-            self.M[i].copy_(part_of(m, weights[i]))
+    def _lift(self, i: int) -> None:
+        self._select([i], [0], self.floors[i], prune=False)
+
+    def _keep_best(self, count: int) -> None:
+        self._select(range(len(self.M)), self.floors, count)
+
+    def _select(self, which: Sequence[int], floors: Sequence[int], count: int, *, prune: bool = True) -> None:
+        M = [self.M[i] for i in which]
+        keep_best(M, floors, count, prune=prune, over_ranks=self._over_ranks, before=sum_over_lower_ranks)
 
     def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         masks = self._wholes(self.masks())

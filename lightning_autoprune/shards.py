@@ -9,7 +9,7 @@ outermost module there until its backward pass, and without one they grow stale:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-__all__ = ["gradients", "is_sharded", "part", "part_of", "reshard", "running_apart", "sum_over_ranks", "whole"]
+__all__ = [
+    "Wholes",
+    "gradients",
+    "is_sharded",
+    "part",
+    "part_of",
+    "reshard",
+    "running_apart",
+    "sum_over_lower_ranks",
+    "sum_over_ranks",
+    "whole",
+]
 
 
 def is_sharded(x: Tensor) -> TypeIs[DTensor]:
@@ -59,6 +70,27 @@ def whole(own: Tensor, like: Tensor) -> Tensor:
     ).full_tensor()
 
 
+class Wholes(Mapping[str, Tensor]):
+    """Whole tensors by name, each gathered when it is asked for, which all ranks do in the same order.
+
+    Args:
+        own: this rank's parts.
+        like: tensors that are sharded in the same way, by name.
+    """
+
+    def __init__(self, own: Sequence[Tensor], like: Mapping[str, Tensor]) -> None:
+        self._parts = dict(zip(like, zip(own, like.values(), strict=True), strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return whole(*self._parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+
 def part_of(x: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that all ranks have; nothing is sent.
 
@@ -79,6 +111,13 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     """The sum of some numbers over all ranks, in place; each rank gets the same bits."""
     dist.all_reduce(numbers)
     return numbers
+
+
+def sum_over_lower_ranks(own: int) -> int:
+    """The sum of a number over the ranks before this one; to be called on all ranks."""
+    found: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return sum(found[: dist.get_rank()])
 
 
 # A pass beside the training

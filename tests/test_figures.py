@@ -84,9 +84,9 @@ def test_what_early_stopping_monitors_is_followed_too(tmp_path):
 
 def test_figures_come_at_the_interval_asked_for_and_never_where_that_is_none(tmp_path):
     _, rows, _, files = wandb_run(tmp_path / "a", figures_every_n_epochs=2)
-    assert [row["trainer/global_step"] for row in rows] == [16, 32, 32]
+    assert [row["trainer/global_step"] for row in rows] == [16, 32]
     kept = [sum(layer[3] for layer in table(files, row["autoprune/layers/path"])["data"]) for row in rows]
-    assert 256 > kept[0] > kept[1] == kept[2] == 51
+    assert 256 > kept[0] > kept[1] == 51
     assert rows[0]["autoprune/m/first/values"] != rows[1]["autoprune/m/first/values"]
     _, rows, summary, _ = wandb_run(tmp_path / "b", figures_every_n_epochs=None)
     assert (rows, "autoprune/final_sparsity" in summary) == ([], False)

@@ -14,7 +14,6 @@ from lightning_autoprune.masks import (
     check_count,
     clear,
     floors,
-    keep_best,
     pack,
     packed_if_large,
     unpack,
@@ -44,43 +43,6 @@ def test_packing_is_an_exact_round_trip_of_one_bit_an_entry(values):
 def test_packing_keeps_the_shape():
     mask = torch.rand(3, 5, 7) > 0.5
     assert torch.equal(unpack(pack(mask), mask.shape), mask)
-
-
-@given(st.integers(0, 2**32), st.integers(2, 30), st.integers(1, 40))
-def test_keep_best_keeps_exactly_so_many_and_never_empties_a_tensor(seed, count, size):
-    torch.manual_seed(seed)
-    M = [torch.randn(size), torch.randn(4, 5) - 3]
-    total = size + 20
-    count = min(count, total)
-    keep_best(M, [1, 1], count)
-    assert sum(int((m > 0).sum()) for m in M) == count
-    assert all((m > 0).any() for m in M)
-
-
-def test_keep_best_prefers_the_largest_and_moves_no_sign_that_was_right():
-    M = [torch.tensor([3.0, 2.0, -1.0, 1.0])]
-    keep_best(M, [1], 2)
-    assert M[0].tolist() == [3.0, 2.0, -1.0, 0.0]
-
-
-def test_keep_best_breaks_ties_to_the_exact_count():
-    M = [torch.full((10,), 0.1)]
-    keep_best(M, [1], 4)
-    assert int((M[0] > 0).sum()) == 4
-
-
-def test_keep_best_can_leave_the_others_as_they_are():
-    M = [torch.tensor([-3.0, -2.0, -1.0])]
-    keep_best(M, [1], 1, prune=False)
-    assert M[0][:2].tolist() == [-3.0, -2.0]
-    assert M[0][2] > 0
-
-
-def test_keep_best_works_on_memory_in_any_order():
-    M = [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
-    best = M[0].flatten().topk(5).indices
-    keep_best(M, [1], 5)
-    assert set((M[0] > 0).flatten().nonzero().flatten().tolist()) == set(best.tolist())
 
 
 def test_a_floor_is_at_least_one_weight():

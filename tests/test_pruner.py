@@ -150,3 +150,18 @@ def test_a_target_that_the_floors_can_not_meet_is_refused_at_once():
     model, *_ = problem()
     with pytest.raises(AutoPruneError, match=r"Keeping 6 of 640 weights is not possible: with `layer_floor=0.05`"):
         Pruner(prunable_weights(model), Settings(target_sparsity=0.99, layer_floor=0.05), 100)
+
+
+def test_the_last_look_at_m_has_as_many_above_zero_as_are_kept():
+    layer, seen = torch.nn.Linear(30, 20), []
+    pruner = Pruner({"layer": layer.weight}, Settings(target_sparsity=0.73), total_steps=40)
+    pruner.start()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+    for _ in range(40):
+        layer(torch.randn(9, 30)).square().mean().backward()
+        if pruner.due:
+            pruner.auxiliary_step([layer.weight.grad])
+        optimizer.step()
+        pruner.after_weight_step()
+        pruner.end_step(lambda M: seen.append(int((M["layer"] > 0).sum())))
+    assert seen == [int(layer.weight.count_nonzero())] == [162]
