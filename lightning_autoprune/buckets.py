@@ -119,4 +119,6 @@ def pieces(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
         [65536, 34464]
     """
     size = _PIECE if flat[0].device.type == "cpu" else _PIECE_ON_AN_ACCELERATOR
+    if len(flat[0]) <= size:
+        return iter([flat])
     return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
