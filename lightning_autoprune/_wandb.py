@@ -130,6 +130,6 @@ def _is_pruned(path: str, zeros: Mapping[str, int]) -> bool:
     """Whether a checkpoint has as many zeros in each weight as there are in the end."""
     if not Path(path).is_file():  # a folder, of a sharded strategy
         return False
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False)  # this run has just written it
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # this run has just written it
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     return all(name in state and int((state[name] == 0).sum()) >= count for name, count in zeros.items())
