@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -130,6 +131,9 @@ def _is_pruned(path: str, zeros: Mapping[str, int]) -> bool:
     """Whether a checkpoint has as many zeros in each weight as there are in the end."""
     if not Path(path).is_file():  # a folder, of a sharded strategy
         return False
-    checkpoint = torch.load(path, map_location="cpu", weights_only=False, mmap=True)  # this run has just written it
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError):  # the user's own objects are in it, or it is no archive
+        return False
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     return all(name in state and int((state[name] == 0).sum()) >= count for name, count in zeros.items())

@@ -37,7 +37,8 @@ from lightning_autoprune.selection import keep_best, lift
 
 __all__ = ["AuxiliaryParameters", "Part"]
 
-Part = tuple[int, Tensor, Tensor]
+Part = tuple[Tensor, Tensor, Tensor, RunningSquares | None]
+"""Of some entries the sensitivities, M, and v with what it belongs to (M again, where there is none)."""
 
 
 class AuxiliaryParameters(EffectiveWeights):
@@ -131,21 +132,20 @@ class AuxiliaryParameters(EffectiveWeights):
         Returns:
             Whether a step was taken: it is not where a gradient is not finite.
         """
-        parts = self._flatten(dL_dT)
+        parts = list(self._sensitivities(dL_dT))
         if not parts:
             return True
-        norms = numbers([torch.linalg.vector_norm(G) for G, *_ in self._sensitivities(parts)])
-        sums = [math.fsum(norm * norm for norm in norms), sum(float(self._flat_M[k].numel()) for k, *_ in parts)]
-        square, entries = self._over_ranks(sums)
+        norms = numbers([torch.linalg.vector_norm(G) for G, *_ in parts])
+        square, entries = self._over_ranks([math.fsum(n * n for n in norms), float(sum(G.numel() for G, *_ in parts))])
         if not math.isfinite(square):
             return False
         s = self.scale.update(square / entries) or 1.0
-        for k, *_ in parts if self.squares else ():
-            self.squares[k].count()
-        for G, M, v, k in self._sensitivities(parts):
+        for begun in {id(squares): squares for *_, squares in parts if squares}.values():
+            begun.count()
+        for G, M, v, squares in parts:
             self._press(G.div_(s), mu)
-            if v is not None:
-                self.squares[k].normalise(G, v)
+            if squares:
+                squares.normalise(G, v)
             slope = straight_through(self.estimator, M, self.leaky_slope)
             M.sub_(G if slope is None else G.mul_(slope), alpha=lr)
         return True
@@ -313,19 +313,14 @@ class AuxiliaryParameters(EffectiveWeights):
         self.M = self._views(self._flat_M)
         self.squares = [RunningSquares(M) for M in self._flat_M] if self.rule == "adaptive" else []
 
-    def _flatten(self, dL_dT: Sequence[Tensor | None]) -> list[Part]:
-        """What :meth:`_sensitivities` takes: for each bucket that is trained its number, dL/dT and T."""
+    def _sensitivities(self, dL_dT: Sequence[Tensor | None]) -> Iterator[Part]:
+        """The loss's part of dL/dm, without h'(m), in pieces, with what goes with them."""
         which, effective = self._with_gradients(dL_dT), self._effective()
-        buckets = [(k, self._buckets[k]) for k in which]
-        return [(k, bucket.flatten(dL_dT), bucket.flatten(effective)) for k, bucket in buckets]  # type: ignore[arg-type]
-
-    def _sensitivities(self, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
-        """The loss's part of dL/dm, without h'(m), in pieces, with those of M and of v and the bucket's number."""
-        for k, gradient, T in parts:
-            M = self._flat_M[k]
-            state = (self._flat_bits[k], self._flat_dormant[k], M, self.squares[k].v if self.squares else M)
-            for g, t, bits, dormant, m, v in pieces(gradient, T, *state):
-                yield sensitivity(g, latent(t, bits, dormant), self.rule), m, v if self.squares else None, k
+        for k in which:
+            bucket, M, squares = self._buckets[k], self._flat_M[k], self.squares[k] if self.squares else None
+            flat = bucket.flatten(dL_dT), bucket.flatten(effective), self._flat_bits[k], self._flat_dormant[k]  # type: ignore[arg-type]
+            for g, t, bits, dormant, m, v in pieces(*flat, M, squares.v if squares else M):
+                yield sensitivity(g, latent(t, bits, dormant), self.rule), m, v, squares
 
     def _press(self, G: Tensor, mu: float) -> None:
         G.add_(mu)

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_autoprune.pruner import Pruner
-from lightning_autoprune.shards import part, part_of
+from lightning_autoprune.shards import part
 
 __all__ = ["prune_again", "prune_averages", "zero"]
 
@@ -36,14 +36,15 @@ def prune_again(pruner: Pruner) -> None:
 
 
 def _zero_all(weights: Iterable[Tensor], pruner: Pruner) -> None:
-    for weight, mask in zip(weights, pruner.masks(), strict=False):  # there are none in the dense phase
-        zero(weight, mask)
+    if pruner.auxiliary:
+        for weight, mask in zip(weights, pruner.auxiliary.masks(), strict=True):
+            zero(weight, mask)
 
 
 @torch.no_grad()
 def zero(weight: Tensor, mask: Tensor) -> None:
-    """Sets a weight to 0 where its mask, which may be on another device, is False."""
-    part(weight).masked_fill_(~part_of(mask, weight).to(weight.device), 0)
+    """Sets what this rank has of a weight to 0 where its mask, which may be on another device, is False."""
+    part(weight).masked_fill_(~mask.to(weight.device), 0)
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ is in it into parts that stay in the processor's cache through a sequence of ope
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -85,26 +85,27 @@ def _flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return _flat(copy, stride)
 
 
-def fill(tensors: Sequence[Tensor], numbers: Iterable[int] | None = None) -> list[Bucket]:
+def fill(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Bucket]:
     """Buckets of tensors that go together: of the same dtype and device, not too many entries.
 
     Args:
         tensors: all.
-        numbers: the places of those that are to be in the buckets. None: all.
+        sizes: numbers of entries to go by: of whole tensors, where ranks have parts of them, so that all ranks have the
+            same buckets.
 
     Example:
-        >>> [bucket.numbers for bucket in fill([torch.zeros(5), torch.zeros(99_999), torch.zeros(5)])]
+        >>> tensors = [torch.zeros(5), torch.zeros(99_999), torch.zeros(5)]
+        >>> [bucket.numbers for bucket in fill(tensors, [t.numel() for t in tensors])]
         [[0, 2], [1]]
     """
     buckets: list[list[int]] = []
     open_ones: dict[object, list[int]] = {}  # by dtype and device, those with room
-    for i in range(len(tensors)) if numbers is None else numbers:
-        t = tensors[i]
-        if t.numel() > _SMALL:
+    for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
+        if size > _SMALL:
             buckets.append([i])
             continue
-        key = (t.dtype, t.device)
-        if sum(tensors[j].numel() for j in open_ones.get(key, [])) + t.numel() > _PIECE or key not in open_ones:
+        key = (tensor.dtype, tensor.device)
+        if key not in open_ones or sum(sizes[j] for j in open_ones[key]) + size > _PIECE:
             open_ones[key] = []
             buckets.append(open_ones[key])
         open_ones[key].append(i)

@@ -216,7 +216,7 @@ class AutoPruneCallback(Callback):
             return
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
-        known = [*weights, *(self._loaded["layers"] if self._loaded else [])]
+        known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
         dense = [name for name in self._candidates(pl_module) if name not in known]
         if dense:
             rank_zero_warn(
@@ -229,8 +229,9 @@ class AutoPruneCallback(Callback):
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
         weights = prunable_weights(pl_module, self.include, self.exclude)
         if self._loaded:  # layers that were thawed may be frozen again for now
-            pruned = self._loaded["layers"]
-            weights = {n: w for n, w in self._candidates(pl_module).items() if n in weights or n in pruned}
+            pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
+            chosen = {*pruned, *weights}.difference(dense)
+            weights = {name: w for name, w in self._candidates(pl_module).items() if name in chosen}
         check_shards(trainer, weights)
         needed = None
         if not self._source.holds_out:
@@ -270,7 +271,7 @@ class AutoPruneCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
         if (run := self._active) and batch_idx == 0:
-            run.take_in(self._candidates(pl_module))
+            run.take_in(trainer, self._candidates(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""

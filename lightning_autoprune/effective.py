@@ -15,7 +15,7 @@ from lightning_autoprune.buckets import Bucket, fill, pieces
 from lightning_autoprune.masks import PackedMask, as_bits, clear, packed_if_large
 from lightning_autoprune.shards import part
 
-__all__ = ["EffectiveWeights", "numbers"]
+__all__ = ["EffectiveWeights", "latent", "numbers"]
 
 
 class EffectiveWeights:
@@ -44,7 +44,7 @@ class EffectiveWeights:
         self.kept = list(self.totals)
         self.frozen = False
         self._final: list[Tensor | PackedMask] = []  # what the bits become once they are frozen
-        self._lay_out(fill(self._effective()))
+        self._lay_out(fill(self._effective(), self.totals))
 
     @property
     def W(self) -> list[Tensor]:  # noqa: N802
@@ -99,14 +99,14 @@ class EffectiveWeights:
             which: numbers of the buckets.
             scores: a flat tensor for each of all buckets.
         """
-        which = list(which)
-        counts = self._over_ranks(numbers([self._write(k, scores[k]) for k in which]))
+        which, effective = list(which), self._effective()
+        counts = self._over_ranks(numbers([self._write(k, scores[k], effective) for k in which]))
         for i, count in zip((i for k in which for i in self._buckets[k].numbers), counts, strict=True):
             self.kept[i] = round(count)
 
-    def _write(self, k: int, scores: Tensor) -> Tensor:
+    def _write(self, k: int, scores: Tensor, effective: Sequence[Tensor]) -> Tensor:
         """Decides and writes one bucket; gives the numbers of weights kept of its layers."""
-        bucket, effective, kept = self._buckets[k], self._effective(), []
+        bucket, kept = self._buckets[k], []
         T, alone = bucket.flatten(effective), len(bucket.sizes) == 1
         for t, bits, dormant, score in pieces(as_bits(T), self._flat_bits[k], as_bits(self._flat_dormant[k]), scores):
             W = (t & bits).bitwise_or_(dormant)

@@ -275,15 +275,14 @@ class NeuronParameters(AuxiliaryParameters):
     def _v(self) -> list[Tensor]:
         return [squares.v for squares in self.squares]
 
-    def _flatten(self, dL_dT: Sequence[Tensor | None]) -> list[Part]:
-        zero = torch.zeros(())
+    def _sensitivities(self, dL_dT: Sequence[Tensor | None]) -> Iterator[Part]:
+        zero, M = torch.zeros(()), self.M[0]
         parts = [sensitivity(zero if g is None else g, W, self.rule) for g, W in zip(dL_dT, self.W, strict=True)]
         G = self._sum_over_channels(parts)
-        return [(0, G if self.squares else G / self._root_sizes, self.M[0])]
-
-    def _sensitivities(self, parts: Sequence[Part]) -> Iterator[tuple[Tensor, Tensor, Tensor | None, int]]:
-        [(k, G, M)] = parts
-        yield G.clone(), M, self.squares[0].v if self.squares else None, k
+        if self.squares:
+            yield G, M, self.squares[0].v, self.squares[0]
+        else:
+            yield G / self._root_sizes, M, M, None
 
     def _press(self, G: Tensor, mu: float) -> None:
         G.add_(self.neurons.marginal(self.alive), alpha=mu)

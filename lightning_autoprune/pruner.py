@@ -174,7 +174,7 @@ class Pruner:
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target = settings.target_density
-        self._check_target()
+        self._check_target(self.weights)
 
     def start(self) -> None:
         """Enters the phase that the run is in."""
@@ -187,23 +187,23 @@ class Pruner:
             weights: all, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them.
+            AutoPruneError: if the target can't be met with them, or they give no M to start with. Nothing is changed.
         """
         assert self.neurons is None, "channels are found when fitting starts"
         assert not self.frozen, "final masks do not change"
-        new = {name: weight for name, weight in weights.items() if name not in self.weights}
-        self.weights = dict(weights)
-        self._check_target()
+        self._check_target(weights)
         if self.auxiliary:
+            new = {name: weight for name, weight in weights.items() if name not in self.weights}
             self.auxiliary.join(self._attached(new), list(weights))
+        self.weights = dict(weights)
 
-    def _check_target(self) -> None:
+    def _check_target(self, weights: Mapping[str, Tensor]) -> None:
         if self._target is None:
             return
         if self.neurons is not None:
             self.neurons.check_density(self._target, self.settings.layer_floor)
             return
-        totals = [weight.numel() for weight in self.weights.values()]
+        totals = [weight.numel() for weight in weights.values()]
         check_count(round(self._target * sum(totals)), totals, self.settings.layer_floor)
 
     @property
@@ -299,10 +299,10 @@ class Pruner:
         self.auxiliary.freeze()
         return True
 
-    def _attached(self, weights: Mapping[str, Tensor]) -> AuxiliaryParameters:
+    def _attached(self, weights: Mapping[str, Tensor], initial: InitialM | None = None) -> AuxiliaryParameters:
         s = self.settings
         options: dict[str, Any] = {
-            "initial": s.initial_m,
+            "initial": initial or s.initial_m,
             "scale": s.initial_scale,
             "rule": s.update_rule,
             "estimator": s.estimator,
@@ -329,5 +329,5 @@ class Pruner:
         self._controller.mu, self._controller.error = state["pressure"]
         self.auxiliary = None
         if state["auxiliary"] is not None:
-            self.auxiliary = self._attached(self.weights)
+            self.auxiliary = self._attached(self.weights, "constant")  # all kept, so that no weight is written
             self.auxiliary.load_state_dict(state["auxiliary"])

@@ -97,7 +97,7 @@ class Report:
             trainer: the trainer.
             metrics: what :meth:`publish` gave.
             layers: sparsity of every layer, by name.
-            masks: True where a weight is kept; empty before pruning starts.
+            masks: True where a weight is kept; empty before pruning starts, and where they have not changed.
             remember: whether this moment is one that the history must have.
         """
         pruned = revived = 0
@@ -115,7 +115,7 @@ class Report:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=steps_done(trainer))
         self._loss_sum, self._losses = 0.0, 0
-        self._before = packed
+        self._before = packed or self._before
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_autoprune.averages import prune_again, prune_averages
-from lightning_autoprune.compatibility import steps_done, total_steps, will_step
+from lightning_autoprune.compatibility import check_shards, steps_done, total_steps, will_step
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.figures import log_figures
 from lightning_autoprune.gradients import MaskGradients
@@ -84,25 +85,40 @@ class Run:
         reshard(self._module)  # the example may have left copies of the weights as they were
         self._handles = [o.register_step_post_hook(self._after_weight_step) for o in self._optimizers]
 
-    def take_in(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Prunes layers too that have been thawed since, as finetuning callbacks do.
+    def take_in(self, trainer: Trainer, candidates: Mapping[str, nn.Parameter]) -> None:
+        """Prunes layers too that have been thawed since, as finetuning callbacks do; warns of those that stay dense.
 
         Args:
+            trainer: the trainer.
             candidates: all weights of the module that may be pruned, trained or not, by layer name.
         """
+        owners = {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         known = [*self.pruner.weights, *self._left_dense]
-        owned = {id(p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
-        thawed = [n for n, w in candidates.items() if n not in known and w.requires_grad and id(w) in owned]
-        if not thawed:
-            return
-        if self.pruner.frozen or self.pruner.neurons:
-            why = "the masks are final" if self.pruner.frozen else "neurons are found when fitting starts"
-            rank_zero_warn(f"Layers that are thawed now stay dense, as {why}: {', '.join(thawed)}.")
-            self._left_dense += thawed
-            return
-        weights = {name: weight for name, weight in candidates.items() if name in [*self.pruner.weights, *thawed]}
-        self.report.extend(weights)
-        self.pruner.extend(weights)
+        for name, weight in candidates.items():
+            if name in known or not weight.requires_grad or id(weight) not in owners:
+                continue
+            try:
+                self._check_thawed(trainer, name, weight, owners[id(weight)])
+                taken = {n: w for n, w in candidates.items() if n in self.pruner.weights or n == name}
+                self.pruner.extend(taken)
+                self.report.extend(taken)
+            except AutoPruneError as error:
+                rank_zero_warn(f"Layer {name!r}, which is thawed now, stays dense. {error}")
+                self._left_dense.append(name)
+
+    def _check_thawed(self, trainer: Trainer, name: str, weight: nn.Parameter, owner: Optimizer) -> None:
+        """Raises if a layer can't be pruned that has been thawed."""
+        if self.pruner.frozen:
+            raise AutoPruneError("The masks are final.")
+        if self.pruner.neurons:
+            raise AutoPruneError("Neurons are found when fitting starts.")
+        if owner not in self._optimizers:
+            raise AutoPruneError(
+                "It has an optimiser of its own, which trained no prunable weight when fitting started."
+            )
+        if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
+            raise AutoPruneError("DDP does not share the gradients of what was frozen when fitting started.")
+        check_shards(trainer, {name: weight})
 
     @property
     def active(self) -> bool:
@@ -143,7 +159,8 @@ class Run:
         flops = self._cost.flops_left(layers) if self._cost else None
         metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops)
         if frozen_now or log_is_due(self.pruner.step):
-            self.report.log(trainer, metrics, layers, self.pruner.each_mask(), remember=frozen_now)
+            masks = self.pruner.each_mask() if frozen_now or not self.pruner.frozen else ()  # they change no more
+            self.report.log(trainer, metrics, layers, masks, remember=frozen_now)
 
     def _finish_pruning(self, trainer: Trainer) -> None:
         being_pruned.difference_update(self._module.modules())
@@ -201,6 +218,7 @@ class Run:
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
         return {
             "layers": list(self.pruner.weights),
+            "left_dense": list(self._left_dense),
             "source": self._source.name,
             "gradients": self.gradients.state_dict(),
             "pruner": self.pruner.state_dict(),
@@ -215,6 +233,7 @@ class Run:
         Raises:
             AutoPruneError: if it was made for other layers, shapes or held-out data.
         """
+        self._left_dense = list(state["left_dense"])
         self.pruner.load_state_dict(state["pruner"])
         self.report.load_state_dict(state["report"])
         self.gradients.load_state_dict(state["gradients"])

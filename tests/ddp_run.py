@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from helpers import BATCH, Net, csv_logger, data, fit, loader
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -89,6 +89,23 @@ def resumed(folder: Path, ranks: int, half: Path | None) -> dict[str, Any]:
     return run(folder, ranks, Net(), {"held_out": held_out()}, epochs=5, **options)
 
 
+def thawed(folder: Path) -> dict[str, Any]:
+    """A backbone that a finetuning callback thaws, whose gradients DDP does not share."""
+
+    class Backbone(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Linear(12, 12)
+
+        def forward(self, x: Any) -> Any:
+            return super().forward(self.backbone(x))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.05)
+
+    return run(folder, model=Backbone(), callbacks=[BackboneFinetuning(2, verbose=False)], epochs=6)
+
+
 def not_finite(module: Any, batch: Any) -> Any:
     """A loss that is NaN on rank 1 now and then."""
     loss = nn.functional.cross_entropy(module(batch[0]), batch[1])
@@ -150,6 +167,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "not finite": lambda folder: run(folder, options={"loss_fn": not_finite}),
     "whole": lambda folder: resumed(folder, RANKS, None),
     "half": lambda folder: resumed(folder / "again", RANKS, folder / "saved" / "epoch=2.ckpt"),
+    "thawed": thawed,
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
     "averaging": lambda folder: refused(folder, strategy=DDPStrategy(model_averaging_period=2)),
 }

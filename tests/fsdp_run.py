@@ -48,6 +48,18 @@ class Sharded(Plain):
             fully_shard(self, mesh=self.device_mesh["data_parallel"])
 
 
+class Uneven(Sharded):
+    """A large layer between small ones, whose parts on two ranks are as large as those that share a bucket."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=True)
+        self.wide, self.back = nn.Linear(CLASSES, 5), nn.Linear(8192, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y + self.back(y.repeat(1, 8192 // CLASSES)).sum(1, keepdim=True) * self.wide(y).sum(1, keepdim=True)
+
+
 class Partly(Sharded):
     def configure_model(self) -> None:
         fully_shard(self.first, mesh=self.device_mesh["data_parallel"])
@@ -188,6 +200,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "stopped": lambda folder: run(folder, callbacks=[Stop()], logger=csv_logger(folder / "stopped")),
     "whole, in parts": lambda folder: resumed(folder, RANKS, None, file=False),
     "half, in parts": lambda folder: resumed(folder / "again", RANKS, folder / "parts" / "epoch=2.ckpt", file=False),
+    "uneven": lambda folder: run(folder, model=Uneven, options={"layer_floor": 0.2, "pressure": 3.0}),
     "round trips": round_trips,
     "neurons": lambda folder: refused(folder, options={"granularity": "neuron"}),
     "tensor parallel": lambda folder: refused(folder, strategy=strategy(tensor=RANKS)),

@@ -64,7 +64,7 @@ def test_sums_are_those_of_each_tensor():
 def test_every_tensor_is_in_one_bucket_with_its_like(sizes, mixed):
     dtypes = [torch.float32, torch.bfloat16]
     tensors = [torch.empty(n, dtype=dtypes[i % 2 if mixed else 0], device="meta") for i, n in enumerate(sizes)]
-    found = fill(tensors)
+    found = fill(tensors, sizes)
     assert sorted(i for bucket in found for i in bucket.numbers) == list(range(len(sizes)))
     for bucket in found:
         assert len({tensors[i].dtype for i in bucket.numbers}) == 1

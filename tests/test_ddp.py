@@ -8,7 +8,7 @@ import torch
 from helpers import rows, same
 from processes import finish, run_on_two_ranks, start
 
-PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging")]
+PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "thawed")]
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,11 @@ def test_ranks_that_lightning_starts_by_itself_prune_too(tmp_path, strategy):
     weights = [found["state"][f"{name}.weight"] for name in ("first", "last")]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     assert zeros == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_thawed_layer_stays_dense_as_its_gradients_are_not_shared(ranks):
+    (one, texts), (two, _) = (found["thawed"] for found in ranks)
+    assert "DDP does not share the gradients of what was frozen when fitting started." in " ".join(texts)
+    assert same(one["masks"], two["masks"])
+    assert one["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert (one["state"]["backbone.weight"] != 0).all()

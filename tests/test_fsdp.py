@@ -9,7 +9,7 @@ from helpers import rows, same
 from processes import run_on_two_ranks
 
 REFUSED = ("neurons", "tensor parallel", "replicated", "not sharded", "fixed", "artifact", "averages")
-PRUNED = [name for name in fsdp_run.RUNS if name not in (*REFUSED, "round trips")]
+PRUNED = [name for name in fsdp_run.RUNS if name not in (*REFUSED, "round trips", "uneven")]
 WEIGHTS = ("first.weight", "last.weight", "one.weight")
 
 
@@ -61,6 +61,16 @@ def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks,
         torch.testing.assert_close(two["state"][key], value)
     if loss := alone["metrics"].get("autoprune/held_out_loss"):
         assert two["metrics"]["autoprune/held_out_loss"] == pytest.approx(loss)
+
+
+def test_parts_of_other_sizes_are_counted_alike(ranks):
+    one, two = (found["uneven"][0] for found in ranks)
+    assert same(one["masks"], two["masks"])
+    weights = [value for key, value in one["state"].items() if key.endswith("weight") and value.dim() == 2]
+    assert len(weights) == 5
+    assert sum(int(weight.count_nonzero()) for weight in weights) == round(0.3 * sum(w.numel() for w in weights))
+    assert all(int(weight.count_nonzero()) >= 0.2 * weight.numel() for weight in weights)
+    assert one["sparsity"] == two["sparsity"] == pytest.approx(0.7, abs=0.0001)
 
 
 def test_the_held_out_pass_leaves_no_trace_in_the_gradients(ranks):

@@ -114,7 +114,7 @@ def test_the_gradient_is_that_of_masks_on_the_activations():
     h = (aux.M[0] > 0).float().requires_grad_()
     masked_forward(plain, h, x).square().sum().backward()
     network(x).square().sum().backward()
-    [(_, g, _)] = aux._flatten([weight.grad for weight in aux.weights.values()])
+    [(g, *_)] = aux._sensitivities([weight.grad for weight in aux.weights.values()])
     torch.testing.assert_close(g * aux._root_sizes, h.grad)  # pruned ones too: they can come back
     assert h.grad[[1, 4]].abs().min() > 0
 

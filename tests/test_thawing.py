@@ -71,9 +71,11 @@ def test_a_backbone_that_is_thawed_in_the_dense_phase_is_as_any_layer():
 
 def test_a_backbone_that_is_thawed_when_the_masks_are_final_stays_dense_and_is_named():
     callback = AutoPruneCallback(target_sparsity=0.8)
-    with pytest.warns(UserWarning, match="thawed now stay dense, as the masks are final: backbone.0") as caught:
+    with pytest.warns(
+        UserWarning, match="Layer 'backbone.0', which is thawed now, stays dense. The masks are final."
+    ) as caught:
         model, _ = fit([callback, BackboneFinetuning(8, verbose=False)], Backbone(), epochs=10)
-    assert sum("as the masks are final" in str(w.message) for w in caught) == 1
+    assert sum("The masks are final" in str(w.message) for w in caught) == 1
     assert set(callback.layer_sparsity()) == {"first", "last"}
     assert model.backbone[0].weight.count_nonzero() == 144
 
@@ -140,3 +142,65 @@ def test_a_run_with_a_finetuning_callback_goes_on_after_the_thaw(tmp_path):
     model, callback = run(8, ckpt_path=tmp_path / "epoch=3.ckpt")
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
     assert model.backbone[0].weight.count_nonzero() < 144
+
+
+class OneMore(Net):
+    """A layer that is thawed after two epochs, and may be of zeros or in an optimiser of its own."""
+
+    def __init__(self, zeros: bool = False, own: bool = False):
+        super().__init__()
+        self.more, self.own = torch.nn.Linear(12, 12), own
+        self.more.requires_grad_(False)
+        if zeros:
+            torch.nn.init.zeros_(self.more.weight)
+
+    def forward(self, x):
+        return super().forward(x + self.more(x))
+
+    def configure_optimizers(self):
+        rest = [p for name, p in self.named_parameters() if not name.startswith("more")]
+        groups = [rest, list(self.more.parameters())]
+        if self.own:
+            self.automatic_optimization = False
+            return [torch.optim.SGD(group, 0.05) for group in groups]
+        return torch.optim.SGD([p for group in groups for p in group], 0.05)
+
+    def training_step(self, batch):
+        loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+        if self.own:
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in optimizers:
+                optimizer.step()
+        return loss
+
+    def on_train_epoch_start(self):
+        self.more.requires_grad_(self.current_epoch >= 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ({"zeros": True}, "All weights of layer 'more' are 0"),
+        ({"own": True}, "It has an optimiser of its own, which trained no prunable weight when fitting started."),
+    ],
+)
+def test_a_layer_that_can_not_be_taken_in_stays_dense_and_the_run_goes_on(model, why, tmp_path):
+    def loss(module, batch):
+        return torch.nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.1, loss_fn=loss)
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    with pytest.warns(UserWarning, match=f"Layer 'more', which is thawed now, stays dense. {why}") as caught:
+        trained, _ = fit([callback, saving], OneMore(**model), epochs=8, enable_checkpointing=True)
+    assert sum("which is thawed now" in str(w.message) for w in caught) == 1
+    assert list(callback.layer_sparsity()) == list(callback.curves)[:-1] == ["first", "last"]
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert (trained.more.weight != 0).all()
+    again, resumed = AutoPruneCallback(target_sparsity=0.8, warmup=0.1, loss_fn=loss), OneMore(**model)
+    resumed.more.requires_grad_(True)  # as where the module restores it
+    fit(again, resumed, epochs=8, ckpt_path=tmp_path / "epoch=4.ckpt")
+    assert list(again.layer_sparsity()) == ["first", "last"]
+    assert torch.equal(flat(resumed), flat(trained))
