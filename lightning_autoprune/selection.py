@@ -1,4 +1,4 @@
-"""Which entries of M are the largest, exactly, without sorting or copying them. Torch only.
+"""Which entries of M are the largest, exactly, without putting all in one place. Torch only.
 
 For a threshold t a layer i keeps max(floorᵢ, nᵢ(t)) entries, with nᵢ(t) the number of its m >= t, as its floor and what
 is above a threshold are both its largest ones. The sum over the layers falls as t grows, so the largest t for which it

@@ -53,7 +53,7 @@ class Uneven(Sharded):
 
     def __init__(self) -> None:
         super().__init__(norm=True)
-        self.wide, self.back = nn.Linear(CLASSES, 5), nn.Linear(8192, 5, bias=False)
+        self.back, self.wide = nn.Linear(8192, 5, bias=False), nn.Linear(CLASSES, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
