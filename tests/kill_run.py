@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -45,8 +46,8 @@ def train(folder: Path, held_out: Any) -> None:
     Not from one of an epoch's last step: going on twice, from there and then from a later one, Lightning makes an epoch
     too many, with this callback and without.
     """
-    steps = {int(path.stem.partition("=")[2]): path for path in folder.glob("*.ckpt")}
-    newest = (steps[step] for step in sorted(steps, reverse=True) if step % (ROWS // BATCH))
+    steps = [(int(re.search(r"step=(\d+)", path.stem)[1]), path) for path in folder.glob("*.ckpt")]  # maybe "…-v1"
+    newest = (path for step, path in sorted(steps, reverse=True) if step % (ROWS // BATCH))
     callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out, log_every_n_steps=1)
     save = ModelCheckpoint(folder, "{step}", monitor="step", mode="max", save_top_k=3, every_n_train_steps=1)
     model, _ = fit(
@@ -77,7 +78,10 @@ def attempt(folder: Path, held_out: Any, seconds: float | None) -> bool:
     if child == 0:
         os.close(2)
         torch.manual_seed(0)
-        train(folder, held_out)
+        try:
+            train(folder, held_out)
+        except BaseException:
+            os._exit(1)
         os._exit(0)
     if seconds is not None:
         time.sleep(seconds)
