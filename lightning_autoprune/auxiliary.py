@@ -188,17 +188,17 @@ class AuxiliaryParameters(EffectiveWeights):
         old = [*self.weights, *other.weights]
         order, count = [old.index(name) for name in names], len(self.weights)
 
-        def join(mine: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+        def in_order(mine: Sequence[Any], others: Sequence[Any]) -> list[Any]:
             both = [*mine, *others]
             return [both[i] for i in order]
 
         groups = [[order.index(i) for i in bucket.numbers] for bucket in self._buckets]
         groups += [[order.index(count + i) for i in bucket.numbers] for bucket in other._buckets]
         updates = [squares.updates for squares in [*self.squares, *other.squares]]
-        entries = [join(mine, others) for mine, others in zip(self._entries(), other._entries(), strict=True)]
-        self.weights = dict(zip(names, join([*self.weights.values()], [*other.weights.values()]), strict=True))
-        self.kept, self.totals = join(self.kept, other.kept), join(self.totals, other.totals)
-        self.floors = join(self.floors, other.floors)
+        entries = [in_order(mine, others) for mine, others in zip(self._entries(), other._entries(), strict=True)]
+        self.weights = dict(zip(names, in_order([*self.weights.values()], [*other.weights.values()]), strict=True))
+        self.kept, self.totals = in_order(self.kept, other.kept), in_order(self.totals, other.totals)
+        self.floors = in_order(self.floors, other.floors)
         self._lay_out_again(groups, entries)
         self._set_updates(updates)
 

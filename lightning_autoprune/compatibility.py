@@ -29,6 +29,7 @@ __all__ = [
     "check_trainer",
     "grad_scaler",
     "has_stepped",
+    "owners",
     "scale_left",
     "steps_done",
     "total_steps",
@@ -150,7 +151,7 @@ def trained_weights(
     Raises:
         AutoPruneError: if there is none, LBFGS among them, or several where the gradients of their steps are needed.
     """
-    owned = {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    owned = owners(trainer)
     trained = {name: weight for name, weight in weights.items() if id(weight) in owned}
     found = [o for o in trainer.optimizers if any(owned[id(weight)] is o for weight in trained.values())]
     if not found:
@@ -169,6 +170,11 @@ def trained_weights(
             " prunable weights: hold data out instead, or `include` the layers of one of them only."
         )
     return trained, found
+
+
+def owners(trainer: Trainer) -> dict[int, Optimizer]:
+    """The optimiser of each parameter, by the parameter's ``id``."""
+    return {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
 
 
 def total_steps(trainer: Trainer) -> int:

@@ -80,8 +80,7 @@ class MaskGradients:
 
     def after_weight_step(self, trainer: Trainer) -> None:
         """Passes a held-out batch, if a step is due, and steps M."""
-        weights = self._trained()
-        if not (self._source.holds_out and self._pruner.due and weights):
+        if not (self._source.holds_out and self._pruner.due and (weights := self._trained())):
             return
         batch, own, self._own = self._source.batch(trainer), self._own, {}
         ranks, device = trainer.world_size, trainer.strategy.root_device

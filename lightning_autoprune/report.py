@@ -48,12 +48,10 @@ class Report:
         """
         if self._before:
             before = dict(zip(self.history.names, self._before, strict=True))
-            whole = {
-                name: torch.ones(weight.shape, dtype=torch.bool)
+            self._before = [
+                before[name] if name in before else pack(torch.ones(weight.shape, dtype=torch.bool))
                 for name, weight in weights.items()
-                if name not in before
-            }
-            self._before = [before[name] if name in before else pack(whole[name]) for name in weights]
+            ]
         self.history.extend(list(weights))
 
     def held_out_loss(self, loss: float) -> None:

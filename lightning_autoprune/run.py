@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_autoprune.averages import prune_again, prune_averages
-from lightning_autoprune.compatibility import check_shards, steps_done, total_steps, will_step
+from lightning_autoprune.compatibility import check_shards, owners, steps_done, total_steps, will_step
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.figures import log_figures
 from lightning_autoprune.gradients import MaskGradients
@@ -92,13 +92,13 @@ class Run:
             trainer: the trainer.
             candidates: all weights of the module that may be pruned, trained or not, by layer name.
         """
-        owners = {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+        owned = owners(trainer)
         known = [*self.pruner.weights, *self._left_dense]
         for name, weight in candidates.items():
-            if name in known or not weight.requires_grad or id(weight) not in owners:
+            if name in known or not weight.requires_grad or id(weight) not in owned:
                 continue
             try:
-                self._check_thawed(trainer, name, weight, owners[id(weight)])
+                self._check_thawed(trainer, name, weight, owned[id(weight)])
                 taken = {n: w for n, w in candidates.items() if n in self.pruner.weights or n == name}
                 self.pruner.extend(taken)
                 self.report.extend(taken)

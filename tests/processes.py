@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 HERE = Path(__file__).parent
 CLUSTER = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "LOCAL_RANK")  # of a group in this process
@@ -36,3 +39,8 @@ def run_on_two_ranks(script: str, folder: Path) -> None:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
     finish([start(script, [str(folder)], **shared, LOCAL_RANK=str(rank)) for rank in range(2)])
+
+
+def results(folder: Path) -> list[Any]:
+    """What each rank of such a script saved."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]

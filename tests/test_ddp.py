@@ -6,7 +6,7 @@ import ddp_run
 import pytest
 import torch
 from helpers import rows, same
-from processes import finish, run_on_two_ranks, start
+from processes import finish, results, run_on_two_ranks, start
 
 PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "thawed")]
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return results(folder)
 
 
 @pytest.mark.parametrize("name", PRUNED)

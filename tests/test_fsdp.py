@@ -6,7 +6,7 @@ import fsdp_run
 import pytest
 import torch
 from helpers import rows, same
-from processes import run_on_two_ranks
+from processes import results, run_on_two_ranks
 
 REFUSED = ("neurons", "tensor parallel", "replicated", "not sharded", "fixed", "artifact", "averages")
 PRUNED = [name for name in fsdp_run.RUNS if name not in (*REFUSED, "round trips", "uneven")]
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return results(folder)
 
 
 @pytest.mark.parametrize("name", PRUNED)
