@@ -62,6 +62,7 @@ class AuxiliaryParameters(EffectiveWeights):
         estimator: the straight-through estimator h'(m), one of :data:`~lightning_autoprune.estimators.ESTIMATORS`.
         leaky_slope: slope of ``"leaky_relu"`` at m <= 0, in [0, 1].
         layer_floor: share of its weights that each layer keeps whatever happens, in [0, 1); at least one.
+        decay: weight of the past in the running mean squares, in [0, 1); see ``rules.decay_for``.
 
     Attributes:
         weights: the parameters, by layer name; their storage holds T.
@@ -101,6 +102,7 @@ class AuxiliaryParameters(EffectiveWeights):
         estimator: Estimator = "linear",
         leaky_slope: float = 0.1,
         layer_floor: float = 0.001,
+        decay: float = 0.999,
     ) -> None:
         check_choice("initial", initial, INITIAL_M)
         check_choice("update_rule", rule, UPDATE_RULES)
@@ -108,8 +110,9 @@ class AuxiliaryParameters(EffectiveWeights):
         check_range("scale", scale, 0, low_open=True)
         check_range("leaky_slope", leaky_slope, 0, 1)
         check_range("layer_floor", layer_floor, 0, 1, high_open=True)
+        check_range("decay", decay, 0, 1, high_open=True)
         self.rule, self.estimator, self.leaky_slope = rule, estimator, leaky_slope
-        self.scale = GradientScale()
+        self.scale, self._decay = GradientScale(decay), decay
         super().__init__(weights)
         self._check_values(initial)
         self.floors = floors(self.totals, layer_floor)
@@ -311,7 +314,7 @@ class AuxiliaryParameters(EffectiveWeights):
     def _lay_out_M(self) -> None:  # noqa: N802
         self._flat_M = [torch.zeros_like(at_least_float32(flat)) for flat in self._flat_dormant]
         self.M = self._views(self._flat_M)
-        self.squares = [RunningSquares(M) for M in self._flat_M] if self.rule == "adaptive" else []
+        self.squares = [RunningSquares(M, self._decay) for M in self._flat_M] if self.rule == "adaptive" else []
 
     def _sensitivities(self, dL_dT: Sequence[Tensor | None]) -> Iterator[Part]:
         """The loss's part of dL/dm, without h'(m), in pieces, with what goes with them."""

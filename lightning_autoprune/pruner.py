@@ -15,7 +15,7 @@ from lightning_autoprune.initial import INITIAL_M, InitialM
 from lightning_autoprune.masks import check_count
 from lightning_autoprune.neurons import COSTS, Cost, NeuronParameters, Neurons
 from lightning_autoprune.pressure import PressureController, target_path
-from lightning_autoprune.rules import UPDATE_RULES, UpdateRule
+from lightning_autoprune.rules import UPDATE_RULES, UpdateRule, decay_for
 from lightning_autoprune.sharded import ShardedParameters
 from lightning_autoprune.shards import Wholes, is_sharded, whole
 
@@ -269,8 +269,11 @@ class Pruner:
         A weight without a gradient (None), as it is not trained now, is left as it is.
         """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
-        steps = max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
-        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / steps, self.mu)
+        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._auxiliary_steps, self.mu)
+
+    @property
+    def _auxiliary_steps(self) -> float:
+        return max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
 
     def end_step(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         """Ends a training step: updates masks and pressure; tells whether the masks were frozen.
@@ -308,6 +311,7 @@ class Pruner:
             "estimator": s.estimator,
             "leaky_slope": s.leaky_slope,
             "layer_floor": s.layer_floor,
+            "decay": decay_for(self._auxiliary_steps),
         }
         if self.neurons is not None:
             return NeuronParameters(weights, self.neurons, **options)

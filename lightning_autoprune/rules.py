@@ -27,7 +27,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["UPDATE_RULES", "RunningSquares", "UpdateRule", "at_least_float32", "sensitivity"]
+__all__ = ["UPDATE_RULES", "RunningSquares", "UpdateRule", "at_least_float32", "decay_for", "sensitivity"]
 
 UpdateRule = Literal["adaptive", "autoprune", "vanilla"]
 UPDATE_RULES: tuple[UpdateRule, ...] = get_args(UpdateRule)
@@ -55,6 +55,23 @@ def sensitivity(dL_dT: Tensor, W: Tensor, rule: UpdateRule) -> Tensor:
         tensor([-1.,  8.])
     """
     return at_least_float32(dL_dT) * at_least_float32(W.sign() if rule == "autoprune" else W)
+
+
+def decay_for(steps: float) -> float:
+    """Decay with which s and v remember a fortieth of the pruning phase, though at least 10 steps and at most 1000.
+
+    Gradients grow a hundredfold while the density falls, and a longer memory of either end would be wrong at the other:
+    a network that trains for a few hundred steps would come to rest under the largest pressure that there was
+    (benchmarks/ablations.py compares them).
+
+    Args:
+        steps: number of auxiliary steps in the phase.
+
+    Example:
+        >>> decay_for(4000)
+        0.99
+    """
+    return 1 - 1 / min(max(steps / 40, 10.0), 1000.0)
 
 
 class RunningSquares:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_autoprune import pruner
 from lightning_autoprune.pressure import target_path
+from lightning_autoprune.rules import decay_for
 
 
 def normalised():
@@ -30,10 +31,11 @@ def test_a_variant_with_nothing_changed_is_the_plain_callback():
     assert torch.equal(weights("variant"), weights("autoprune"))
 
 
-@pytest.mark.parametrize("option", [{"power": 2}, {"regrowth": 0.3}, {"distillation": 1.0}])
+@pytest.mark.parametrize("option", [{"power": 2}, {"memory": 2}, {"regrowth": 0.3}, {"distillation": 1.0}])
 def test_each_option_changes_the_run_and_leaves_the_package_as_it_was(option):
     assert not torch.equal(weights("variant", **option), weights("autoprune"))
     assert pruner.target_path is target_path
+    assert pruner.decay_for is decay_for
 
 
 def test_regrowth_goes_beyond_the_target_and_then_lets_weights_back():

@@ -88,6 +88,14 @@ def test_masks_stay_in_the_dense_and_in_the_frozen_phase():
     assert len(set(curve[69:])) == 1
 
 
+@pytest.mark.parametrize(("every", "remembered"), [(1, 100), (4, 25)])
+def test_the_running_squares_remember_auxiliary_steps_in_proportion_to_the_pruning_phase(every, remembered):
+    model, *_ = problem()
+    pruner = started(model, 10_000, warmup=0, finetune=0.6, mask_every_n_steps=every)
+    averages = [pruner.auxiliary.scale, *pruner.auxiliary.squares]
+    assert [average.decay for average in averages] == pytest.approx([1 - 1 / remembered] * len(averages))
+
+
 def test_no_layer_is_emptied_under_a_huge_pressure():
     model, x, y = problem()
     pruner = started(model, 100, pressure=1000, layer_floor=0.02)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_autoprune.estimators import ESTIMATORS, straight_through
-from lightning_autoprune.rules import RunningSquares, sensitivity
+from lightning_autoprune.rules import RunningSquares, decay_for, sensitivity
 
 
 def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:
@@ -146,3 +146,8 @@ def test_running_squares_are_the_mean_square_at_first_and_forget_afterwards():
 def test_an_entry_that_never_had_a_gradient_stays_0():
     squares = RunningSquares(torch.zeros(3))
     assert normalise(squares, torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("steps", "remembered"), [(1, 10), (400, 10), (4000, 100), (40_000, 1000), (10**7, 1000)])
+def test_a_fortieth_of_the_pruning_phase_is_remembered_within_limits(steps, remembered):
+    assert decay_for(steps) == pytest.approx(1 - 1 / remembered)

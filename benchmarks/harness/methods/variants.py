@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_autoprune import pruner
 from lightning_autoprune.pressure import target_path
+from lightning_autoprune.rules import decay_for
 
 from .autoprune import AutoPrune
 
@@ -21,6 +22,7 @@ class Variant(AutoPrune):
 
     Args:
         power: of the path to the target, in place of the package's choice.
+        memory: number of auxiliary steps that the running mean squares remember, in place of the package's choice.
         regrowth: share of the pruning phase, at its end, with no pressure, after 0.8 of the density asked for.
         distillation: weight of the divergence KL(teacher ‖ network) in the loss once the masks are frozen; the teacher
             is the network as it was at the end of the dense phase, so no further training is spent.
@@ -33,22 +35,27 @@ class Variant(AutoPrune):
         compression: float | None,
         seed: int = 0,
         power: float | None = None,
+        memory: float | None = None,
         regrowth: float = 0.0,
         distillation: float = 0.0,
         batchnorm: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(compression, seed, **options)
-        self.power, self.regrowth, self.distillation, self.batchnorm = power, regrowth, distillation, batchnorm
+        self.power, self.memory, self.regrowth = power, memory, regrowth
+        self.distillation, self.batchnorm = distillation, batchnorm
         self._teacher: nn.Module | None = None
         self._passed: tuple[Tensor, Tensor] | None = None  # inputs and logits of the step under way
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the path in place."""
+        """Puts the path and the memory in place."""
         path = functools.partial(target_path, power=self.power) if self.power else target_path
         if self.regrowth:
             path = functools.partial(_overshoot, regrowth=self.regrowth)
         pruner.target_path = path
+        if self.memory:
+            decay = 1 - 1 / self.memory
+            pruner.decay_for = lambda steps: decay
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keeps the dense network when pruning begins."""
@@ -71,8 +78,8 @@ class Variant(AutoPrune):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the package's own path back, and takes BatchNorm's statistics anew."""
-        pruner.target_path = target_path
+        """Puts the package's own choices back, and takes BatchNorm's statistics anew."""
+        pruner.target_path, pruner.decay_for = target_path, decay_for
         norms = [m for m in pl_module.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if self.batchnorm and norms:
             for norm in norms:
