@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from harness.methods import LABELS, METHODS
-from harness.report import compression_picture, compression_table, save
+from harness.report import compression_picture, compression_table, no_target_table, save
 from harness.results import Run, append, missing, read
 from harness.tasks import TASKS
 from harness.training import quiet, train
@@ -66,6 +66,7 @@ def main() -> None:
     rows = [row for row in read(args.results) if row["options"] == "{}"]
     for name in args.tasks:
         print("\n" + compression_table(rows, name, LABELS))
+    print("\n" + no_target_table(rows))
     save(compression_picture(rows, args.tasks, LABELS), args.picture)
 
 

@@ -13,7 +13,7 @@ import torch
 from deploy import as_csr
 from harness.latency import side_by_side
 from harness.methods import METHODS
-from harness.report import compression_table
+from harness.report import compression_table, no_target_table
 from harness.results import Run, append, means, missing, read, write_row
 from harness.tasks import TASKS, batches
 from harness.training import Method, evaluate, train
@@ -133,6 +133,21 @@ def test_the_best_of_a_column_is_bold():
     table = compression_table(rows, "tabular", {"a": "A", "b": "B", "c": "C"})
     assert table.splitlines()[0] == "| tabular: loss, nats (dense 0.300) | 10× | 30× |"
     assert table.splitlines()[2:] == ["| A | 0.200 | **0.400** |", "| B | **0.100 ± 0.000** | – |"]
+
+
+def test_a_table_tells_what_was_reached_without_a_target():
+    def row(method: str, target: str, loss: str, compression: str, epochs: str = "60") -> dict[str, str]:
+        figures = {"loss": loss, "compression": compression}
+        return {"task": "tabular", "epochs": epochs, "method": method, "target": target, **figures}
+
+    rows = [
+        row("dense", "", "0.3", "1"),
+        row("autoprune", "", "0.2", "8"),
+        row("autoprune", "", "0.4", "10"),
+        row("autoprune", "", "0.9", "99", epochs="20"),
+        row("autoprune", "30", "0.9", "30"),
+    ]
+    assert no_target_table(rows).splitlines()[2:] == ["| tabular: loss, nats | 0.300 | 0.300 ± 0.141 | 9.0× | 2 |"]
 
 
 def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path):

@@ -58,6 +58,19 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
     return markdown([head, *(f"{column}×" for column in columns)], lines)
 
 
+def no_target_table(rows: list[dict[str, str]], method: str = "autoprune") -> str:
+    """A line for each task where the method ran without a target: what it reached beside the dense network."""
+    free = [row for row in rows if row["method"] == method and not row["target"]]
+    lines = []
+    for name, task in TASKS.items():
+        found, whole = full_runs(rows, name), [row for row in free if row["epochs"] == str(task.epochs)]
+        if mean := found.get((method, "")):
+            reached = means(whole, "compression", ("task",))[name,].mean
+            figures = (cell(found.get(key), task.metric) for key in (("dense", ""), (method, "")))
+            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{reached:.1f}×", str(len(mean.values))])
+    return markdown(["no target", "dense", "pruned", "compression", "seeds"], lines)
+
+
 def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Mapping[str, str]) -> Figure:
     """One panel a task: the figure that ranks against compression, a line a method, bars of one standard deviation."""
     tasks = list(tasks)
