@@ -112,7 +112,7 @@ class AuxiliaryParameters(EffectiveWeights):
         check_range("layer_floor", layer_floor, 0, 1, high_open=True)
         check_range("decay", decay, 0, 1, high_open=True)
         self.rule, self.estimator, self.leaky_slope = rule, estimator, leaky_slope
-        self.scale, self._decay = GradientScale(decay), decay
+        self.scale = GradientScale(decay)
         super().__init__(weights)
         self._check_values(initial)
         self.floors = floors(self.totals, layer_floor)
@@ -314,7 +314,7 @@ class AuxiliaryParameters(EffectiveWeights):
     def _lay_out_M(self) -> None:  # noqa: N802
         self._flat_M = [torch.zeros_like(at_least_float32(flat)) for flat in self._flat_dormant]
         self.M = self._views(self._flat_M)
-        self.squares = [RunningSquares(M, self._decay) for M in self._flat_M] if self.rule == "adaptive" else []
+        self.squares = [RunningSquares(M, self.scale.decay) for M in self._flat_M] if self.rule == "adaptive" else []
 
     def _sensitivities(self, dL_dT: Sequence[Tensor | None]) -> Iterator[Part]:
         """The loss's part of dL/dm, without h'(m), in pieces, with what goes with them."""

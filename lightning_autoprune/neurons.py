@@ -269,7 +269,7 @@ class NeuronParameters(AuxiliaryParameters):
 
     def _lay_out_M(self) -> None:  # noqa: N802
         self._flat_M = self.M = [torch.zeros(self.neurons.count, device=self.alive.device)]
-        self.squares = [RunningSquares(self.M[0], self._decay)] if self.rule == "adaptive" else []
+        self.squares = [RunningSquares(self.M[0], self.scale.decay)] if self.rule == "adaptive" else []
 
     @property
     def _v(self) -> list[Tensor]:

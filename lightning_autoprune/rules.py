@@ -60,8 +60,8 @@ def sensitivity(dL_dT: Tensor, W: Tensor, rule: UpdateRule) -> Tensor:
 def decay_for(steps: float) -> float:
     """Decay with which s and v remember a fortieth of the pruning phase, though at least 10 steps and at most 1000.
 
-    Gradients grow a hundredfold while the density falls, and a longer memory of either end would be wrong at the other:
-    a network that trains for a few hundred steps would come to rest under the largest pressure that there was
+    The pressure that the path to a target needs rises and falls by powers of ten, and v has its square in it: with a
+    memory of 1000 steps in a run of as many, M would hardly move after the steepest part of the path
     (benchmarks/ablations.py compares them).
 
     Args:

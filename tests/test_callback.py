@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from helpers import Net, data, fit, loader, trainer
-from lightning.pytorch import LightningDataModule
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback, Settings, sparsity
@@ -292,20 +291,6 @@ def test_nothing_is_left_after_an_error_in_training():
     assert not t.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_fast_dev_run_and_validation_within_an_epoch_work():
-    fit(AutoPruneCallback(target_sparsity=0.5), val=loader(seed=3), fast_dev_run=True)
-    callback = AutoPruneCallback(target_sparsity=0.5)
-    model, _ = fit(callback, val=loader(seed=3), val_check_interval=3)
-    assert sparsity(model) == 0.5
-
-
-def test_max_steps_gives_the_length_of_the_run():
-    callback = AutoPruneCallback(target_sparsity=0.5)
-    fit(callback, epochs=-1, max_steps=20)
-    assert callback._run.pruner.phases.total == 20
-    assert callback.sparsity == 0.5
-
-
 def test_training_that_ends_early_says_so():
     class Stop(Net):
         def on_train_batch_end(self, *_):
@@ -334,20 +319,3 @@ def test_only_the_optimiser_of_the_weights_drives_m_and_once_a_step():
     callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
     fit(callback, model=TwoOptimizers(), epochs=2)
     assert callback._run.pruner.auxiliary.scale.updates == callback._run.pruner.step == 16
-
-
-class Module(LightningDataModule):
-    def setup(self, stage):
-        self.ready = True
-
-    def train_dataloader(self):
-        assert self.ready
-        return loader()
-
-
-@pytest.mark.parametrize("source", [FRACTION, FIXED], ids=str)
-def test_a_data_module_and_loaders_that_are_loaded_anew_work(source):
-    callback = AutoPruneCallback(target_sparsity=0.8, **source)
-    model = Net()
-    trainer(callbacks=[callback], epochs=4, reload_dataloaders_every_n_epochs=1).fit(model, datamodule=Module())
-    assert sparsity(model) == pytest.approx(0.8, abs=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import BATCH, ROWS, Net, csv_logger, data, fit, flat, loader, rows, trainer
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
@@ -185,3 +185,34 @@ def test_several_checkpoints_and_a_learning_rate_monitor(tmp_path):
         assert sparsity(other) > 0.795
     assert torch.equal(flat(other), flat(model))
     assert len(rows(tmp_path / "logs")) > 10
+
+
+def test_fast_dev_run_and_validation_within_an_epoch_work():
+    fit(AutoPruneCallback(target_sparsity=0.5), val=loader(seed=3), fast_dev_run=True)
+    callback = AutoPruneCallback(target_sparsity=0.5)
+    model, _ = fit(callback, val=loader(seed=3), val_check_interval=3)
+    assert sparsity(model) == 0.5
+
+
+def test_max_steps_gives_the_length_of_the_run():
+    callback = AutoPruneCallback(target_sparsity=0.5)
+    fit(callback, epochs=-1, max_steps=20)
+    assert callback._run.pruner.phases.total == 20
+    assert callback.sparsity == 0.5
+
+
+class Module(LightningDataModule):
+    def setup(self, stage):
+        self.ready = True
+
+    def train_dataloader(self):
+        assert self.ready
+        return loader()
+
+
+@pytest.mark.parametrize("source", [{"held_out": 0.5}, {"held_out": 0.25, "redraw_held_out": False}], ids=str)
+def test_a_data_module_and_loaders_that_are_loaded_anew_work(source):
+    callback = AutoPruneCallback(target_sparsity=0.8, **source)
+    model = Net()
+    trainer(callbacks=[callback], epochs=4, reload_dataloaders_every_n_epochs=1).fit(model, datamodule=Module())
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)

@@ -33,10 +33,10 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def full_runs(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Mean]:
-    """The figure that ranks, by method and target, over the runs of the task's whole budget."""
+def full_runs(rows: list[dict[str, str]], task: str, figure: str | None = None) -> dict[tuple[str, ...], Mean]:
+    """A figure (None: the one that ranks), by method and target, over the runs of the task's whole budget."""
     chosen = [row for row in rows if row["task"] == task and row["epochs"] == str(TASKS[task].epochs)]
-    return means(chosen, TASKS[task].metric, ("method", "target"))
+    return means(chosen, figure or TASKS[task].metric, ("method", "target"))
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
@@ -60,14 +60,13 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
 
 def no_target_table(rows: list[dict[str, str]], method: str = "autoprune") -> str:
     """A line for each task where the method ran without a target: what it reached beside the dense network."""
-    free = [row for row in rows if row["method"] == method and not row["target"]]
     lines = []
     for name, task in TASKS.items():
-        found, whole = full_runs(rows, name), [row for row in free if row["epochs"] == str(task.epochs)]
-        if mean := found.get((method, "")):
-            reached = means(whole, "compression", ("task",))[name,].mean
-            figures = (cell(found.get(key), task.metric) for key in (("dense", ""), (method, "")))
-            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{reached:.1f}×", str(len(mean.values))])
+        found = full_runs(rows, name)
+        if pruned := found.get((method, "")):
+            dense, reached = found.get(("dense", "")), full_runs(rows, name, "compression")[method, ""]
+            figures = (cell(mean, task.metric) for mean in (dense, pruned))
+            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{reached.mean:.1f}×", str(len(pruned.values))])
     return markdown(["no target", "dense", "pruned", "compression", "seeds"], lines)
 
 

@@ -53,9 +53,7 @@ class Variant(AutoPrune):
         if self.regrowth:
             path = functools.partial(_overshoot, regrowth=self.regrowth)
         pruner.target_path = path
-        if self.memory:
-            decay = 1 - 1 / self.memory
-            pruner.decay_for = lambda steps: decay
+        pruner.decay_for = (lambda steps: 1 - 1 / self.memory) if self.memory else decay_for
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Keeps the dense network when pruning begins."""
