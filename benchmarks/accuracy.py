@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from harness.methods import LABELS, METHODS
+from harness.methods.settings import make
 from harness.report import compression_picture, compression_table, no_target_table, save
 from harness.results import Run, append, missing, read
 from harness.tasks import TASKS
@@ -42,7 +43,7 @@ def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = F
         if not missing(results, [run]):
             continue
         task = TASKS[run.task]
-        method = METHODS[run.method](run.target, run.seed, **json.loads(run.options))
+        method = make(run.task, run.method, run.target, run.seed, **json.loads(run.options))
         outcome = train(task, method, run.seed, data_dir, run.epochs, validate)
         append(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"

@@ -119,7 +119,7 @@ def test_means_and_spread_are_over_the_seeds():
     assert found["b",].spread == 0
 
 
-def test_the_best_of_a_column_is_bold():
+def test_the_best_of_a_column_with_the_most_seeds_is_bold():
     def row(method: str, target: str, loss: str) -> dict[str, str]:
         return {"task": "tabular", "epochs": "60", "method": method, "target": target, "loss": loss}
 
@@ -129,25 +129,30 @@ def test_the_best_of_a_column_is_bold():
         row("b", "10", "0.1"),
         row("b", "10", "0.1"),
         row("a", "30", "0.4"),
+        row("c", "10", "0.05"),
     ]
     table = compression_table(rows, "tabular", {"a": "A", "b": "B", "c": "C"})
     assert table.splitlines()[0] == "| tabular: loss, nats (dense 0.300) | 10× | 30× |"
-    assert table.splitlines()[2:] == ["| A | 0.200 | **0.400** |", "| B | **0.100 ± 0.000** | – |"]
+    assert table.splitlines()[2:] == ["| A | 0.200 | **0.400** |", "| B | **0.100 ± 0.000** | – |", "| C | 0.050 | – |"]
 
 
 def test_a_table_tells_what_was_reached_without_a_target():
-    def row(method: str, target: str, loss: str, compression: str, epochs: str = "60") -> dict[str, str]:
-        figures = {"loss": loss, "compression": compression}
+    def row(method: str, target: str, seed: str, loss: str, compression: str, epochs: str = "60") -> dict[str, str]:
+        figures = {"seed": seed, "loss": loss, "compression": compression}
         return {"task": "tabular", "epochs": epochs, "method": method, "target": target, **figures}
 
     rows = [
-        row("dense", "", "0.3", "1"),
-        row("autoprune", "", "0.2", "8"),
-        row("autoprune", "", "0.4", "10"),
-        row("autoprune", "", "0.9", "99", epochs="20"),
-        row("autoprune", "30", "0.9", "30"),
+        row("dense", "", "0", "0.3", "1"),
+        row("dense", "", "1", "0.3", "1"),
+        row("dense", "", "2", "0.9", "1"),  # there is no pruned run of that seed
+        row("autoprune", "", "0", "0.2", "8"),
+        row("autoprune", "", "1", "0.4", "10"),
+        row("autoprune", "", "2", "0.9", "99", epochs="20"),
+        row("autoprune", "30", "2", "0.9", "30"),
     ]
-    assert no_target_table(rows).splitlines()[2:] == ["| tabular: loss, nats | 0.300 | 0.300 ± 0.141 | 9.0× | 2 |"]
+    assert no_target_table(rows).splitlines()[2:] == [
+        "| tabular: loss, nats | 0.300 ± 0.000 | 0.300 ± 0.141 | 9.0× | 2 |"
+    ]
 
 
 def test_the_benchmark_goes_on_where_it_was_stopped(tmp_path):

@@ -173,7 +173,7 @@ def prepared(method, network, shape=(4, 12)):
     """A method with a network, in the middle of a run of 100 steps."""
     inputs = torch.randn(shape)
     method.prepare(network, inputs)
-    method.step, method.steps = 50, 100
+    method.step, method.steps, method.labels = 50, 100, len(inputs)
     return inputs
 
 
@@ -206,7 +206,7 @@ def test_gates_learn_through_the_noise():
     assert float(log_alpha.grad.sum()) == pytest.approx((means[1] - means[0]) / (2 * eps), rel=0.05)
 
 
-def test_l0_starts_open_and_counts_gates_over_rows():
+def test_l0_starts_open_and_counts_gates_over_labels():
     method = L0(10, open=0.8)
     prepared(method, mlp(), (16, 12))
     assert float(method.regulariser().detach()) == pytest.approx(0.8 * 1020 / 16, rel=1e-4)
@@ -258,12 +258,21 @@ def test_divergence():
     torch.testing.assert_close(fitted - fitted[0], exact - exact[0], rtol=0, atol=0.03)
 
 
-def test_vardrop_weighs_the_divergence_by_rows():
+def test_vardrop_weighs_the_divergence_by_labels():
     method, network = VariationalDropout(10), mlp()
     prepared(method, network, (16, 12))
     weights = torch.cat([w.flatten() for w in prunable_weights(network).values()])
     expected = vardrop.divergence(-10 - weights.square().log()).sum() / 16
     assert float(method.regulariser().detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+
+
+def test_labels_of_a_sequence_are_counted_one_by_one():
+    inputs = torch.randn(320, 4, 12)
+    labels = inputs[..., :3].argmax(-1)
+    data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
+    method = L0(10)
+    run_watched(method, Task("tiny", lambda directory, seed: data, mlp, 1, 32, 1e-2, "error", (10,)), Callback())
+    assert method.labels == 256 * 4  # the loss is a mean over them
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -40,10 +40,14 @@ def full_runs(rows: list[dict[str, str]], task: str, figure: str | None = None) 
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
-    """Methods down, compressions across; the best of a column is bold."""
+    """Methods down, compressions across; the best of a column, of those with the most seeds, is bold."""
     figure, found = TASKS[task].metric, full_runs(rows, task)
     columns = sorted({key[1] for key in found if key[1]}, key=float)
-    best = {c: min(mean.mean for (_, where), mean in found.items() if where == c) for c in columns}
+    best = {}
+    for column in columns:
+        there = [mean for (_, where), mean in found.items() if where == column]
+        most = max(len(mean.values) for mean in there)
+        best[column] = min(mean.mean for mean in there if len(mean.values) == most)
     lines = []
     for method, label in labels.items():
         cells = []
@@ -59,12 +63,14 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
 
 
 def no_target_table(rows: list[dict[str, str]], method: str = "autoprune") -> str:
-    """A line for each task where the method ran without a target: what it reached beside the dense network."""
+    """A line for each task where the method ran without a target: what it reached beside dense, of the same seeds."""
     lines = []
     for name, task in TASKS.items():
-        found = full_runs(rows, name)
-        if pruned := found.get((method, "")):
-            dense, reached = found.get(("dense", "")), full_runs(rows, name, "compression")[method, ""]
+        if pruned := full_runs(rows, name).get((method, "")):
+            there = [row for row in rows if (row["task"], row["method"], row["target"]) == (name, method, "")]
+            seeds = {row["seed"] for row in there if row["epochs"] == str(task.epochs)}
+            dense = full_runs([row for row in rows if row["seed"] in seeds], name).get(("dense", ""))
+            reached = full_runs(rows, name, "compression")[method, ""]
             figures = (cell(mean, task.metric) for mean in (dense, pruned))
             lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{reached.mean:.1f}×", str(len(pruned.values))])
     return markdown(["no target", "dense", "pruned", "compression", "seeds"], lines)

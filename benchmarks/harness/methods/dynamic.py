@@ -45,10 +45,11 @@ class DynamicSparse(Masked):
     """Random masks of a fixed number of weights per layer; every so often the smallest are exchanged for others.
 
     Each exchange is within a layer, of a share of its kept weights that falls on a cosine from ``fraction`` to 0
-    (Evci et al., section 3, (2)). As in their algorithm 1, a dropped weight is a candidate for growing at once.
-    Grown weights start at 0 with fresh moments in Adam. Where we differ: the optimiser's step is taken in the steps
-    of an exchange too, and SET has RigL's cosine and densities, as in their comparison. The masks have the exact
-    number; a grown weight that never gets a gradient (a dead unit) stays 0, and the results count it as pruned.
+    (Evci et al., section 3, (2)). As in their algorithm 1, a dropped weight is a candidate for growing at once, and
+    then it goes on as it was. Other grown weights start at 0 with fresh moments in Adam. Where we differ: the
+    optimiser's step is taken in the steps of an exchange too, and SET has RigL's cosine and densities, as in their
+    comparison. The masks have the exact number; a grown weight that never gets a gradient (a dead unit) stays 0, and
+    the results count it as pruned.
 
     Args:
         compression: prunable weights / those to keep.
@@ -92,21 +93,26 @@ class DynamicSparse(Masked):
         for gradient, mask in zip(gradients, self.masks, strict=True):
             gradient.mul_(mask)
 
+    @property
+    def share(self) -> float:
+        """Of the kept weights, to exchange now."""
+        return self.fraction / 2 * (1 + math.cos(math.pi * self.progress))
+
     def after_step(self) -> None:
         """Exchanges weights every so many steps, until the masks are final."""
         if self.step % self.every or self.progress == 1:
             return
-        share = self.fraction / 2 * (1 + math.cos(math.pi * self.progress))
         masks = []
         for i, (weight, mask) in enumerate(zip(self.weights, self.masks, strict=True)):
             kept = int(mask.sum())
-            count = min(round(share * kept), mask.numel() - kept)
+            count = min(round(self.share * kept), mask.numel() - kept)
             [stay] = top_masks([weight.abs().masked_fill(~mask, -1)], kept - count)
             score = self.gradients[i].abs() if self.grow == "gradient" else self._random(weight)
             [grown] = top_masks([score.masked_fill(stay, -1)], count)
-            weight.data.masked_fill_(grown, 0)
+            fresh = grown & ~mask
+            weight.data.masked_fill_(fresh, 0)
             for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[weight][moment].masked_fill_(grown, 0)
+                self.optimizer.state[weight][moment].masked_fill_(fresh, 0)
             masks.append(stay | grown)
         self.masks, self.gradients = masks, []
 

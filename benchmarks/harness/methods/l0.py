@@ -32,7 +32,7 @@ def typical(log_alpha: Tensor) -> Tensor:
 
 
 class L0(Regularised):
-    """A gate at each weight, drawn once a batch; the penalty is the expected number of open ones / training rows.
+    """A gate at each weight, drawn once a batch; the penalty is the expected number of open ones / training labels.
 
     Args:
         compression: prunable weights / those to keep.
@@ -64,8 +64,8 @@ class L0(Regularised):
         return linear_map(layer, inputs, layer.weight * sample(partner), layer.bias)
 
     def regulariser(self) -> Tensor:
-        """Expected number of open gates / training rows."""
-        return torch.stack([probability_open(partner).sum() for partner in self.partners]).sum() / self.rows
+        """Expected number of open gates / training labels."""
+        return torch.stack([probability_open(partner).sum() for partner in self.partners]).sum() / self.labels
 
     def score(self, weight: Tensor, partner: Tensor) -> Tensor:
         """Grows with the gate."""

@@ -44,7 +44,7 @@ class Regularised(Masked):
         self.strength, self.ramp, self.partner_lr = strength, ramp, partner_lr
         self.layers: list[Layer] = []
         self.partners: list[nn.Parameter] = []
-        self.rows = 0  # training rows, up to the size of the last batch
+        self.labels = 0  # what the mean of the loss is over: labels, which are several in a row of text
 
     def partner(self, weight: nn.Parameter) -> Tensor:
         """Initial value of a weight's partner; the weight may be changed in place."""
@@ -73,7 +73,7 @@ class Regularised(Masked):
 
     def prepare(self, network: nn.Module, inputs: Tensor) -> nn.Module:
         """Gives the layers their partners and ``forward``."""
-        self.rows, self.masks = len(inputs), []
+        self.masks = []
         self.layers = [network.get_submodule(name) for name in prunable_weights(network)]
         with torch.no_grad():
             self.partners = [nn.Parameter(self.partner(layer.weight)) for layer in self.layers]
@@ -94,9 +94,9 @@ class Regularised(Masked):
         return self.strength * rise * self.regulariser()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the number of rows."""
+        """Counts the labels."""
         super().on_train_start(trainer, pl_module)
-        self.rows *= int(trainer.num_training_batches)
+        self.labels = trainer.train_dataloader.dataset.labels.numel()  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Adam begins anew at the cut: the gradients of the plain weights have another scale."""

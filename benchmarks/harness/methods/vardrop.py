@@ -23,7 +23,7 @@ def divergence(log_alpha: Tensor) -> Tensor:
 
 
 class VariationalDropout(Regularised):
-    """Gaussian noise on each weight, of a variance that is learnt; the penalty is the KL divergence / training rows.
+    """Gaussian noise on each weight, of a variance that is learnt; the penalty is the KL divergence / training labels.
 
     The noise is added to the outputs, one draw for each (the local reparametrisation of Kingma et al., 2015, eq. 9 and
     17 of the paper), with the variance as the parameter in place of α (additive noise, section 4.2).
@@ -62,10 +62,11 @@ class VariationalDropout(Regularised):
         return mean + noise * (variance + TINY).sqrt()
 
     def regulariser(self) -> Tensor:
-        """Sum of the divergences / training rows."""
+        """Sum of the divergences / training labels."""
         pairs = zip(self.layers, self.partners, strict=True)
         return (
-            torch.stack([divergence(log_alpha(layer.weight, noise)).sum() for layer, noise in pairs]).sum() / self.rows
+            torch.stack([divergence(log_alpha(layer.weight, noise)).sum() for layer, noise in pairs]).sum()
+            / self.labels
         )
 
     def score(self, weight: Tensor, partner: Tensor) -> Tensor:
