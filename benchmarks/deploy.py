@@ -80,7 +80,7 @@ def in_onnxruntime(network: nn.Module, inputs: Tensor, path: str) -> Callable[[T
 
 
 def sizes(network: nn.Module, small: nn.Module, path: str) -> dict[str, float]:
-    """Bytes of the files of a masked network, and the least that its zeros and values could take."""
+    """Bytes of the files of a masked network, and what its zeros take if all places are alike."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
     dense = buffer.getvalue()
@@ -96,7 +96,7 @@ def sizes(network: nn.Module, small: nn.Module, path: str) -> dict[str, float]:
     for tensor in network.state_dict().values():
         n, k = tensor.numel(), int(tensor.count_nonzero())
         bits += 8 * tensor.element_size() * k + _log2_choose(n, k)
-    return {**found, "bound": round(bits / 8)}
+    return {**found, "entropy": round(bits / 8)}
 
 
 def _log2_choose(n: int, k: int) -> float:
@@ -145,13 +145,15 @@ def main() -> None:
         else f"{row['task']}, neurons to {float(row['target']):.0%} of the FLOPs"
         for row in rows
     ]
-    kinds = ("gzip", "zstd_19", "sparse", "sparse_shrunk", "bound")
+    kinds = ("gzip", "zstd_19", "sparse", "sparse_shrunk", "entropy")
     lines = [
         [name, f"{int(row['bytes_dense']) / 1024:.0f} KiB"]
         + [f"{int(row['bytes_dense']) / int(row[f'bytes_{kind}']):.1f}×" for kind in kinds]
         for name, row in zip(names, rows, strict=True)
     ]
-    print(markdown(["file, times smaller", "dense", "gzip -9", "zstd -19", "sparse", "sparse, shrunk", "bound"], lines))
+    print(
+        markdown(["file, times smaller", "dense", "gzip -9", "zstd -19", "sparse", "sparse, shrunk", "entropy"], lines)
+    )
     ways = ("masked", "shrunk", "csr", "onnxruntime")
     lines = [
         [name, f"{float(row['parameters']):.1%}", f"{float(row['effective_flops']):.1%}", f"{float(row['flops']):.1%}"]

@@ -11,9 +11,33 @@ from ..training import Method
 from . import METHODS
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "resnet": {},
-    "transformer": {},
-    "tabular": {},
+    "resnet": {
+        "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
+        "rigl": {"every": 100, "fraction": 0.5},
+        "set": {"every": 30, "fraction": 0.3},
+        "hyperflux": {"end": 0.55, "speed": 20.0},
+        "l0": {"gate_lr": 0.1, "strength": 10.0},
+        "vardrop": {"noise_lr": 0.01, "strength": 10.0},
+        "spred": {"strength": 0.01},
+    },
+    "transformer": {
+        "gmp": {"begin": 0.05, "end": 0.45, "every": 10},
+        "rigl": {"every": 30, "fraction": 0.5},
+        "set": {"every": 100, "fraction": 0.3},
+        "hyperflux": {"end": 0.66, "speed": 40.0},
+        "l0": {"gate_lr": 0.1, "strength": 10.0},
+        "vardrop": {"noise_lr": 0.01, "strength": 10.0},
+        "spred": {"strength": 0.0003},
+    },
+    "tabular": {
+        "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
+        "rigl": {"every": 30, "fraction": 0.5},
+        "set": {"every": 30, "fraction": 0.5},
+        "hyperflux": {"end": 0.66, "speed": 80.0},
+        "l0": {"gate_lr": 0.1, "strength": 0.1},
+        "vardrop": {"noise_lr": 0.01, "strength": 0.1},
+        "spred": {"strength": 0.001},
+    },
 }
 
 
