@@ -1,4 +1,4 @@
-"""The settings of each method: six to eight trials each, on training rows kept from training; the test rows are not seen.
+"""The settings of each method: six to eight trials, on training rows kept from training; the test rows are not seen.
 
 LeNet-300-100 at 80×, a third of the epochs, whose best are the methods' defaults, and hold for LeNet-5; then the others
 at 30×, half of the epochs, whose best are in ``harness/methods/settings.py``:
