@@ -1,6 +1,7 @@
 """Settings of the peers for each network: the best of six to eight trials each, by ``tuning.py``.
 
-Ours has its defaults on all networks. The methods' own defaults are what was found for LeNet-300-100, and hold for LeNet-5 too.
+Ours has its defaults on all networks. The methods' own defaults are what was found for LeNet-300-100, and hold for
+LeNet-5 too.
 """
 
 from __future__ import annotations
