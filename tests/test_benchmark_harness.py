@@ -13,6 +13,7 @@ import torch
 from deploy import as_csr
 from harness.latency import side_by_side
 from harness.methods import METHODS
+from harness.methods.settings import SETTINGS, make
 from harness.report import compression_table, no_target_table
 from harness.results import Run, append, means, missing, read, write_row
 from harness.tasks import TASKS, batches
@@ -67,6 +68,18 @@ def test_choosing_settings_does_not_see_the_test_rows():
     chosen = data.without_test()
     assert len(chosen.train[0]) + len(chosen.test[0]) == len(data.train[0])
     assert torch.equal(torch.cat([chosen.train[0], chosen.test[0]]), data.train[0])
+
+
+def test_the_settings_of_each_peer_are_the_best_of_its_trials():
+    rows = read(BENCHMARKS / "results" / "tuning.csv")
+    for task, settings in SETTINGS.items():
+        trials = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("method", "options"))
+        for method, options in settings.items():
+            of_method = {json.dumps(json.loads(o)): mean.mean for (name, o), mean in trials.items() if name == method}
+            assert len(of_method) >= 6
+            assert of_method[json.dumps(options)] == min(of_method.values())
+    assert make("tabular", "spred", 10, 0).strength == SETTINGS["tabular"]["spred"]["strength"]
+    assert make("tabular", "spred", 10, 0, strength=0.5).strength == 0.5
 
 
 def test_error_and_loss_are_over_all_labels():
