@@ -38,7 +38,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "nncf": [{"end": end, "mask_lr": lr} for end in (0.55, 0.66) for lr in (0.02, 0.05, 0.1)],
 }
 
-# The other networks have a few hundred to a few thousand steps.
+# The other networks have a few hundred to a few thousand steps; what is not here is not tuned on them.
 SHORT_TRIALS: dict[str, list[dict[str, Any]]] = {
     "gmp": [{"begin": begin, "end": end, "every": 10} for begin in (0.05, 0.15, 0.25) for end in (0.45, 0.66)],
     "rigl": [{"every": every, "fraction": part} for every in (10, 30, 100) for part in (0.3, 0.5)],

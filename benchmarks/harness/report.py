@@ -33,21 +33,24 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def full_runs(rows: list[dict[str, str]], task: str, figure: str | None = None) -> dict[tuple[str, ...], Mean]:
-    """A figure (None: the one that ranks), by method and target, over the runs of the task's whole budget."""
-    chosen = [row for row in rows if row["task"] == task and row["epochs"] == str(TASKS[task].epochs)]
-    return means(chosen, figure or TASKS[task].metric, ("method", "target"))
+def full_runs(rows: list[dict[str, str]], task: str) -> list[dict[str, str]]:
+    """The rows of a task that had its whole budget."""
+    return [row for row in rows if row["task"] == task and row["epochs"] == str(TASKS[task].epochs)]
+
+
+def by_target(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Mean]:
+    """The figure that ranks, by method and target, over the runs of the task's whole budget."""
+    return means(full_runs(rows, task), TASKS[task].metric, ("method", "target"))
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
     """Methods down, compressions across; the best of a column, of those with the most seeds, is bold."""
-    figure, found = TASKS[task].metric, full_runs(rows, task)
+    figure, found = TASKS[task].metric, by_target(rows, task)
     columns = sorted({key[1] for key in found if key[1]}, key=float)
-    best = {}
-    for column in columns:
-        there = [mean for (_, where), mean in found.items() if where == column]
-        most = max(len(mean.values) for mean in there)
-        best[column] = min(mean.mean for mean in there if len(mean.values) == most)
+    best = {
+        column: min((-len(mean.values), mean.mean) for (_, where), mean in found.items() if where == column)[1]
+        for column in columns
+    }
     lines = []
     for method, label in labels.items():
         cells = []
@@ -66,13 +69,13 @@ def no_target_table(rows: list[dict[str, str]], method: str = "autoprune") -> st
     """A line for each task where the method ran without a target: what it reached beside dense, of the same seeds."""
     lines = []
     for name, task in TASKS.items():
-        if pruned := full_runs(rows, name).get((method, "")):
-            there = [row for row in rows if (row["task"], row["method"], row["target"]) == (name, method, "")]
-            seeds = {row["seed"] for row in there if row["epochs"] == str(task.epochs)}
-            dense = full_runs([row for row in rows if row["seed"] in seeds], name).get(("dense", ""))
-            reached = full_runs(rows, name, "compression")[method, ""]
-            figures = (cell(mean, task.metric) for mean in (dense, pruned))
-            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{reached.mean:.1f}×", str(len(pruned.values))])
+        full = full_runs(rows, name)
+        if ran := [row for row in full if (row["method"], row["target"]) == (method, "")]:
+            seeds = {row["seed"] for row in ran}
+            dense = [row for row in full if row["method"] == "dense" and row["seed"] in seeds]
+            figures = (cell(means(part, task.metric, ()).get(()), task.metric) for part in (dense, ran))
+            compression = means(ran, "compression", ())[()].mean
+            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{compression:.1f}×", str(len(ran))])
     return markdown(["no target", "dense", "pruned", "compression", "seeds"], lines)
 
 
@@ -81,7 +84,7 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
     tasks = list(tasks)
     picture = Figure(figsize=(4.6 * len(tasks), 4.4), layout="constrained")
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        figure, found = TASKS[task].metric, full_runs(rows, task)
+        figure, found = TASKS[task].metric, by_target(rows, task)
         for i, (method, label) in enumerate(labels.items()):
             points = sorted((float(c), mean) for (name, c), mean in found.items() if name == method and c)
             if points:

@@ -64,10 +64,8 @@ class VariationalDropout(Regularised):
     def regulariser(self) -> Tensor:
         """Sum of the divergences / training labels."""
         pairs = zip(self.layers, self.partners, strict=True)
-        return (
-            torch.stack([divergence(log_alpha(layer.weight, noise)).sum() for layer, noise in pairs]).sum()
-            / self.labels
-        )
+        parts = [divergence(log_alpha(layer.weight, noise)).sum() for layer, noise in pairs]
+        return torch.stack(parts).sum() / self.labels
 
     def score(self, weight: Tensor, partner: Tensor) -> Tensor:
         """The paper prunes where α is large."""
