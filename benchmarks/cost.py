@@ -37,7 +37,7 @@ from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
 from lightning_autoprune.layers import prunable_weights
 
 RESULTS = Path(__file__).parent / "results" / "cost.csv"
-PEAK_STEPS = 12  # of an epoch, where memory is measured; in ``frozen`` the masks are final after two
+PEAK_STEPS = 12  # of an epoch, where memory is measured; in ``frozen`` the masks are final after one
 
 
 def mlp(width: int, depth: int = 1) -> nn.Sequential:

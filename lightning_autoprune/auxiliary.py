@@ -55,8 +55,8 @@ class AuxiliaryParameters(EffectiveWeights):
 
     Args:
         weights: parameters by layer name; floating point, any shapes.
-        initial: ``"magnitude"``: m = ``scale`` · abs(w) / std(w) of its layer (it matters: small weights are
-            the first to go); ``"constant"``: m = ``scale``. A weight of exactly 0 starts pruned under the former.
+        initial: ``"magnitude"``: m = ``scale`` · abs(w) / std(w) of its layer: small weights are the
+            first to go; ``"constant"``: m = ``scale``. A weight of exactly 0 starts pruned under the former.
         scale: size of the initial m, > 0.
         rule: one of :data:`~lightning_autoprune.rules.UPDATE_RULES`.
         estimator: the straight-through estimator h'(m), one of :data:`~lightning_autoprune.estimators.ESTIMATORS`.

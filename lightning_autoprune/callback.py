@@ -43,8 +43,8 @@ class AutoPruneCallback(Callback):
     other callbacks put in their place have the zeros once the masks are frozen.)
 
     Args:
-        target_sparsity: fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen.
-            None: the pressure alone decides.
+        target_sparsity: fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen
+            (with neurons, by as few more as their sizes allow). None: the pressure alone decides.
         target_flops: with neurons, the fraction of the model's operations to keep, in (0, 1], in place of
             ``target_sparsity``; met by the model that ``shrink`` gives.
         granularity: ``"weight"``: one m a weight. ``"neuron"``: one m a channel, that is, a neuron or filter; channels
@@ -62,10 +62,10 @@ class AutoPruneCallback(Callback):
         initial_m: ``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
             ``initial_scale``.
         initial_scale: size of the initial M, > 0.
-        held_out: the data that M is trained on and W is not. A fraction in (0, 1): that share of the training data,
-            see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then fitted on what is reported.
-            ``"train"``: nothing is held out and M follows the gradients of the weight steps themselves. A
-            ``DataLoader``: its batches.
+        held_out: the data that M is trained on and W is not (``train_gradients`` adds W's own). A fraction in (0, 1):
+            that share of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then
+            fitted on what is reported. ``"train"``: nothing is held out and M follows the gradients of the weight steps
+            themselves. A ``DataLoader``: its batches.
         redraw_held_out: whether a fraction is drawn anew from each batch (no data is lost and no more samples pass
             through the network than without pruning), or is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps beside those on held-out data, as one mean
@@ -86,7 +86,7 @@ class AutoPruneCallback(Callback):
             epochs. None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``; sparsity, operations and the monitored metric are its metadata.
-        seed: decides which rows are held out.
+        seed: decides which rows are held out, and the random numbers of the held-out pass.
         enabled: whether to do anything at all; False gives the same training as no callback, bit for bit.
 
     Raises:

@@ -1,7 +1,8 @@
 """What a Trainer must be for the callback to work in it, and what the callback reads of its loops.
 
-All refusals at set-up are here. Private members of Lightning and torch are read by
-:func:`steps_done`, :func:`has_stepped`, :func:`will_step`, :func:`total_steps` and :func:`scale_left`.
+What a Trainer is refused for is here. Private members of Lightning and torch are read by
+:func:`check_trainer`, :func:`steps_done`, :func:`has_stepped`, :func:`will_step`, :func:`total_steps` and
+:func:`scale_left`.
 """
 
 from __future__ import annotations

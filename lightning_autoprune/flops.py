@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_autoprune.inputs import outputs
+from lightning_autoprune.layers import is_transposed_linear
 
 __all__ = ["LayerCost", "ModelCost", "model_cost"]
 
@@ -60,9 +61,9 @@ class ModelCost(LayerCost):
 def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
     """Counts the operations of one forward, by torch's own counter, and how many of them are with zeros.
 
-    Of linear layers and convolutions the effective operations are the share of their weights that is not 0. Everything
-    else (attention, products in the code of a ``forward``) counts as dense. Of a model from :func:`shrink`, ``flops``
-    is what runs; of a masked one, ``effective_flops`` is what would, if zeros cost nothing.
+    Of linear layers (GPT-2's too) and convolutions the effective operations are the share of their weights that is not
+    0. Everything else (attention, products in the code of a ``forward``) counts as dense. Of a model from
+    :func:`shrink`, ``flops`` is what runs; of a masked one, ``effective_flops`` is what would, if zeros cost nothing.
 
     Args:
         model: a module; run once, in evaluation mode, and left as it was.
@@ -107,6 +108,7 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
 
 
 def _density(module: nn.Module) -> float:
-    if isinstance(module, (nn.Linear, _ConvNd)):
-        return float(module.weight.count_nonzero()) / max(module.weight.numel(), 1)
+    if isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module):
+        weight = module.get_parameter("weight")
+        return float(weight.count_nonzero()) / max(weight.numel(), 1)
     return 1.0

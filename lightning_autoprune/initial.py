@@ -1,7 +1,7 @@
 """The auxiliary parameters that pruning starts with. Torch only.
 
 The paper does not say what m starts at. Where it carries the weight's magnitude, small weights are the first to go
-(``initial_m`` in ``benchmarks/ablations.py``).
+(``benchmarks/ablations.py`` compares it with an m alike for all).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.shards import reshard
 
-__all__ = ["being_pruned", "prunable_weights"]
+__all__ = ["being_pruned", "is_transposed_linear", "prunable_weights"]
 
 being_pruned: WeakSet[nn.Module] = WeakSet()  # modules whose masks still change, under some callback
 
@@ -125,7 +125,7 @@ def _choose(
 
 def _attributes(module: nn.Module) -> tuple[str, ...]:
     """The parameters of a layer that are matrices or kernels; not biases and norms."""
-    if isinstance(module, (nn.Linear, _ConvNd, *_EMBEDDINGS)) or _is_transposed_linear(module):
+    if isinstance(module, (nn.Linear, _ConvNd, *_EMBEDDINGS)) or is_transposed_linear(module):
         return ("weight",)
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION
@@ -136,7 +136,7 @@ def _attributes(module: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-def _is_transposed_linear(module: nn.Module) -> bool:
+def is_transposed_linear(module: nn.Module) -> bool:
     """Whether it is the linear layer that GPT-2 and its kin have in the package ``transformers``."""
     return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 

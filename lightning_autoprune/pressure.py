@@ -17,7 +17,7 @@ _LARGEST_ANSWER = 1.0  # of ln μ to one change of the error
 
 @dataclass
 class GradientScale:
-    """Running root mean square s of dL/dT, as an exponential average without bias.
+    """Running root mean square s of the sensitivities, as an exponential average without bias.
 
     Attributes:
         decay: weight of the past at each update, in [0, 1).
@@ -46,8 +46,7 @@ def target_path(progress: float, start: float, target: float, share: float = 0.9
 
     Zhu and Gupta ("To prune, or not to prune", 2017) have the power 3 for all targets. Here the density is twice the
     target when 45% of the way is over: a low density is long near its target, where each swap of one weight for another
-    matters, and a moderate one is not hurried, which a network that still learns much would pay for
-    (benchmarks/ablations.py compares them).
+    matters, and a moderate one is not hurried (benchmarks/ablations.py compares it with fixed powers).
 
     Args:
         progress: how much of the pruning phase is over, 0 to 1 (values outside are clamped).

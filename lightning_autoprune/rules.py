@@ -8,7 +8,7 @@ rule              g                                   source
 ``"adaptive"``    g₀ / √v, g₀ = dL/dT · w / s + μ     ours: ``"vanilla"``, each weight by its own scale
 ================= =================================== =================================================
 
-s is a running root mean square over all weights (see ``pressure``), v one of each weight's own g₀.
+s is a running root mean square over all weights (see ``pressure``), v the running mean square of each weight's own g₀.
 
 The paper asks for three consistencies. Sensitivity: the step must not scale with abs(w). Under ``"vanilla"`` it does;
 ``"autoprune"`` takes the factor out, and so does the division by √v. Correlation and direction depend on the sign of
@@ -61,8 +61,8 @@ def decay_for(steps: float) -> float:
     """Decay with which s and v remember a fortieth of the pruning phase, though at least 10 steps and at most 1000.
 
     The pressure that the path to a target needs rises and falls by powers of ten, and v has its square in it: with a
-    memory of 1000 steps in a run of as many, M would hardly move after the steepest part of the path
-    (benchmarks/ablations.py compares them).
+    memory of 1000 steps in a run of as many, M would hardly move after the steepest part of the path, which costs at
+    high targets (docs/settings.md).
 
     Args:
         steps: number of auxiliary steps in the phase.

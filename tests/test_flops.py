@@ -38,6 +38,14 @@ def test_effective_operations_are_those_of_the_weights_that_are_left():
     assert cost.effective_flops == sum(layer.effective_flops for layer in cost.layers.values())
 
 
+def test_the_zeros_of_gpt2s_own_linear_layers_are_left_out():
+    layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(nf=6, nx=4)
+    layer.weight.data[:, :3] = 0
+    cost = model_cost(layer, torch.zeros(5, 4))
+    assert cost.flops == 2 * 5 * 4 * 6
+    assert cost.effective_flops == cost.flops / 2
+
+
 def test_a_shrunk_network_runs_fewer_operations_and_never_fewer_than_its_zeros_allow():
     network, inputs = prune(lenet5(), 0.01), torch.zeros(1, 1, 28, 28)
     masked, small = model_cost(network, inputs), model_cost(shrink(network, inputs), inputs)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import csv_logger, csv_rows, fit, loader, same
+from lightning.pytorch import Callback
 
 from lightning_autoprune import AutoPruneCallback
 
@@ -38,6 +39,18 @@ def trace(callback, folder: str, **options):
 @pytest.mark.parametrize("off", [{"enabled": False}, {"warmup": 1.0}], ids=str)
 def test_switched_off_it_is_as_if_there_were_no_callback(off):
     assert same(trace(None, "without"), trace(AutoPruneCallback(**off), "with"))
+
+
+class StopAfterOneEpoch(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0.4, True), (0.2, False)], ids=["dense", "pruning"])
+def test_up_to_the_end_of_the_dense_phase_the_default_is_as_if_there_were_no_callback(warmup, expected):
+    callback = AutoPruneCallback(target_sparsity=0.5, warmup=warmup)
+    with_it = trace([callback, StopAfterOneEpoch()], "with")  # one epoch of three
+    assert same(trace([StopAfterOneEpoch()], "without"), with_it) == expected
 
 
 NEVER = {"pressure": 1e-30, "auxiliary_lr": 1e-30}  # M is trained, and no mask ever changes
