@@ -1,4 +1,6 @@
-"""How much the result depends on the settings: each swept over a factor of 100 at equal compression, beside two peers.
+"""How much the result depends on the settings: each swept at equal compression, beside the strengths of two peers.
+
+All over a factor of 100, but for the size of the initial m, over 10.
 
 LeNet-300-100 at 80×, a third of the epochs. Rows go to ``results/robustness.csv``:
 

@@ -62,7 +62,7 @@ class NNCFRegularised(Regularised):
     """
 
     def __init__(
-        self, compression: float, p: float = 0.05, mask_lr: float | None = 0.05, ramp: float = 0.5, end: float = 0.66
+        self, compression: float, p: float = 0.05, mask_lr: float | None = 0.05, ramp: float = 0.2, end: float = 0.66
     ) -> None:
         super().__init__(compression, 1.0, ramp, end, mask_lr)
         self.p, self.nncf = p, load()

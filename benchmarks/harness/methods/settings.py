@@ -1,6 +1,6 @@
 """Settings of the peers for each network: the best of six to eight trials each, by ``tuning.py``.
 
-Ours has its defaults on all networks. The methods' own defaults are what was found for LeNet-300-100, and hold for
+Ours has its defaults on all networks. The peers' own defaults are what was found for LeNet-300-100, and hold for
 LeNet-5 too.
 """
 
@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "l0": {"gate_lr": 0.1, "strength": 10.0},
         "vardrop": {"noise_lr": 0.01, "strength": 10.0},
         "spred": {"strength": 0.01},
+        "nncf": {"mask_lr": 0.1, "ramp": 0.3},
     },
     "transformer": {
         "gmp": {"begin": 0.05, "end": 0.45, "every": 10},
@@ -29,6 +30,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "l0": {"gate_lr": 0.1, "strength": 10.0},
         "vardrop": {"noise_lr": 0.01, "strength": 10.0},
         "spred": {"strength": 0.0003},
+        "nncf": {"mask_lr": 0.2, "ramp": 0.3},
     },
     "tabular": {
         "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
@@ -38,6 +40,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "l0": {"gate_lr": 0.1, "strength": 0.1},
         "vardrop": {"noise_lr": 0.01, "strength": 0.1},
         "spred": {"strength": 0.001},
+        "nncf": {"mask_lr": 0.2, "ramp": 0.5},
     },
 }
 
