@@ -240,9 +240,14 @@ class AuxiliaryParameters(EffectiveWeights):
         """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment.
 
         Raises:
-            AutoPruneError: if the state was made for other layers or shapes; names them.
+            AutoPruneError: if the state was made for other layers or shapes, which are named, or by another rule.
         """
         _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
+        if not state["frozen"] and bool(state["updates"]) != bool(self.squares):
+            raise AutoPruneError(
+                f"The checkpoint's pruning state is of another update rule than {self.rule!r}: resume with the same"
+                " `update_rule`, or start from the checkpoint's weights alone."
+            )
         state = self._to_load(state)
         self.scale.mean_square, self.scale.updates = state["scale"]
         T = self._effective()

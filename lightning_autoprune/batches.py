@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tup
     """Splits the rows of a batch at random into a training part and a held-out part.
 
     Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
-    other lists of as many items are split by item; scalars and strings go to both parts.
+    other lists and tuples of as many items are split by item, such as the texts of the default collation; scalars and
+    strings go to both parts.
 
     Args:
         batch: what a data loader gives; all tensors have as many rows.
@@ -109,23 +111,30 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
         return batch[index.to(batch.device)]
     if isinstance(batch, Mapping):
         parts = {key: _take(value, index, rows) for key, value in batch.items()}
-        return parts if type(batch) is dict else type(batch)(parts)  # type: ignore[call-arg]
-    if isinstance(batch, tuple):
-        items = [_take(value, index, rows) for value in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if isinstance(batch, list):
-        try:  # a list of columns, as the default collation makes …
-            columns = [_take(value, index, rows) for value in batch]
-        except AutoPruneError:
-            if len(batch) != rows:
-                raise
-            return [batch[i] for i in index.tolist()]
-        if len(batch) == rows and next(_rows(batch), None) is None:  # … or of items
-            return [batch[i] for i in index.tolist()]
-        return columns
+        if isinstance(batch, dict):  # a defaultdict can't be made of its items alone
+            taken = copy(batch)
+            taken.update(parts)
+            return taken
+        return type(batch)(parts)  # type: ignore[call-arg]
+    if hasattr(batch, "_fields"):
+        return type(batch)(*(_take(value, index, rows) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_items(batch, index, rows))
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
         return batch
     raise AutoPruneError(
         f"A batch holds a {type(batch).__name__}, whose rows can't be split: pass `held_out=DataLoader(...)` or"
         ' `held_out="train"`.'
     )
+
+
+def _items(batch: Sequence[Any], index: Tensor, rows: int) -> list[Any]:
+    """The chosen rows of each column, as the default collation makes them, or else the chosen items."""
+    try:
+        columns = [_take(value, index, rows) for value in batch]
+        if len(batch) != rows or next(_rows(batch), None) is not None:
+            return columns
+    except AutoPruneError:
+        if len(batch) != rows:
+            raise
+    return [batch[i] for i in index.tolist()]

@@ -194,7 +194,7 @@ class AutoPruneCallback(Callback):
         """Refuses what can't work, before any data is loaded."""
         if stage != "fit" or not self.enabled:
             return
-        self._loaded = None
+        self._loaded, self._run = None, None
         check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.loss_fn is not None)
         check_sharding(trainer, self.settings.granularity == "neuron", self.log_artifact)
         self._source.clock = self._steps_done
@@ -271,6 +271,7 @@ class AutoPruneCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
         if (run := self._active) and batch_idx == 0:
+            run.follow(trainer)
             run.take_in(trainer, self._candidates(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -344,7 +345,10 @@ class AutoPruneCallback(Callback):
         return self._run.state_dict() if self._run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps a checkpoint's state until training starts."""
+        """Keeps a checkpoint's state until training starts, or goes back to it where training is under way."""
+        if state_dict and (run := self._active):  # a learning-rate finder in the middle of a fit does so
+            run.go_back(state_dict)
+            return
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:

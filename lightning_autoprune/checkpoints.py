@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -68,7 +69,10 @@ class Saved:
             "layers": [row.as_dict() for row in rows],
             "curves": self.history.curves,
             "metric": self.history.metric,
-            "path": [{"step": s, "sparsity": sparsity, "value": v} for s, sparsity, v in self.history.points],
+            "path": [
+                {"step": step, "sparsity": sparsity, "value": value if math.isfinite(value) else None}
+                for step, sparsity, value in self.history.points
+            ],
         }
 
 

@@ -150,7 +150,8 @@ def trained_weights(
         train_gradients: the setting that needs the gradients of the weight steps, if one does.
 
     Raises:
-        AutoPruneError: if there is none, LBFGS among them, or several where the gradients of their steps are needed.
+        AutoPruneError: if there is none, if LBFGS or a schedule-free optimiser is among them, or if there are several
+            where the gradients of their steps are needed.
     """
     owned = owners(trainer)
     trained = {name: weight for name, weight in weights.items() if id(weight) in owned}
@@ -165,6 +166,13 @@ def trained_weights(
             "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use a"
             " first-order optimiser (SGD, Adam, AdamW, …)."
         )
+    for optimizer in found:
+        if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            raise AutoPruneError(
+                f"{type(optimizer).__name__} has weights of its own that it puts in place for evaluation (it has a"
+                " `train()` and an `eval()`), which are not pruned: use an optimiser without, and a learning-rate"
+                " schedule."
+            )
     if train_gradients and len(found) > 1:
         raise AutoPruneError(
             f"`{train_gradients}` takes the gradients of one optimiser's steps, and {len(found)} optimisers train"
@@ -185,8 +193,16 @@ def total_steps(trainer: Trainer) -> int:
         AutoPruneError: if it can't be known before the run is over.
     """
     unknown = "`warmup` and `finetune` are fractions of the run, whose length is not known"
-    if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
-        raise AutoPruneError(f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead.")
+    if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if len(trainer.optimizers) > 1:
+            raise AutoPruneError(
+                f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead."
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            raise AutoPruneError(
+                f"{unknown}: with manual optimisation `max_steps` counts the steps of the optimiser, of which a batch"
+                " may have none or several. Set `max_epochs` instead."
+            )
     total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
     if epochs not in (None, -1) and trainer.num_training_batches < math.inf:
         factors = [trainer.accumulate_grad_batches] * epochs

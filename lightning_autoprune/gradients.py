@@ -17,7 +17,7 @@ from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
 from lightning_autoprune.report import Report
 from lightning_autoprune.shards import is_sharded, part
-from lightning_autoprune.shield import held_out_gradients
+from lightning_autoprune.shield import changed, held_out_gradients, versions
 from lightning_autoprune.sources import Source
 
 __all__ = ["MaskGradients"]
@@ -30,6 +30,7 @@ class MaskGradients:
     """Takes the auxiliary steps of a run, one after each weight step where one is due.
 
     Args:
+        module: that is trained.
         pruner: whose M is stepped.
         source: of the held-out batches; if it holds none out, M follows the weight steps alone.
         optimizers: those that train the weights.
@@ -45,6 +46,7 @@ class MaskGradients:
 
     def __init__(
         self,
+        module: LightningModule,
         pruner: Pruner,
         source: Source,
         optimizers: Sequence[Optimizer],
@@ -62,6 +64,7 @@ class MaskGradients:
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
         self._overflows = 0  # in a row
         self.last = -1
+        self._untrained = versions(p for p in module.parameters() if not p.requires_grad)
 
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
@@ -95,7 +98,11 @@ class MaskGradients:
         tensors = list(weights.values())
         sharded = any(is_sharded(weight) for weight in tensors)  # the backward pass takes the mean over the ranks then
         seeds, factor = (self._seed, self._pruner.step), self._source.weight if sharded else 1.0
-        result = held_out_gradients(trainer, batch, tensors, self._loss_fn, *seeds, agree=agree, factor=factor)
+        # those that the user's own steps write to, such as a teacher's
+        kept = [p for p in changed(self._untrained) if not p.requires_grad]
+        result = held_out_gradients(
+            trainer, batch, tensors, self._loss_fn, *seeds, agree=agree, factor=factor, kept=kept
+        )
         if isinstance(result, str):
             self._bad_loss(f"the held-out loss is {result}")
             return

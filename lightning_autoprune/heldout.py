@@ -7,6 +7,7 @@ through it again and again). Parts of each training batch are in ``batches``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def split_loader(
         and not loader.sampler.replacement
         and loader.sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
     )
-    if not plain or type(loader.batch_sampler) is not BatchSampler:
+    if not plain or type(loader.batch_sampler) is not BatchSampler or loader.batch_size is None:
         raise AutoPruneError(
             "A fixed held-out fraction needs a loader that goes once through its dataset in batches; this one has the"
             f" sampler {type(loader.sampler).__name__} and the batch sampler {type(loader.batch_sampler).__name__}."
@@ -154,18 +155,13 @@ class HeldOutBatches:
         for _ in range(2):  # the second time from the start of the next pass
             with isolated_random(self.seed, self.passes, self.position, generators=self.generators):
                 if self._iterator is None:
-                    self._iterator = self._new_pass()
+                    self._iterator = own_iterator(self.loader)
                 batch = next(self._iterator, self)
             if batch is not self:
                 self.position += 1
                 return batch
             self.passes, self.position, self._iterator = self.passes + 1, 0, None
         raise empty_error()
-
-    def _new_pass(self) -> Iterator[Any]:
-        if isinstance(self.loader, DataLoader):
-            self.loader._iterator = None  # persistent workers would start a second pass with other random numbers
-        return iter(self.loader)
 
     def close(self) -> None:
         """Lets go of the loader's iterator, and with it of worker processes; the position stays."""
@@ -180,6 +176,14 @@ class HeldOutBatches:
         self.passes, self.position, self._iterator = state["passes"], 0, None
         while self.position < state["position"]:
             next(self)
+
+
+def own_iterator(loader: Any) -> Iterator[Any]:
+    """An iterator over a loader that nobody else uses: with persistent workers a ``DataLoader`` has but one."""
+    if isinstance(loader, DataLoader):
+        loader = copy(loader)
+        loader._iterator = None
+    return iter(loader)
 
 
 def empty_error() -> AutoPruneError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Histogram", "History", "histogram"]
+__all__ = ["Histogram", "History", "best_points", "histogram"]
 
 _ROWS = 256  # at most so many steps are kept
 _LAYERS = 6  # of so many layers the spread of m is kept
@@ -72,13 +72,15 @@ class History:
         self.names = list(names)
 
     def measure(self, metric: str, step: int, sparsity: float, value: float) -> None:
-        """Takes the value of the metric that is followed; every second one goes when there are too many."""
+        """Takes the value of the metric that is followed; every second one, the best aside, goes when too many."""
         if metric != self.metric:
             self.metric, self.points = metric, []
         if not self.points or self.points[-1][0] != step:
             self.points.append((step, sparsity, value))
         if len(self.points) > _ROWS:
-            self.points = [*self.points[:-1:2], self.points[-1]]
+            best = best_points(self.points, "min") | best_points(self.points, "max")
+            last = len(self.points) - 1
+            self.points = [p for i, p in enumerate(self.points) if i % 2 == 0 or i == last or i in best]
 
     def look_at(self, auxiliary: Mapping[str, Tensor]) -> None:
         """Takes how M is spread in a few layers, the first and the last among them."""
@@ -116,6 +118,26 @@ class History:
         history.metric, history.points = state["metric"], [tuple(point) for point in state["points"]]
         history.histograms, history.revived = dict(state["histograms"]), list(state["revived"])
         return history
+
+
+def best_points(points: Sequence[tuple[int, float, float]], mode: str) -> set[int]:
+    """The places of the points of which no other is as sparse and better.
+
+    Args:
+        points: (step, sparsity, value); values that are not finite are never the best.
+        mode: ``"min"`` where small values are good, else ``"max"``.
+
+    Example:
+        >>> sorted(best_points([(1, 0.0, 0.3), (2, 0.5, 0.4), (3, 0.9, 0.8), (4, 0.9, 0.5)], "min"))
+        [0, 1, 3]
+    """
+    cost = {i: value if mode == "min" else -value for i, (_, _, value) in enumerate(points) if math.isfinite(value)}
+    found, least = set(), math.inf
+    for i in sorted(cost, key=lambda i: (-points[i][1], cost[i])):
+        if cost[i] < least:
+            found.add(i)
+            least = cost[i]
+    return found
 
 
 def histogram(M: Tensor, bins: int = 60) -> Histogram:

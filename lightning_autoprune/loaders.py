@@ -6,11 +6,23 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lightning.fabric.utilities.data import _update_dataloader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
-__all__ = ["Chain", "length", "rebuild_loader", "to_device", "training_loader_source", "training_loaders"]
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.heldout import own_iterator
+
+__all__ = [
+    "Chain",
+    "length",
+    "rebuild_loader",
+    "to_device",
+    "training_loader_source",
+    "training_loaders",
+    "validation_loaders",
+]
 
 
 def training_loader_source(trainer: Trainer) -> Any:
@@ -19,8 +31,19 @@ def training_loader_source(trainer: Trainer) -> Any:
 
 
 def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
-    """A loader like the given one, subclasses included, with another sampler."""
-    return _update_dataloader(loader, sampler)
+    """A loader like the given one, subclasses included, with another sampler.
+
+    Raises:
+        AutoPruneError: if it is of a class that Lightning can't make another one of.
+    """
+    try:
+        return _update_dataloader(loader, sampler)
+    except (MisconfigurationException, TypeError) as error:
+        raise AutoPruneError(
+            "A fixed held-out fraction needs a loader that can be made anew with other rows, and a"
+            f" {type(loader).__name__} can't: {error} Pass `held_out=DataLoader(...)` with data of its own, or"
+            " `redraw_held_out=True`."
+        ) from error
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:
@@ -33,6 +56,14 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 def training_loaders(trainer: Trainer) -> list[Any]:
     """The loaders of a fit, one by one."""
     return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
+
+
+def validation_loaders(trainer: Trainer) -> list[Any]:
+    """The validation loaders of a fit, one by one, which Lightning makes when it first validates."""
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = tree_leaves(trainer.val_dataloaders, is_leaf=lambda x: isinstance(x, DataLoader))
+    return [loader for loader in loaders if loader is not None]
 
 
 def length(loader: DataLoader[Any]) -> int | None:
@@ -48,5 +79,4 @@ class Chain:
 
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
-            # a copy: with persistent workers a loader has one iterator, which the validation loop uses
-            yield from rebuild_loader(loader, loader.sampler) if isinstance(loader, DataLoader) else loader
+            yield from own_iterator(loader)

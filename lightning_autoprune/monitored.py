@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
@@ -39,8 +41,9 @@ def best_values(trainer: Trainer, history: History, sparsity: float) -> dict[str
     if chosen is None or chosen[0] != history.metric:
         return {}
     best = min if chosen[1] == "min" else max
-    found = {f"best_{chosen[0]}": [value for _, _, value in history.points]}
-    found[f"best_pruned_{chosen[0]}"] = [value for _, then, value in history.points if then >= sparsity]
+    points = [(then, value) for _, then, value in history.points if math.isfinite(value)]
+    found = {f"best_{chosen[0]}": [value for _, value in points]}
+    found[f"best_pruned_{chosen[0]}"] = [value for then, value in points if then >= sparsity]
     return {name: best(values) for name, values in found.items() if values}
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.averages import prune_again, prune_averages
 from lightning_autoprune.compatibility import check_shards, owners, steps_done, total_steps, will_step
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.figures import log_figures
 from lightning_autoprune.gradients import MaskGradients
 from lightning_autoprune.layers import being_pruned
@@ -67,11 +67,14 @@ class Run:
         chosen, neurons, self._cost = plan(module, weights, settings)
         if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self._module, self._source, self._optimizers = module, source, optimizers
+        self._module, self._source, self._optimizers = module, source, list(optimizers)
         self.report = Report(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
-        self.gradients = MaskGradients(self.pruner, source, optimizers, self.report, train_gradients, loss_fn, seed)
+        self.gradients = MaskGradients(
+            module, self.pruner, source, self._optimizers, self.report, train_gradients, loss_fn, seed
+        )
         self._handles: list[Any] = []
+        self._stepped: set[int] = set()  # the optimisers whose hook was called in the step under way
         self._left_dense: list[str] = []  # of the layers that were thawed too late
 
     def start(self, trainer: Trainer) -> None:
@@ -83,7 +86,20 @@ class Run:
         else:
             being_pruned.update(self._module.modules())
         reshard(self._module)  # the example may have left copies of the weights as they were
-        self._handles = [o.register_step_post_hook(self._after_weight_step) for o in self._optimizers]
+        self._hook_into(self._optimizers)
+
+    def _hook_into(self, optimizers: Sequence[Optimizer]) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._optimizers[:] = optimizers
+        self._handles = [o.register_step_post_hook(self._after_weight_step) for o in optimizers]
+
+    def follow(self, trainer: Trainer) -> None:
+        """Hooks into the optimisers that train the weights now, where the user has made new ones."""
+        owned = owners(trainer)
+        found = {id(owner): owner for weight in self.pruner.weights.values() if (owner := owned.get(id(weight)))}
+        if found.keys() - set(map(id, self._optimizers)):
+            self._hook_into(list(found.values()))
 
     def take_in(self, trainer: Trainer, candidates: Mapping[str, nn.Parameter]) -> None:
         """Prunes layers too that have been thawed since, as finetuning callbacks do; warns of those that stay dense.
@@ -141,7 +157,8 @@ class Run:
         self.gradients.before_weight_step(trainer, optimizer)
         self.pruner.before_weight_step()
 
-    def _after_weight_step(self, *_: Any) -> None:
+    def _after_weight_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepped.add(id(optimizer))
         self.pruner.after_weight_step()
 
     def end_step(self, trainer: Trainer, log_is_due: Callable[[int], bool]) -> None:
@@ -151,6 +168,9 @@ class Run:
             trainer: the trainer.
             log_is_due: tells whether to log once so many steps are over.
         """
+        if len(self._stepped) < len(self._optimizers):  # some optimisers call no hooks
+            self.pruner.after_weight_step()
+        self._stepped.clear()
         self.gradients.after_weight_step(trainer)
         frozen_now = self.pruner.end_step(self.report.history.look_at)
         if frozen_now:
@@ -235,6 +255,12 @@ class Run:
         """
         self._left_dense = list(state["left_dense"])
         self.pruner.load_state_dict(state["pruner"])
+        if set(state["layers"]) != set(self.pruner.weights):
+            raise AutoPruneError(
+                f"The checkpoint's pruning state is for other layers: {listed(state['layers'])} there, and"
+                f" {listed(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`, or"
+                " start from its weights alone."
+            )
         self.report.load_state_dict(state["report"])
         self.gradients.load_state_dict(state["gradients"])
         if self.pruner.frozen:
@@ -245,3 +271,17 @@ class Run:
                 " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
             )
         self._source.load_state_dict(state["held_out"])
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave in the middle of the run, on weights of the same moment.
+
+        Raises:
+            AutoPruneError: as :meth:`load_state_dict`; if the masks are final here and were not then.
+        """
+        auxiliary = state["pruner"]["auxiliary"]
+        if self.pruner.frozen and not (auxiliary and auxiliary["frozen"]):
+            raise AutoPruneError(
+                "A checkpoint of an earlier phase can't be restored while the masks are final: stop this fit, and pass"
+                " the checkpoint to a new one as `ckpt_path`."
+            )
+        self.load_state_dict(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,23 +20,28 @@ from lightning_autoprune.random_numbers import isolated_random
 from lightning_autoprune.rules import at_least_float32
 from lightning_autoprune.shards import gradients, part, running_apart
 
-__all__ = ["held_out_gradients", "shielded"]
+__all__ = ["changed", "held_out_gradients", "shielded", "versions"]
 
 
 @contextmanager
-def shielded(model: LightningModule, *seeds: int) -> Iterator[None]:
+def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -> Iterator[None]:
     """Runs a block in which a ``training_step`` can be called without effect on the run.
 
     ``nn.Dropout`` modules are off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all
     buffers (BatchNorm statistics among them), random numbers, and the training flags. Gradients are the caller's care:
     use ``torch.autograd.grad``. Not covered is what plain Python keeps (a list that ``training_step`` appends to, a
-    direct call of ``self.logger.experiment``, a forward hook that counts); who does that passes a ``loss_fn``.
+    direct call of ``self.logger.experiment``, a forward hook that counts), nor what is written to trained weights,
+    which is warned about; who does that passes a ``loss_fn``.
 
     Args:
         model: the module being trained, in training mode.
         seeds: integers that seed the random numbers inside.
+        kept: other tensors that are put back, such as parameters that ``training_step`` writes to itself.
     """
+    before = versions(p for p in model.parameters() if p.requires_grad)
     with ExitStack() as stack:
+        for tensor in kept:
+            stack.enter_context(_kept_values(tensor))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
             if isinstance(module, LightningModule):
@@ -48,6 +53,21 @@ def shielded(model: LightningModule, *seeds: int) -> Iterator[None]:
             if module._buffers:
                 stack.enter_context(_kept_buffers(module))
         yield
+    if changed(before):
+        rank_zero_warn(
+            "`training_step` writes to weights that are trained, and did so in the held-out pass too: pass a `loss_fn`"
+            ' that only gives the loss, or `held_out="train"`.'
+        )
+
+
+def versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
+    """Tensors with the number of times that each has been written to; for :func:`changed`."""
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+
+
+def changed(before: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
+    """Those that have been written to since :func:`versions`."""
+    return [tensor for tensor, version in before if tensor._version != version]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -65,6 +85,17 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
         for name in values:
             del module.__dict__[name]
         module.__dict__.update(saved)
+
+
+@contextmanager
+def _kept_values(tensor: Tensor) -> Iterator[None]:
+    """Puts the values of one tensor back."""
+    value = tensor.detach().clone()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            tensor.copy_(value)
 
 
 @contextmanager
@@ -102,6 +133,7 @@ def held_out_gradients(
     *seeds: int,
     agree: Callable[[bool], bool] = bool,
     factor: float = 1.0,
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]] | str:
     """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
@@ -114,13 +146,14 @@ def held_out_gradients(
         agree: makes of whether this loss is good whether those of all ranks are; before the backward pass, in which a
             rank may wait for the others.
         factor: what the gradients are multiplied by.
+        kept: tensors whose values are put back, beside what :func:`shielded` does.
 
     Returns:
         The loss and one gradient a weight (zeros where the loss does not depend on it; of sharded weights this rank's
         part of the mean over the ranks), or, where the loss is not a finite scalar, a text that says what it is.
     """
     module = trainer.lightning_module
-    with shielded(module, *seeds), running_apart(module, weights), torch.enable_grad():
+    with shielded(module, *seeds, kept=kept), running_apart(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
             output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output

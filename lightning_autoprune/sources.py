@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
@@ -24,6 +23,7 @@ from lightning_autoprune.loaders import (
     to_device,
     training_loader_source,
     training_loaders,
+    validation_loaders,
 )
 from lightning_autoprune.random_numbers import isolated_random
 
@@ -111,12 +111,13 @@ class RedrawnSource(Source):
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
-            return self._split(batch, due()) if trainer.training else batch
+            return self._split(batch, due(), trainer.accumulate_grad_batches) if trainer.training else batch
 
         trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
 
-    def _split(self, batch: Any, step: int | None) -> Any:
-        if self._least and step is None:
+    def _split(self, batch: Any, step: int | None, accumulated: int) -> Any:
+        self._held = None
+        if batch is None or (self._least and step is None):  # Lightning skips a batch that is None
             return batch
         rest, held = split_batch(batch, self.fraction, self.seed, step or 0, least=2)
         rows = 0 if held is None else min(batch_rows(rest), batch_rows(held))
@@ -129,7 +130,7 @@ class RedrawnSource(Source):
             self._least = min(rows, 2)
         if step is None or rows < self._least:
             return batch
-        self._held, self.share = held, batch_rows(held) / batch_rows(batch)
+        self._held, self.share = held, batch_rows(held) / (batch_rows(batch) * accumulated)
         return rest
 
     @override
@@ -222,8 +223,8 @@ class ValidationSource(LoaderSource):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        loaders = tree_leaves(trainer.val_dataloaders, is_leaf=lambda x: isinstance(x, DataLoader))
-        if not loaders or loaders == [None]:
+        loaders = validation_loaders(trainer)
+        if not loaders:
             raise AutoPruneError(
                 '`held_out="val"` needs validation data, and this fit has none: pass `val_dataloaders` to `fit`, or'
                 " choose a fraction of the training data."

@@ -321,6 +321,14 @@ def test_state_of_other_layers_is_refused_by_name():
         attached(other).load_state_dict(state)
 
 
+@pytest.mark.parametrize(("saved", "now"), [("adaptive", "autoprune"), ("vanilla", "adaptive")])
+def test_a_state_of_a_rule_with_other_figures_is_refused_by_name(saved, now):
+    layers = {"layer": torch.nn.Parameter(torch.randn(3, 4))}
+    state = AuxiliaryParameters(layers, rule=saved).state_dict()
+    with pytest.raises(AutoPruneError, match=f"state is of another update rule than '{now}': resume with the same"):
+        AuxiliaryParameters(layers, rule=now).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

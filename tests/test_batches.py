@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import default_collate
 
 from lightning_autoprune.batches import shard_batch, split_batch
 from lightning_autoprune.errors import AutoPruneError
@@ -54,6 +55,27 @@ def test_every_kind_of_nesting_is_split_row_by_row():
     assert (held["scale"], held["name"], held["nothing"]) == (2.0, "batch", None)
     assert len(rest["texts"]) == 3
     assert sorted(rest["texts"] + held["texts"]) == batch["texts"]
+
+
+def test_texts_go_with_the_rows_that_the_default_collation_gives_them_to():
+    batch = default_collate([(torch.tensor(i), "abcd"[i]) for i in range(4)])
+    rest, held = split_batch(batch, 0.25, 0)
+    assert isinstance(batch[1], tuple)
+    assert held[1] == ("abcd"[int(held[0])],)
+    assert rest[1] == tuple("abcd"[int(i)] for i in rest[0])
+
+
+def test_a_tuple_of_items_is_split_by_item_whatever_is_in_it():
+    boxes = tuple({"boxes": torch.zeros(i + 1, 4)} for i in range(4))
+    rest, held = split_batch((torch.arange(4), boxes), 0.25, 0)
+    assert [len(item["boxes"]) for item in held[1]] == [int(held[0]) + 1]
+    assert [len(item["boxes"]) for item in rest[1]] == [int(i) + 1 for i in rest[0]]
+
+
+def test_a_dict_stays_what_it_was():
+    batch = defaultdict(list, x=torch.arange(4))
+    _, held = split_batch(batch, 0.25, 0)
+    assert (type(held), held.default_factory, len(held["x"]), len(batch["x"])) == (defaultdict, list, 1, 4)
 
 
 def test_a_list_of_as_many_columns_as_rows_is_split_by_rows():

@@ -39,6 +39,13 @@ def test_by_default_m_follows_the_mean_gradient_over_all_rows_of_the_batch(fract
     torch.testing.assert_close(joined, train, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_held_out_rows_weigh_as_all_others_where_gradients_are_accumulated(accumulated):
+    callback = AutoPruneCallback(target_sparsity=0.5)
+    fit(callback, accumulate_grad_batches=accumulated)
+    assert callback._source.share == 4 / (16 * accumulated)
+
+
 def test_m_can_follow_the_held_out_rows_alone():
     alone = auxiliary_parameters(held_out=0.25, train_gradients=False)
     assert not torch.allclose(alone, auxiliary_parameters(held_out="train"), atol=1e-3)

@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from test_callback import Manual, TwoOptimizers
 from torch.distributed.tensor import Shard
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
 from lightning_autoprune.compatibility import check_shards
@@ -52,6 +52,24 @@ class Iterating(Net):
 class OneForEach(TwoOptimizers):
     def configure_optimizers(self):
         return [torch.optim.SGD(layer.parameters(), 0.05) for layer in (self.first, self.last)]
+
+
+class Averaging(torch.optim.Adam):
+    def train(self):
+        """Puts the weights in place that are trained."""
+
+    def eval(self):
+        """Puts their average in place."""
+
+
+class ScheduleFree(Net):
+    def configure_optimizers(self):
+        return Averaging(self.parameters())
+
+
+class OwnLoader(DataLoader):
+    def __init__(self, path):
+        super().__init__(data(), batch_size=8)
 
 
 class Biases(Net):
@@ -120,6 +138,26 @@ class Forgetful(Net):
             AutoPruneCallback(held_out="train"),
             {"model": TwoOptimizers(), "max_steps": 10},
             "whose length is not known: `max_steps` counts the steps of all optimisers. Set `max_epochs`",
+        ),
+        (
+            AutoPruneCallback(held_out="train"),
+            {"model": Manual(), "max_steps": 10},
+            "not known: with manual optimisation `max_steps` counts the steps of the optimiser, of which a batch may",
+        ),
+        (
+            AutoPruneCallback(),
+            {"model": ScheduleFree()},
+            r"Averaging has weights of its own that it puts in place for evaluation \(it has a `train\(\)` and an",
+        ),
+        (
+            AutoPruneCallback(redraw_held_out=False),
+            {"train": DataLoader(data(), batch_sampler=BatchSampler(SubsetRandomSampler(range(64)), 8, False))},
+            "this one has the sampler SequentialSampler and the batch sampler BatchSampler",
+        ),
+        (
+            AutoPruneCallback(redraw_held_out=False),
+            {"train": OwnLoader("path")},
+            "needs a loader that can be made anew with other rows, and a OwnLoader can't: Trying to inject custom",
         ),
         (
             AutoPruneCallback(),

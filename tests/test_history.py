@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.history import History, histogram
+from lightning_autoprune.history import History, best_points, histogram
 
 
 @given(st.integers(1, 2000))
@@ -127,3 +128,26 @@ def test_the_monitored_metric_is_the_one_that_is_followed():
 def test_before_fitting_there_is_nothing(options):
     callback = AutoPruneCallback(**options)
     assert (callback.curves, callback.layers()) == ({}, [])
+
+
+POINTS = st.lists(st.tuples(st.integers(), st.floats(0, 1), st.floats(-3, 3) | st.just(float("nan"))), max_size=40)
+
+
+@given(POINTS, st.sampled_from(["min", "max"]))
+def test_of_the_best_points_none_is_as_sparse_and_better_and_all_others_are_worse(points, mode):
+    sign = 1 if mode == "min" else -1
+    found = best_points(points, mode)
+    for i, (_, sparsity, value) in enumerate(points):
+        others = [v * sign for j, (_, s, v) in enumerate(points) if s >= sparsity and j != i and v == v]
+        if i in found:
+            assert all(value * sign <= other for other in others)
+        else:
+            assert math.isnan(value) or any(other <= value * sign for other in others)
+
+
+@pytest.mark.parametrize("place", [0, 141, 398])
+def test_the_best_validations_are_kept_however_many_there_are(place):
+    history = History()
+    for step in range(399):
+        history.measure("val_loss", step, 0.5, 0.01 if step == place else 1.0)
+    assert (place, 0.5, 0.01) in history.points

@@ -221,6 +221,17 @@ def test_a_checkpoint_of_other_layers_is_refused_by_name():
         fit(AutoPruneCallback(target_sparsity=0.8, exclude=["last"]), epochs=8, ckpt_path="one.ckpt")
 
 
+def test_a_checkpoint_of_the_dense_phase_is_refused_for_other_layers_too():
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    _, t = fit([AutoPruneCallback(warmup=0.5), Stop()])
+    t.save_checkpoint("one.ckpt")
+    with pytest.raises(AutoPruneError, match="is for other layers: 'first', 'last' there, and 'first' here"):
+        fit(AutoPruneCallback(warmup=0.5, exclude=["last"]), ckpt_path="one.ckpt")
+
+
 def test_a_fixed_split_of_other_data_is_refused():
     class Stop(Callback):
         def on_train_batch_end(self, trainer, *_):

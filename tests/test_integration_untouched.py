@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import csv_logger, csv_rows, fit, loader, same
+from helpers import Net, csv_logger, csv_rows, fit, loader, same
 from lightning.pytorch import Callback
 
 from lightning_autoprune import AutoPruneCallback
@@ -74,3 +75,24 @@ def test_while_nothing_is_pruned_the_held_out_passes_change_nothing(source, opti
 def test_the_comparison_can_fail():
     callback = AutoPruneCallback(held_out="train", target_sparsity=0.1)
     assert not same(trace(None, "without"), trace(callback, "with"))
+
+
+class Distilled(Net):
+    """Has a teacher, which is the average of a layer and is kept by ``training_step`` itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.first).requires_grad_(False)
+
+    def training_step(self, batch):
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.first.weight, 0.1)
+        return super().training_step(batch)
+
+
+def test_a_teacher_is_averaged_once_a_step():
+    def trained(callback):
+        torch.manual_seed(0)
+        return dict(fit(callback, Distilled(), val=loader())[0].state_dict())
+
+    assert same(trained(None), trained(AutoPruneCallback(**NEVER, held_out="val")))

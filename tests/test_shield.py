@@ -10,7 +10,8 @@ from helpers import Net, data, fit, same
 from lightning.pytorch import Callback
 from torch import nn
 
-from lightning_autoprune.shield import held_out_gradients, shielded
+from lightning_autoprune import AutoPruneCallback
+from lightning_autoprune.shield import changed, held_out_gradients, shielded, versions
 
 
 def state(model: Net) -> dict:
@@ -162,3 +163,28 @@ def test_everything_is_put_back_after_an_error_inside():
     with pytest.raises(RuntimeError, match="mat1 and mat2"), shielded(model, 0):
         model.training_step((torch.randn(4, 12), torch.arange(4)))[model(torch.randn(4, 99))]
     assert same(before, state(model))
+
+
+def test_other_tensors_are_put_back_where_asked():
+    model = Net()
+    model.last.requires_grad_(False)
+    before = versions(model.parameters())
+    with torch.no_grad():
+        model.last.weight += 1
+    (kept,) = changed(before)
+    assert kept is model.last.weight
+    value = kept.clone()
+    with shielded(model, 0, kept=[kept]), torch.no_grad():
+        model.last.weight.zero_()
+    assert torch.equal(model.last.weight, value)
+
+
+def test_a_training_step_that_writes_to_trained_weights_is_warned_about():
+    class Clamped(Net):
+        def training_step(self, batch):
+            with torch.no_grad():
+                self.last.weight.clamp_(-1, 1)
+            return super().training_step(batch)
+
+    with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
+        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)

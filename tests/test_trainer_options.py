@@ -6,7 +6,12 @@ import pytest
 import torch
 from helpers import BATCH, ROWS, Net, csv_logger, data, fit, flat, loader, rows, trainer
 from lightning.pytorch import Callback, LightningDataModule, seed_everything
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
@@ -14,6 +19,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_autoprune import AutoPruneCallback, sparsity
 
 STEPS = ROWS // BATCH  # of an epoch
+
+
+class Tuned(Net):
+    lr = 0.01
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.lr)
 
 
 class Counting(Callback):
@@ -102,12 +114,6 @@ def test_several_training_loaders_at_once(mode, held_out):
 
 
 def test_the_learning_rate_finder_leaves_no_trace():
-    class Tuned(Net):
-        lr = 0.01
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), self.lr)
-
     seed_everything(0, verbose=False)
     callback, model = AutoPruneCallback(target_sparsity=0.8), Tuned()
     before = flat(model)
@@ -119,6 +125,44 @@ def test_the_learning_rate_finder_leaves_no_trace():
     t.fit(model, loader())
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
     assert callback._run.pruner.phases.total == callback._run.pruner.step == 8 * STEPS
+
+
+def test_a_learning_rate_finder_in_the_next_fit_brings_nothing_of_the_last_one():
+    callback, curve = AutoPruneCallback(target_sparsity=0.8), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *_):
+            curve.append(callback.sparsity)
+
+    fit(callback, Tuned())
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    fit([callback, Watch(), finder], Tuned(), enable_checkpointing=True)
+    assert len(curve) == callback._run.pruner.step == 4 * STEPS
+    assert not any(curve[: STEPS - 1])
+
+
+class FindAgain(LearningRateFinder):
+    """Looks for a learning rate in the middle of training, which saves the run and goes back to it."""
+
+    def __init__(self, epoch):
+        super().__init__(num_training_steps=5, update_attr=False)
+        self.epoch = epoch
+
+    def on_fit_start(self, *_):
+        """Not yet."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("epoch", [0, 2, 5])
+def test_a_run_that_was_restored_on_the_way_has_its_own_state_in_later_checkpoints(epoch):
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, _ = fit([callback, FindAgain(epoch)], Tuned(), epochs=6, enable_checkpointing=True)
+    state = callback.state_dict()["pruner"]
+    assert (state["step"], state["auxiliary"]["frozen"]) == (6 * STEPS, True)
+    assert sparsity(model) == callback.sparsity == pytest.approx(0.8, abs=0.005)
 
 
 def test_the_batch_size_finder_leaves_no_trace():

@@ -1,0 +1,50 @@
+"""Training, validation and held-out data of every kind under the callback."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import Net, data, fit, loader
+from lightning.pytorch import Callback
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler
+
+from lightning_autoprune import AutoPruneCallback
+
+
+@pytest.mark.parametrize("held_out", [0.25, "train"])
+def test_batches_that_are_none_are_skipped(held_out):
+    batches = [None if i % 3 == 1 else batch for i, batch in enumerate(loader())]
+    train = DataLoader(batches, batch_size=None)
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out)
+    fit(callback, train=train)
+    assert callback.sparsity > 0.3
+
+
+def test_a_loader_that_trains_and_is_held_out_too_gives_all_its_batches():
+    class Count(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            counts[trainer.current_epoch] += 1
+
+    counts = [0] * 4
+    train = DataLoader(data(), batch_size=16, num_workers=1, persistent_workers=True)
+    fit([AutoPruneCallback(target_sparsity=0.8, held_out=train), Count()], train=train)
+    assert counts == [8] * 4
+
+
+def test_validation_data_with_a_batch_sampler_of_its_own_keeps_it():
+    class Rows(Net):
+        def training_step(self, batch):
+            seen.append(len(batch[0]))
+            return super().training_step(batch)
+
+    seen = []
+    sampler = BatchSampler(SubsetRandomSampler(range(32)), 8, False)
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out="val")
+    fit(callback, model=Rows(), val=DataLoader(data(), batch_sampler=sampler))
+    assert set(seen) == {8, 16}
+
+
+@pytest.mark.filterwarnings("ignore:.*fits the masks on the data")
+def test_validation_data_is_found_that_is_not_loaded_yet():
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out="val")
+    fit(callback, val=loader(seed=3), num_sanity_val_steps=0, check_val_every_n_epoch=3)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
