@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
@@ -85,16 +86,17 @@ def save_sparse(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     entries: dict[str, _Entry] = {}
     values, masks = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.uint8)]
-    first: dict[tuple[Any, ...], str] = {}  # the name under which each place in memory was met
+    first: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # by place in memory, which the tensor keeps from reuse
     for name, tensor in state.items():
         _check_dense(name, tensor)
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        known = first.setdefault(place, name) if tensor.numel() else name
+        tensor = tensor.detach()
+        lazy = tensor.is_conj(), tensor.is_neg()
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), *lazy)
+        known, _ = first.setdefault(place, (name, tensor)) if tensor.numel() else (name, tensor)
         if known != name:
             entries[name] = _Entry(tuple(tensor.shape), entries[known].dtype, 0, same_as=known)
             continue
-        entries[name], stored, code = _entry(tensor.cpu())
+        entries[name], stored, code = _entry(tensor.resolve_conj().resolve_neg().cpu())
         values.append(stored)
         masks.append(code)
     stream = zlib.compress(torch.cat(values).numpy().data, 9)

@@ -269,6 +269,27 @@ def test_conjugate_views_keep_their_values(path):
     assert torch.equal(back["c"], -x.imag)
 
 
+@pytest.mark.parametrize("size", [1000, 100_000])  # memory of small and of large tensors is used again
+@pytest.mark.parametrize("lazy", [torch.conj, lambda x: x.conj().imag], ids=["conjugate", "negative"])
+def test_lazily_changed_tensors_of_one_shape_are_not_taken_for_tied(lazy, size, path):
+    state = {str(i): lazy(torch.full((size,), complex(i, i + 1))) for i in range(10)}
+    save_sparse({**state, "tied": state["3"]}, path)
+    back = load_sparse(path)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert back["tied"] is back["3"]
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_tensors_that_are_made_as_they_are_asked_for_are_not_taken_for_tied(size, path):
+    class Made(dict):
+        def items(self):
+            return ((name, torch.full((size,), value)) for name, value in super().items())
+
+    save_sparse(Made({str(i): float(i) for i in range(10)}), path)
+    back = load_sparse(path)
+    assert [value.unique().tolist() for value in back.values()] == [[i] for i in range(10)]
+
+
 def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_sparse({"a": torch.ones(2)}, tmp_path / "no" / "a.safetensors")
