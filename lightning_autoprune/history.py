@@ -143,14 +143,16 @@ def best_points(points: Sequence[tuple[int, float, float]], mode: str) -> set[in
 def histogram(M: Tensor, bins: int = 60) -> Histogram:
     """How entries are spread: at most ``bins`` + 2 counts, and edges one of which is 0.
 
+    An edge belongs to the bin on its left, as m = 0 is pruned.
+
     Example:
-        >>> histogram(torch.tensor([-1.0, 0.25, 1.0]), bins=4)
-        ([1, 0, 1, 1], [-1.0, -0.5, 0.0, 0.5, 1.0])
+        >>> histogram(torch.tensor([-1.0, 0.0, 0.25, 1.0]), bins=4)
+        ([1, 1, 1, 1], [-1.0, -0.5, 0.0, 0.5, 1.0])
     """
     m = M.detach().flatten().float().cpu()
     low, high = min(float(m.min()), 0.0), max(float(m.max()), 0.0)
     width = (high - low) / bins or 1.0
-    first, last = math.floor(low / width), max(math.ceil(high / width), 1)
+    first, last = min(math.floor(low / width), -1), math.ceil(high / width)
     edges = torch.arange(first, last + 1, dtype=torch.float64) * width
-    counts = torch.histogram(m, edges.float()).hist
+    counts = torch.histogram(-m, -edges.float().flip(0)).hist.flip(0)  # its bins have their left edges
     return [int(n) for n in counts], edges.tolist()

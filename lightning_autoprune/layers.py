@@ -32,7 +32,7 @@ def prunable_weights(
     """Finds the weights of all linear, convolution, recurrent and attention-projection layers.
 
     A weight that several layers share is listed once, under the first name; one that is shared with an embedding is an
-    embedding. Embeddings are left out unless a pattern of ``include`` matches them.
+    embedding. Embeddings are left out unless a pattern of ``include`` matches them, and so are weights without entries.
 
     Args:
         model: any module.
@@ -80,14 +80,14 @@ def prunable_weights(
                 f"Layer {name!r} has sparse gradients, which can't be masked: make it with `sparse=False`, or"
                 " exclude it."
             )
-        wanted = weight.is_floating_point() and (weight.requires_grad or not trained_only)
+        wanted = weight.is_floating_point() and weight.numel() and (weight.requires_grad or not trained_only)
         if wanted and id(weight) not in seen:
             seen.add(id(weight))
             weights[name] = weight
     if not weights:
         raise AutoPruneError(
-            f"None of the layers {listed(chosen)} has a trainable weight of its own: their `requires_grad` is off, or"
-            " they share it with an embedding."
+            f"None of the layers {listed(chosen)} has a trainable weight of its own: their `requires_grad` is off, they"
+            " share it with an embedding, or it is empty."
         )
     return weights
 

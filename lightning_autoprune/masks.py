@@ -88,7 +88,7 @@ def clear(x: Tensor, mask: Tensor | PackedMask) -> None:
 
 def floors(totals: Sequence[int], layer_floor: float) -> list[int]:
     """Number of weights that each layer keeps whatever happens: a share of them, at least one."""
-    return [max(1, math.ceil(layer_floor * total)) for total in totals]
+    return [max(1, math.ceil(layer_floor * total * (1 - 1e-12))) for total in totals]  # 0.07 · 100 is above 7
 
 
 def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
@@ -97,12 +97,13 @@ def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
     Raises:
         AutoPruneError: naming the numbers, and what to change.
     """
-    least = sum(floors(totals, layer_floor))
-    if not least <= count <= sum(totals):
+    least, total = sum(floors(totals, layer_floor)), sum(totals)
+    if not least <= count <= total:
+        most = (total - least) * 10**6 // total / 10**6  # rounded down, so that it is possible
         raise AutoPruneError(
-            f"Keeping {count} of {sum(totals)} weights is not possible: with `layer_floor={layer_floor:g}` the"
-            f" {len(totals)} layers keep at least {least}. Ask for a `target_sparsity` of at most"
-            f" {1 - least / sum(totals):.6g}, or lower `layer_floor`."
+            f"Keeping {count} of {total} weights is not possible: with `layer_floor={layer_floor:g}` the"
+            f" {len(totals)} layers keep at least {least}. Ask for a `target_sparsity` of at most {most:g}, or lower"
+            " `layer_floor`."
         )
 
 

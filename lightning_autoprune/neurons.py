@@ -38,6 +38,7 @@ __all__ = ["COSTS", "Cost", "NeuronParameters", "Neurons"]
 
 Cost = Literal["parameters", "flops"]
 COSTS: tuple[Cost, ...] = get_args(Cost)
+_SLACK = 1 + 1e-9  # of a target, which is rounded: 1 - 0.9 is below 0.1
 
 
 @dataclass
@@ -114,8 +115,10 @@ class Neurons:
 
     def shares(self, alive: Tensor) -> dict[str, tuple[float, float]]:
         """Fractions of the rows and of the columns of each layer that are left; ``alive`` is bool, one a channel."""
-        h = torch.cat([alive, alive.new_ones(1)]).float()
-        parts = torch.stack([h[maps[name]].mean() for name in self.rows for maps in (self.rows, self.columns)]).tolist()
+        h = torch.cat([alive, alive.new_ones(1)])
+        maps = [numbers for name in self.rows for numbers in (self.rows[name], self.columns[name])]
+        left = torch.stack([h[numbers].sum() for numbers in maps]).tolist()  # integers: 0.3 in float32 is above 0.3
+        parts = [n / len(numbers) for n, numbers in zip(left, maps, strict=True)]
         return dict(zip(self.rows, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
     def density(self, alive: Tensor) -> float:
@@ -140,7 +143,7 @@ class Neurons:
         least = torch.zeros(self.count, dtype=torch.bool, device=self.groups[0].device)
         for group, floor in zip(self.groups, self.floors(layer_floor), strict=True):
             least[group[:floor]] = True
-        if self.density(least) > density:
+        if self.density(least) > density * _SLACK:
             raise AutoPruneError(
                 f"Keeping {density:.4g} of the model is not possible by pruning neurons: with"
                 f" `layer_floor={layer_floor:g}` {int(least.sum())} of {self.count} must stay, which with what is no"
@@ -218,7 +221,7 @@ class NeuronParameters(AuxiliaryParameters):
         low, high = sum(self.neurons.floors(self._layer_floor)), self.neurons.count
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.neurons.density(self._keeping(middle) > 0) <= density
+            fits = self.neurons.density(self._keeping(middle) > 0) <= density * _SLACK
             low, high = (middle, high) if fits else (low, middle - 1)
         self.M[0].copy_(self._keeping(low))
         self.update_masks()

@@ -100,7 +100,8 @@ def _pictures(saved: Saved) -> Iterator[tuple[str, Figure, str]]:
         yield "Auxiliary parameters m", auxiliary_histograms(history.histograms), caption
     first = next(iter(saved.weights.items()), None)
     if first and first[1].dim() in (2, 4):
-        caption = f"The first layer, {first[0]}, has shape {'×'.join(map(str, first[1].shape))}."
+        shape = "×".join(map(str, first[1].shape))  # of a file, which does not say whether it is transposed (GPT-2)
+        caption = f"The first layer, {first[0]}, has shape {shape}. The first number is taken for that of its outputs."
         yield "What the first layer still reads", input_survivors(first[1]), caption
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 __all__ = ["GradientScale", "PressureController", "target_path"]
 
 _LARGEST_ANSWER = 1.0  # of ln μ to one change of the error
+_LARGEST = 1e15  # μ
 
 
 @dataclass
@@ -75,7 +76,9 @@ class PressureController:
 
     The first term ends a lasting error, even one that swings, the second answers a change at once and so damps
     swings. Working on logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights
-    come back. μ stays above a hundredth of where it started, so that it never has far to climb.
+    come back. μ stays above a hundredth of where it started, so that it never has far to climb, and does not exceed
+    1e15: where it can't reach the path, as a layer is not trained for a while, it would grow without end, and its
+    square must be far from float32's largest number, 3e38. (With the default settings it seldom is above 100.)
 
     Attributes:
         mu: the pressure, in units of the running root mean square; above 0.
@@ -102,6 +105,6 @@ class PressureController:
         error, before = math.log(density / path), self.error
         answer = min(max(self.response * (error - before), -_LARGEST_ANSWER), _LARGEST_ANSWER)
         change = self.gain * min(max(5 * error, -1.0), 1.0) + answer
-        self.mu = max(self.mu * math.exp(change), self._least)
+        self.mu = min(max(self.mu * math.exp(change), self._least), _LARGEST)
         self.error = error
         return self.mu

@@ -174,6 +174,7 @@ class Pruner:
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target = settings.target_density
+        self._moved = False  # whether M has been stepped in the training step under way
         self._check_target(self.weights)
 
     def start(self) -> None:
@@ -269,7 +270,9 @@ class Pruner:
         A weight without a gradient (None), as it is not trained now, is left as it is.
         """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
-        return self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._auxiliary_steps, self.mu)
+        taken = self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._auxiliary_steps, self.mu)
+        self._moved = taken and any(gradient is not None for gradient in dL_dT)
+        return taken
 
     @property
     def _auxiliary_steps(self) -> float:
@@ -278,15 +281,18 @@ class Pruner:
     def end_step(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         """Ends a training step: updates masks and pressure; tells whether the masks were frozen.
 
+        Where M was not stepped the pressure stays as it is, as it had no effect.
+
         Args:
             look: called with M once, when it is final and before it is forgotten.
         """
         if self.due:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
-            if self._target is not None:
+            if self._target is not None and self._moved:
                 path = target_path(self.phases.progress(self.step + 1), 1.0, self._target)
                 self._controller.update(self.auxiliary.density, path)
+        self._moved = False
         self.step += 1
         return self._enter_phase(look)
 

@@ -31,7 +31,7 @@ def keep_best(
 ) -> None:
     """Moves the entries of M in place so that the ``count`` largest of all are kept, each tensor's floor first.
 
-    Of equal entries the first ones are kept.
+    Of equal entries the first ones are kept. NaN becomes -inf, the last to be kept.
 
     Args:
         M: auxiliary parameters, one tensor a layer, or this rank's part of it.
@@ -55,6 +55,8 @@ def keep_best(
     def kept(t: float) -> int:
         return sum(max(n, floor) for n, floor in zip(counts(torch.ge, t), floors, strict=True))
 
+    for m in M:
+        _without_nan_(m)
     t = _largest(lambda t: kept(t) >= count, double=any(m.dtype == torch.float64 for m in M))
     spare = kept(t) - count  # entries equal to t that are too many
     layers = list(zip(M, floors, counts(torch.ge, t), counts(torch.gt, t), strict=True))
@@ -75,16 +77,22 @@ def keep_best(
 def lift(m: Tensor, count: int) -> None:
     """Moves the ``count`` largest entries of a tensor just above 0, in place, where they are not above it.
 
+    NaN becomes -inf.
+
     Example:
         >>> m = torch.tensor([-3.0, -1.0, -2.0])
         >>> lift(m, 1)
         >>> (m > 0).tolist()
         [False, True, False]
     """
-    flat = m.flatten()
+    flat = _without_nan_(m).flatten()
     best = flat.topk(count).indices
     flat[best] = flat[best].clamp_min(_BARELY_KEPT)
     m.copy_(flat.view_as(m))
+
+
+def _without_nan_(m: Tensor) -> Tensor:
+    return m.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def _largest(holds: Callable[[float], bool], *, double: bool) -> float:

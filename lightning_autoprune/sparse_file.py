@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
@@ -30,7 +31,10 @@ __all__ = ["load_sparse", "load_sparse_into", "save_sparse", "sparse_metadata"]
 
 _KEY, _FORMAT = "lightning_autoprune", 1
 _ALWAYS_ALLOWED = 2**28  # bytes that a file may grow to, whatever its size
+_MOST_DIMENSIONS = 64
+_BELOW = 2**48  # all numbers of a file, that of a tensor's entries too
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_AS_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class _Entry:
         bits: number of bits of each gap between them that are stored as they are; None where all entries are stored.
         mask: length of the mask's code, in bytes.
         same_as: name of the tensor that this one is; it has no bytes of its own.
+        zeros: number of zeros among the entries that are stored; only where all are.
     """
 
     shape: tuple[int, ...]
@@ -50,11 +55,17 @@ class _Entry:
     bits: int | None = None
     mask: int = 0
     same_as: str | None = None
+    zeros: int = 0
+
+    @property
+    def size(self) -> int:
+        """Number of entries, zeros and all."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor with its zeros."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return self.size * _DTYPES[self.dtype].itemsize
 
 
 def save_sparse(
@@ -71,7 +82,7 @@ def save_sparse(
         metrics: figures to keep in the metadata.
 
     Raises:
-        AutoPruneError: for an entry that is not a dense tensor; names it.
+        AutoPruneError: for an entry that is not a dense tensor of at most 64 dimensions, or has no shape yet; names it.
 
     Example:
         >>> import tempfile
@@ -85,16 +96,17 @@ def save_sparse(
     state = model.state_dict() if isinstance(model, nn.Module) else model
     entries: dict[str, _Entry] = {}
     values, masks = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.uint8)]
-    first: dict[tuple[Any, ...], str] = {}  # the name under which each place in memory was met
+    first: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # by place in memory, which the tensor keeps from reuse
     for name, tensor in state.items():
         _check_dense(name, tensor)
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-        known = first.setdefault(place, name) if tensor.numel() else name
+        tensor = tensor.detach()
+        lazy = tensor.is_conj(), tensor.is_neg()
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride(), *lazy)
+        known, _ = first.setdefault(place, (name, tensor)) if tensor.numel() else (name, tensor)
         if known != name:
             entries[name] = _Entry(tuple(tensor.shape), entries[known].dtype, 0, same_as=known)
             continue
-        entries[name], stored, code = _entry(tensor.cpu())
+        entries[name], stored, code = _entry(tensor.resolve_conj().resolve_neg().cpu())
         values.append(stored)
         masks.append(code)
     stream = zlib.compress(torch.cat(values).numpy().data, 9)
@@ -142,11 +154,13 @@ def load_sparse_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file.
 
     Raises:
-        AutoPruneError: if the file is damaged, or made of another architecture; names every key that is missing, not
-            expected or of another shape. The model is unchanged then.
+        AutoPruneError: if the model is lazy, or the file is damaged, or made of another architecture; names every key
+            that is missing, not expected or of another shape. The model is unchanged then.
         OSError: if it can't be read.
     """
     state = model.state_dict()
+    for name, tensor in state.items():
+        _check_not_lazy(name, tensor)
     with _Opened(path) as file:
         problems = [f"{name!r} is missing in the file" for name in state if name not in file.entries]
         for name, entry in file.entries.items():
@@ -175,8 +189,9 @@ def sparse_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if it can't be read.
     """
     with _Opened(path) as file:
-        sizes = {name: math.prod(entry.shape) for name, entry in file.entries.items()}
-        sparsity = {n: 1 - e.kept / max(sizes[n], 1) for n, e in file.entries.items() if e.bits is not None}
+        stored = {n: e if e.same_as is None else file.entries.get(e.same_as, e) for n, e in file.entries.items()}
+        with_zeros = {n: e for n, e in stored.items() if e.zeros or e.bits is not None}
+        sparsity = {n: 1 - (e.kept - e.zeros) / max(e.size, 1) for n, e in with_zeros.items()}
         return {"version": file.layout["version"], "sparsity": sparsity, "metrics": file.layout["metrics"]}
 
 
@@ -234,21 +249,40 @@ def _check_dense(name: str, tensor: object) -> None:
         raise AutoPruneError(
             f"{name!r} is a {type(tensor).__name__}, not a tensor: leave it out and keep it elsewhere."
         )
+    _check_not_lazy(name, tensor)
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}, dtype {tensor.dtype}"
         raise AutoPruneError(f"{name!r} is {kind}; only dense tensors with values can be stored: convert it first.")
+    if tensor.dim() > _MOST_DIMENSIONS:
+        raise AutoPruneError(
+            f"{name!r} has {tensor.dim()} dimensions; at most {_MOST_DIMENSIONS} can be stored: reshape it first."
+        )
+
+
+def _check_not_lazy(name: str, tensor: Tensor) -> None:
+    if is_lazy(tensor):
+        raise AutoPruneError(f"{name!r} is lazy and has no shape yet: run one batch through the model first.")
 
 
 def _entry(tensor: Tensor) -> tuple[_Entry, Tensor, Tensor]:
     """How a tensor is stored, the bytes of the entries that are, and the code of where they are."""
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     raw = _as_rows(tensor)
-    mask = raw.any(1).bool() if raw.shape[1] == 1 else tensor.flatten() != 0  # float8 has no !=
+    mask = _not_zero(tensor, raw)
     kept = int(mask.sum())
     bits, code = encode(mask)
     if kept * raw.shape[1] + len(code) >= raw.numel():
-        return _Entry(shape, dtype, len(raw)), raw.T.flatten(), code[:0]
+        return _Entry(shape, dtype, len(raw), zeros=len(raw) - kept), raw.T.flatten(), code[:0]
     return _Entry(shape, dtype, kept, bits, len(code)), raw[mask].T.flatten(), code
+
+
+def _not_zero(tensor: Tensor, raw: Tensor) -> Tensor:
+    """Which entries are not 0, by their bytes: float8 has no !=, which takes denormals for 0 where they are flushed."""
+    if raw.shape[1] == 1:
+        return raw.any(1).bool()
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return tensor.flatten() != 0
+    return (raw.view(_AS_INTEGER[tensor.real.dtype.itemsize]) << 1).any(1)  # without the sign, as -0.0 is 0
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -267,10 +301,11 @@ def _inflate(stream: Tensor, size: int) -> Tensor:
 
 def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> dict[str, Tensor]:
     for name, entry in entries.items():
-        n = math.prod(entry.shape)
-        alone = entry.same_as is None
-        if entry.kept > n or (entry.kept and not alone) or (alone and entry.bits is None and entry.kept != n):
+        alone, whole = entry.same_as is None, entry.bits is None
+        if entry.kept > entry.size or (entry.kept and not alone) or (alone and whole and entry.kept != entry.size):
             raise ValueError(f"it does not hold {entry.kept} values of {name!r}")
+        if entry.zeros > (entry.kept if whole else 0):
+            raise ValueError(f"it does not hold {entry.zeros} zeros of {name!r}")
     values = _inflate(stream, sum(entry.kept * _DTYPES[entry.dtype].itemsize for entry in entries.values()))
     tensors: dict[str, Tensor] = {}
     for name, entry in entries.items():
@@ -280,7 +315,7 @@ def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> di
                 raise ValueError(f"{name!r} is not what {entry.same_as!r} is")
             tensors[name] = tensors[entry.same_as]
             continue
-        n, size = math.prod(entry.shape), _DTYPES[entry.dtype].itemsize
+        n, size = entry.size, _DTYPES[entry.dtype].itemsize
         stored = values[: entry.kept * size].view(size, entry.kept).T
         values = values[entry.kept * size :]
         if entry.bits is None:
@@ -303,9 +338,15 @@ def _brief(entry: _Entry) -> dict[str, Any]:
 
 def _read_entry(brief: Mapping[str, Any]) -> _Entry:
     entry = _Entry(**{"kept": 0, **brief, "shape": tuple(brief["shape"])})
-    numbers = [*entry.shape, entry.kept, entry.mask, *([] if entry.bits is None else [entry.bits])]
-    if not all(type(number) is int and 0 <= number < 2**48 for number in numbers) or entry.dtype not in _DTYPES:
+    if len(entry.shape) > _MOST_DIMENSIONS:  # whose product would take long
+        raise ValueError(f"a tensor of {len(entry.shape)} dimensions, and {_MOST_DIMENSIONS} are allowed")
+    numbers = [*entry.shape, entry.kept, entry.mask, entry.zeros, *([] if entry.bits is None else [entry.bits])]
+    if not all(type(number) is int and 0 <= number < _BELOW for number in numbers) or entry.dtype not in _DTYPES:
         raise ValueError(f"a tensor with {brief}")
+    if not isinstance(entry.same_as, str | None):
+        raise ValueError(f"a tensor that is the same as {entry.same_as!r}")
+    if entry.size >= _BELOW:
+        raise ValueError(f"a tensor of shape {entry.shape}, and fewer than 2**48 entries are allowed")
     return entry
 
 

@@ -11,9 +11,11 @@ from helpers import fit, loader, same
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.history import History, best_points, histogram
+from lightning_autoprune.pruner import Pruner, Settings
 
 
 @given(st.integers(1, 2000))
@@ -81,7 +83,18 @@ def test_a_histogram_counts_every_entry_on_its_side_of_zero(values, bins):
     assert len(edges) == len(counts) + 1 <= bins + 3
     assert 0.0 in edges
     above = sum(n for n, left in zip(counts, edges, strict=False) if left >= 0)
-    assert above == sum(value >= 0 for value in values)
+    assert above == sum(value > 0 for value in values)  # m = 0 is pruned
+
+
+def test_the_last_look_at_m_shows_as_many_weights_as_are_kept():
+    torch.manual_seed(0)
+    weight, history = nn.Parameter(torch.randn(50, 40)), History()
+    pruner = Pruner({"layer": weight}, Settings(target_sparsity=0.9, mask_every_n_steps=20), total_steps=20)
+    pruner.start()
+    for _ in range(20):
+        pruner.end_step(history.look_at)
+    counts, edges = history.histograms["layer"]
+    assert sum(n for n, left in zip(counts, edges, strict=False) if left >= 0) == weight.count_nonzero() == 200
 
 
 def test_a_few_layers_are_looked_at_the_first_and_the_last_among_them():

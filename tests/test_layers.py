@@ -74,6 +74,10 @@ def test_a_frozen_weight_is_left_out_unless_asked_for():
     assert "conv" in prunable_weights(model, trained_only=False)
 
 
+def test_a_weight_without_entries_is_left_out():
+    assert list(prunable_weights(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 2)))) == ["2"]
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -104,6 +108,7 @@ def test_a_frozen_weight_is_left_out_unless_asked_for():
             "Layer 'weight_hh' computes its weight_hh before each forward",
         ),
         (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),
+        (nn.Linear(4, 0), {}, "None of the layers 'weight' has a trainable weight of its own: .* or it is empty"),
         (nn.Linear(2, 2).requires_grad_(False), {}, "None of the layers 'weight' has a trainable weight of its own"),
     ],
 )

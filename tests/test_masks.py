@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_autoprune.errors import AutoPruneError
@@ -49,6 +50,11 @@ def test_a_floor_is_at_least_one_weight():
     assert floors([10, 5000, 1001], 0.001) == [1, 5, 2]
 
 
+def test_a_floor_is_exact_where_the_product_is_rounded_up():
+    assert 0.07 * 100 > 7
+    assert floors([100, 101], 0.07) == [7, 8]
+
+
 def test_a_count_below_the_floors_names_the_way_out():
     message = (
         r"Keeping 3 of 20000 weights is not possible: with `layer_floor=0.001` the 2 layers keep at least 20. Ask for a"
@@ -56,6 +62,16 @@ def test_a_count_below_the_floors_names_the_way_out():
     )
     with pytest.raises(AutoPruneError, match=message):
         check_count(3, [10000, 10000], 0.001)
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=50), st.sampled_from([0.0, 0.001, 0.03, 0.5]))
+@example([2304 * 768, 768 * 768, 3072 * 768, 3072 * 768] * 12, 0.001)  # GPT-2 small
+def test_the_sparsity_that_is_advised_is_possible(totals, layer_floor):
+    with pytest.raises(AutoPruneError) as error:
+        check_count(0, totals, layer_floor)
+    advised = float(re.search("at most (.*), or lower", str(error.value))[1])
+    assert 1 - sum(floors(totals, layer_floor)) / sum(totals) - advised < 1.1e-6
+    check_count(round((1 - advised) * sum(totals)), totals, layer_floor)
 
 
 # Masks of one bit an entry

@@ -156,6 +156,19 @@ def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
     assert accuracy > 0.9
 
 
+@pytest.mark.parametrize("kept", range(1, 11))
+@pytest.mark.parametrize("as_target", [lambda d: {"target_sparsity": 1 - d}, lambda d: {"target_flops": d}])
+def test_a_target_that_whole_neurons_meet_is_met(kept, as_target):
+    network = nn.Sequential(nn.Linear(8, 10, bias=False), nn.ReLU(), nn.Linear(10, 2, bias=False))
+    neurons, weights = Neurons.of(network, prunable_weights(network), torch.zeros(2, 8)), prunable_weights(network)
+    options = as_target(kept / 10)  # the floor too, which is one neuron
+    pruner = Pruner(weights, Settings(granularity="neuron", warmup=0, **options), 1, neurons=neurons)
+    pruner.start()
+    pruner.end_step()
+    assert pruner.frozen
+    assert pruner.sparsity == pytest.approx(1 - kept / 10, abs=1e-12)
+
+
 def neurons_weights(network, neurons):
     weights = prunable_weights(network)
     return {name: weights[name] for name in neurons.rows}

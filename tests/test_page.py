@@ -85,6 +85,10 @@ def test_many_layers_get_a_map(saved, tmp_path):
     assert "The same as a map" in html_report(many)
 
 
+def test_the_picture_of_the_first_layer_says_how_its_shape_is_read(saved):
+    assert "first, has shape 16×12. The first number is taken for that of its outputs." in html_report(saved)
+
+
 def test_a_file_without_a_pruning_state_says_so_and_names_are_never_taken_for_markup(tmp_path):
     path = tmp_path / "<img src=x onerror=alert(1)>.pt"
     torch.save({"<script>alert(1)</script>": torch.eye(3)}, path)

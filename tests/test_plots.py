@@ -145,6 +145,11 @@ def test_histograms_tell_kept_from_pruned():
     pixels(figure)
 
 
+def test_a_histogram_draws_what_is_zero_as_pruned():
+    figure = auxiliary_histograms({"layer": torch.tensor([0.0] * 9 + [1.0])})
+    assert figure.axes[0].get_title() == "layer\n10.0% kept"
+
+
 def test_titles_of_histograms_stay_within_their_panels():
     names = [f"model.encoder.layers.{i}.attention.self.query" for i in range(3)]
     figure = auxiliary_histograms({name: torch.linspace(-1, 3, 100) for name in names})

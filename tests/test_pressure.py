@@ -70,6 +70,14 @@ def test_the_pressure_never_has_far_to_climb():
     assert controller.mu == 0.003
 
 
+def test_the_pressure_does_not_grow_without_end_and_comes_back():
+    controller = PressureController(0.05)
+    for _ in range(5000):
+        controller.update(0.9, 0.1)
+    assert controller.mu == 1e15
+    assert controller.update(0.09, 0.1) < 1e15
+
+
 def test_an_error_that_shrinks_lowers_the_pressure_before_the_path_is_crossed():
     controller = PressureController(0.3)
     high = controller.update(0.6, 0.5)

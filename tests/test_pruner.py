@@ -154,6 +154,36 @@ def test_a_wrong_setting_is_refused(settings, message):
         Settings(**settings)
 
 
+@pytest.mark.parametrize("rule", ["adaptive", "autoprune", "vanilla"])
+def test_floors_and_target_hold_where_a_layer_is_not_trained_and_the_others_can_not_follow_the_path(rule):
+    torch.manual_seed(0)
+    weights = {"fixed": nn.Parameter(torch.randn(100, 100)), "trained": nn.Parameter(torch.randn(20, 100))}
+    pruner = Pruner(weights, Settings(target_sparsity=0.9, update_rule=rule, warmup=0), 4000)
+    pruner.start()
+    finite = []
+    for _ in range(4000):
+        if pruner.due:
+            assert pruner.auxiliary_step([None, torch.randn(20, 100)])
+        pruner.end_step(lambda M: finite.extend(bool(m.isfinite().all()) for m in M.values()))
+        assert pruner.layer_sparsity()["trained"] <= 0.999
+    assert finite == [True, True]
+    assert pruner.sparsity == 0.9
+
+
+@pytest.mark.parametrize("gradient", [None, torch.full((4, 3), torch.nan)], ids=["none", "not finite"])
+def test_the_pressure_stays_as_it_is_where_m_is_not_stepped(gradient):
+    pruner = Pruner({"layer": nn.Parameter(torch.randn(4, 3))}, Settings(target_sparsity=0.5, warmup=0), 100)
+    pruner.start()
+    for _ in range(20):
+        assert pruner.due
+        pruner.auxiliary_step([gradient])
+        pruner.end_step()
+    assert pruner.mu == Settings().pressure
+    pruner.auxiliary_step([torch.ones(4, 3)])
+    pruner.end_step()
+    assert pruner.mu != Settings().pressure
+
+
 def test_a_target_that_the_floors_can_not_meet_is_refused_at_once():
     model, *_ = problem()
     with pytest.raises(AutoPruneError, match=r"Keeping 6 of 640 weights is not possible: with `layer_floor=0.05`"):

@@ -41,6 +41,17 @@ def test_lifting_moves_the_largest_above_zero_and_nothing_else():
     assert m.tolist() == [[-3.0, pytest.approx(1e-8)], [2.0, -2.0]]
 
 
+def test_what_is_not_a_number_is_the_last_to_be_kept():
+    nan = torch.nan
+    M = [torch.tensor([nan, nan, nan]), torch.tensor([nan, -2.0, torch.inf, -torch.inf])]
+    keep_best(M, [2, 0], 4)
+    assert [(m > 0).tolist() for m in M] == [[True, True, False], [False, True, True, False]]
+    m = torch.tensor([nan, -1.0, nan, torch.inf])
+    lift(m, 3)
+    assert (m > 0).sum() == 3
+    assert (m > 0)[[1, 3]].all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_largest_of_many_are_kept(dtype):
     torch.manual_seed(0)

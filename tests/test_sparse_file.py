@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import time
 import zlib
 
 import pytest
@@ -67,6 +68,23 @@ def test_special_values_keep_their_bits_and_negative_zeros_are_zeros(path):
     assert same_bits(back["a"][5:], torch.zeros(101))
     assert same_bits(back["zeros"], torch.zeros(1000))
     assert os.path.getsize(path) < 700
+
+
+def test_denormals_keep_their_bits_where_they_are_flushed(path):
+    halves = {dtype: torch.finfo(dtype).smallest_normal / 2 for dtype in FLOATS}
+    state = {str(dtype): torch.tensor([x, -x] + [0.0, -0.0] * 50, dtype=dtype) for dtype, x in halves.items()}
+    state["complex imaginary"] = torch.complex(torch.zeros(102), state["torch.float32"])
+    state["integers"] = torch.tensor([-(2**63)] + [0] * 100)
+    assert all(tensor.count_nonzero() for tensor in state.values())
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        save_sparse(state, path)
+        back = load_sparse(path)
+    finally:
+        torch.set_flush_denormal(False)
+    for name, tensor in state.items():
+        assert torch.equal(back[name].view(torch.uint8), (tensor + 0).view(torch.uint8))  # -0.0 + 0 is 0.0
 
 
 def test_only_kept_values_take_room(path):
@@ -142,18 +160,38 @@ def test_metadata_say_version_sparsity_and_metrics(path):
     }
 
 
+def test_metadata_say_the_sparsity_of_tied_tensors_and_of_those_that_are_stored_whole(path):
+    weight, codes = torch.zeros(10, 10), torch.arange(1, 101, dtype=torch.int8)
+    weight[0], codes[:3] = 1, 0
+    save_sparse({"a": weight, "": codes, "tied": weight, "tied codes": codes, "dense": torch.ones(3)}, path)
+    assert sparse_metadata(path)["sparsity"] == pytest.approx({"a": 0.9, "": 0.03, "tied": 0.9, "tied codes": 0.03})
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         (3, "'a' is a int, not a tensor: leave it out and keep it elsewhere"),
         (torch.ones(2, 2).to_sparse(), "'a' is of layout torch.sparse_coo, dtype torch.float32; only dense tensors"),
         (torch.ones(2, device="meta"), "'a' is on the meta device; only dense tensors with values"),
+        (torch.ones([1] * 65), "'a' has 65 dimensions; at most 64 can be stored: reshape it first"),
+        (nn.UninitializedParameter(), "'a' is lazy and has no shape yet: run one batch through the model first"),
     ],
 )
 def test_what_is_no_dense_tensor_is_refused_by_name(value, message, path):
     with pytest.raises(AutoPruneError, match=message):
         save_sparse({"a": value}, path)
     assert not path.exists()
+
+
+def test_a_lazy_model_is_neither_written_nor_read_into(path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+    message = "'1.weight' is lazy and has no shape yet: run one batch through the model first"
+    with pytest.raises(AutoPruneError, match=message):
+        save_sparse(model, path)
+    assert not path.exists()
+    save_sparse(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), path)
+    with pytest.raises(AutoPruneError, match=message):
+        load_sparse_into(model, path)
 
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(path, tmp_path, monkeypatch):
@@ -208,6 +246,16 @@ def forged(path, change, **content):
         (lambda layout: layout["tensors"]["a"].update(bits=3, mask=1), "can't be 3 positions of 3"),
         (lambda layout: layout["tensors"]["a"].update(shape=[-3]), "its metadata make no sense: a tensor with"),
         (lambda layout: layout["tensors"]["a"].update(shape=[3.0]), "its metadata make no sense: a tensor with"),
+        (
+            lambda layout: layout["tensors"]["a"].update(shape=[2**47] * 65),
+            "a tensor of 65 dimensions, and 64 are allowed",
+        ),
+        (
+            lambda layout: layout["tensors"]["a"].update(shape=[2**24] * 2, bits=0),
+            r"a tensor of shape \(16777216, 16777216\), and fewer than 2\*\*48 entries are allowed",
+        ),
+        (lambda layout: layout["tensors"]["a"].update(zeros=4), "does not hold 4 zeros of 'a'"),
+        (lambda layout: layout["tensors"]["a"].update(zeros=1, bits=0), "does not hold 1 zeros of 'a'"),
         (lambda layout: layout["tensors"]["a"].update(shape="abc"), "its metadata make no sense"),
         (lambda layout: layout["tensors"]["a"].update(dtype="object"), "its metadata make no sense: a tensor with"),
         (lambda layout: layout["tensors"]["a"].update(other=1), "its metadata make no sense: .*unexpected keyword"),
@@ -231,6 +279,22 @@ def test_a_forged_layout_is_refused(change, message, path):
     forged(path, change)
     with pytest.raises(AutoPruneError, match=message):
         load_sparse(path)
+
+
+@pytest.mark.parametrize("same_as", [["a"], 7])
+def test_metadata_that_tie_a_tensor_to_no_name_are_refused(same_as, path):
+    forged(path, lambda layout: layout["tensors"]["a"].update(same_as=same_as, kept=0))
+    with pytest.raises(AutoPruneError, match="its metadata make no sense"):
+        sparse_metadata(path)
+
+
+@pytest.mark.parametrize("read", [load_sparse, sparse_metadata])
+def test_a_shape_of_very_many_huge_dimensions_is_refused_at_once(read, path):
+    forged(path, lambda layout: layout["tensors"]["a"].update(shape=[2**47] * 100_000))
+    start = time.perf_counter()
+    with pytest.raises(AutoPruneError, match="a tensor of 100000 dimensions, and 64 are allowed"):
+        read(path)
+    assert time.perf_counter() - start < 3
 
 
 @pytest.mark.parametrize(
@@ -267,6 +331,27 @@ def test_conjugate_views_keep_their_values(path):
     back = load_sparse(path)
     assert torch.equal(back["b"], x.conj().resolve_conj())
     assert torch.equal(back["c"], -x.imag)
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])  # memory of small and of large tensors is used again
+@pytest.mark.parametrize("lazy", [torch.conj, lambda x: x.conj().imag], ids=["conjugate", "negative"])
+def test_lazily_changed_tensors_of_one_shape_are_not_taken_for_tied(lazy, size, path):
+    state = {str(i): lazy(torch.full((size,), complex(i, i + 1))) for i in range(10)}
+    save_sparse({**state, "tied": state["3"]}, path)
+    back = load_sparse(path)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert back["tied"] is back["3"]
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_tensors_that_are_made_as_they_are_asked_for_are_not_taken_for_tied(size, path):
+    class Made(dict):
+        def items(self):
+            return ((name, torch.full((size,), value)) for name, value in super().items())
+
+    save_sparse(Made({str(i): float(i) for i in range(10)}), path)
+    back = load_sparse(path)
+    assert [value.unique().tolist() for value in back.values()] == [[i] for i in range(10)]
 
 
 def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
