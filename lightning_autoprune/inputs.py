@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "probes",
     "tensors_in",
     "two_rows",
+    "unknown",
 ]
 
 
@@ -54,38 +56,62 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
     """The example, then inputs of the same kind on which a model runs, each with its outputs.
 
-    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows.
+    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows. In
+    the first of them no boolean, and no integer of several values, is where it was.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def other(tensor: Any) -> Any:
+    def other(tensor: Any, everywhere: bool) -> Any:
         if not isinstance(tensor, Tensor):
             return tensor
         if tensor.is_floating_point() or tensor.is_complex():
             scale = float(tensor.std()) if tensor.numel() > 1 and tensor.std() > 0 else 1.0
             return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
         if tensor.dtype == torch.bool:
-            return (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
-        if tensor.dim():  # columns may have ranges of their own
+            drawn = (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
+            return ~tensor if everywhere else drawn
+        if tensor.dim() and not everywhere:  # columns may have ranges of their own
             order = torch.rand(tensor.shape, generator=generator).argsort(0)
             if not torch.equal(changed := tensor.gather(0, order.to(tensor.device)), tensor):
                 return changed
-        return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
+        values, places = torch.unique(tensor, return_inverse=True)
+        return values.roll(1)[places]
 
     found = [(example_input, outputs(model, example_input))]
-    for _ in range(3):
-        inputs = torch.utils._pytree.tree_map(other, example_input)
+    for number in range(4):
+        inputs = torch.utils._pytree.tree_map(partial(other, everywhere=number == 0), example_input)
         try:
             found.append((inputs, outputs(model, inputs)))
-        except (RuntimeError, IndexError, ValueError, KeyError):  # values of one kind in the place of another
+        except Exception:  # of any kind: values of one kind in the place of another, or what a forward refuses
             continue
     return found
 
 
+def unknown(example_input: Any) -> Any:
+    """The example with NaN for all floating numbers in tensors: what they reach is NaN."""
+    return torch.utils._pytree.tree_map(
+        lambda x: x * torch.nan if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) else x,
+        example_input,
+    )
+
+
 def all_vary(inputs: list[Any]) -> bool:
-    """Whether each tensor of the first inputs has other values in some of the others."""
-    first, *others = [list(tensors_in(as_arguments(some))) for some in inputs]
-    return all(any(not torch.equal(x, other[i]) for other in others) for i, x in enumerate(first))
+    """Whether all that the first inputs hold has other values in some of the others, integers in each column.
+
+    What is no tensor never has: numbers, and objects in which tensors can't be found.
+    """
+    first, *others = [torch.utils._pytree.tree_leaves(as_arguments(some)) for some in inputs]
+
+    def varies(x: Any, values: list[Any]) -> bool:
+        if not isinstance(x, Tensor):
+            return x is None or isinstance(x, str)
+        changed = torch.stack([x != value for value in values])
+        if x.is_floating_point() or x.is_complex() or x.dim() < 2:
+            return bool(changed.any())
+        return bool(changed.flatten(0, -2).any(0).all())
+
+    known = others and any(isinstance(x, Tensor) for x in first)
+    return bool(known) and all(varies(x, [other[i] for other in others]) for i, x in enumerate(first))
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -30,8 +30,9 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
     often makes others so. The result has smaller layers of the same types and names, and its state loads into a network
     built with the sizes that it prints. It is checked against the original on the example and random inputs like it.
 
-    A constant is only taken for one if each input could be varied: give integers that differ between the rows. What it
-    adds is that for inputs of the example's shapes, but for the number of rows.
+    A constant is only taken for one if no floating input reaches it but through weights, and each other input could be
+    varied: give integers that differ between the rows, in each column, and numbers as tensors. What it adds is that for
+    inputs of the example's shapes, but for the number of rows.
 
     Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
     through a normalisation over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants

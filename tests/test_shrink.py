@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -233,6 +234,100 @@ def test_a_constant_that_hangs_on_a_mask_stays(mask):
     small = shrink(network, (x, mask))
     other = torch.rand(2, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     torch.testing.assert_close(small(x, other), network(x, other))
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
+    t: torch.Tensor
+
+
+class Shifted(nn.Module):
+    """What is added to a dead channel comes from beside the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.a.weight.data[6:] = 0
+        self.a.bias.data *= 4
+
+    def forward(self, x, t=None):
+        x, t = (x, t) if isinstance(x, torch.Tensor) else (x.x, x.t)
+        return self.b(torch.relu(self.a(x) + t))
+
+
+@pytest.mark.parametrize("t", [0.5, 1, True, torch.zeros(4, 1), torch.randn(4, 1), torch.tensor(0.5)])
+def test_a_constant_to_which_a_number_is_added_stays(t):
+    x, other = torch.randn(4, 4), torch.randn(4, 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = Shifted()
+        for example in ((x, t), {"x": x, "t": t}):
+            assert shrink(network, example).a.out_features == 16
+        example = Batch(x[:1], t[:1] if isinstance(t, torch.Tensor) and t.dim() else t)
+        torch.testing.assert_close(shrink(network, example)(x, other), network(x, other))
+
+
+def test_a_constant_stays_that_an_integer_changes_which_is_the_same_in_all_rows():
+    class Column(Shifted):
+        def forward(self, x, ids):
+            return super().forward(x, ids[:, :1].float())
+
+    network, x = Column(), torch.randn(4, 4)
+    small = shrink(network, (x, torch.tensor([[101, 5], [101, 7], [101, 9], [101, 2]])))
+    ids = torch.randint(100, (4, 2))
+    torch.testing.assert_close(small(x, ids), network(x, ids))
+
+
+def test_constants_that_the_input_reaches_through_weights_alone_go():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(9, 4), nn.Conv1d(8, 6, 1), nn.Linear(6, 2)
+            self.norm, self.deep = nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1, groups=6)
+            self.a.weight.data[:2] = 0  # constants: these,
+            self.norm.weight.data[2] = 0  # what is multiplied by 0,
+            self.deep.weight.data[3] = 0  # and what is not passed on
+
+        def forward(self, x, i):
+            x = torch.cat([x, self.embed(i)], -1).mT
+            return self.b(self.deep(self.norm(self.a(x)).tanh()).sigmoid().mT)
+
+    network, x, i = Mixed(), torch.randn(3, 5, 4), torch.tensor([[1, 7, 0, 2, 8]] * 3)
+    small = shrink(network, (x, i))
+    assert small.a.out_channels == small.b.in_features == 2
+    torch.testing.assert_close(small.eval()(x, i), network.eval()(x, i))
+
+
+def test_layers_may_be_called_by_keyword_or_with_a_size():
+    class Upsamples(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 6, 3, 2, 1), nn.ConvTranspose2d(6, 4, 3, 2, 1)
+            self.c = nn.Conv2d(4, 2, 1)
+            self.a.weight.data[2:] = self.a.bias.data[2:] = self.b.weight.data[:, 3:] = 0
+
+        def forward(self, x):
+            return self.c(input=torch.relu(self.b(torch.relu(self.a(x)), x.shape[-2:])))
+
+    network, x = Upsamples(), torch.randn(2, 1, 8, 8)
+    small = shrink(network, x)
+    assert (small.a.out_channels, small.b.out_channels) == (2, 3)
+    torch.testing.assert_close(small(x), network(x))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+
+
+def test_a_forward_may_refuse_inputs_that_are_drawn():
+    class Positive(nn.Sequential):
+        def forward(self, x):
+            assert x.min() >= 0
+            return super().forward(x)
+
+    network, x = Positive(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(5, 3)
+    network[2].weight.data[:, 1:] = 0
+    small = shrink(network, x)
+    assert small[0].out_features == 1
+    torch.testing.assert_close(small(x), network(x))
 
 
 def test_integers_of_columns_with_different_ranges_are_not_mixed():
