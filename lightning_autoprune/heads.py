@@ -52,7 +52,7 @@ def _guesses(path: str, module: nn.Module) -> Iterator[list[Channel]]:
     """All heads of a module, in each way that the sizes of its linear layers allow."""
     linear = {f"{path}.{name}".lstrip("."): m for name, m in module.named_children() if isinstance(m, nn.Linear)}
     for attribute in HEAD_NUMBERS:
-        count = getattr(module, attribute, None)
+        count = vars(module).get(attribute)  # no property: the number is to be changed
         if not isinstance(count, int) or count < 2:
             continue
         for reader, names, places in _ways(linear, count):
