@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -123,10 +123,12 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's mode and the random numbers are as they were."""
+    """Evaluation mode, nothing compiled; afterwards each module's mode and the random numbers are as they were."""
     modes = {module: module.training for module in model.modules()}
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    eager = set_stance("force_eager") if set_stance else nullcontext()  # compiled code calls no hooks
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), eager:
             model.eval()
             yield
     finally:

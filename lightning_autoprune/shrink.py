@@ -51,11 +51,12 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         A copy, shrunk. Its parameters are new: an optimiser of the original does not train them.
 
     Raises:
-        AutoPruneError: if the model does not run on the example, its graph can't be traced, or the result is not the
-            same function.
+        AutoPruneError: if the model does not run on the example, its graph can't be traced (TorchScript, inference
+            mode), or the result is not the same function.
 
     Warns:
-        UserWarning: naming layers whose dead channels had to stay because outputs would have changed.
+        UserWarning: naming layers whose dead channels had to stay because outputs would have changed; or saying that no
+            channel was found, or how the layers hang together can't be told.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -73,6 +74,12 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
             " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."
         )
     channels = with_heads(model, find_channels(model, example_input), example_input)
+    if not channels:
+        warnings.warn(
+            f"No channel of {type(model).__name__} was found: it has no linear or convolution layer from which a"
+            " gradient reaches an output.",
+            stacklevel=2,
+        )
     tried = probes(model, example_input)
     inputs = [example for example, _ in tried]
     vary = all_vary(inputs)

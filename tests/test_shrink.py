@@ -299,6 +299,25 @@ def test_constants_that_the_input_reaches_through_weights_alone_go():
     torch.testing.assert_close(small.eval()(x, i), network.eval()(x, i))
 
 
+def test_a_compiled_network_is_shrunk():
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    network[0].weight.data[1:] = 0
+    network.compile(backend="eager")
+    network(x)
+    small = shrink(network, x)
+    assert small[0].out_features == 1
+    torch.testing.assert_close(small(x), network(x))
+
+
+def test_it_warns_if_no_channel_is_found():
+    class Detached(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.warns(UserWarning, match="No channel of Detached was found"):
+        shrink(Detached(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3))
+
+
 def test_layers_may_be_called_by_keyword_or_with_a_size():
     class Upsamples(nn.Module):
         def __init__(self):
