@@ -8,7 +8,6 @@ one example input; what it can't follow is ``fixed`` here, and what it may follo
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.errors import AutoPruneError, listed
-from lightning_autoprune.inputs import as_arguments, difference, evaluating, outputs, probes, tensors_in
+from lightning_autoprune.inputs import as_arguments, copied, difference, evaluating, outputs, probes, tensors_in
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
@@ -98,7 +97,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         channels: those that :func:`find_channels` gave.
         example_input: what its ``forward`` takes.
     """
-    trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    trial, generator = copied(model), torch.Generator().manual_seed(0)
     inputs, _ = probes(model, example_input)[-1]
     together: dict[frozenset[str], list[Channel]] = defaultdict(list)
     for channel in channels:

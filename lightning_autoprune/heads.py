@@ -8,7 +8,6 @@ gives the same.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_autoprune.channels import Channel, fix_entangled
 from lightning_autoprune.dead import clear, remove
-from lightning_autoprune.inputs import disagreement, probes
+from lightning_autoprune.inputs import copied, disagreement, probes
 
 __all__ = ["HEAD_NUMBERS", "with_heads"]
 
@@ -103,7 +102,7 @@ def _come_apart(model: nn.Module, path: str, heads: list[Channel], example_input
 
 def _can_go(model: nn.Module, head: Channel, example_input: Any) -> bool:
     """Whether a model without a head, whose columns are 0, is the same function."""
-    small = copy.deepcopy(model)
+    small = copied(model)
     for name, columns in head.read.items():
         clear(small.get_submodule(name), columns, 1)
     tried = probes(small, example_input)

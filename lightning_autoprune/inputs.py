@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ __all__ = [
     "all_vary",
     "any_rows",
     "as_arguments",
+    "copied",
     "difference",
     "disagreement",
     "evaluating",
@@ -23,6 +25,8 @@ __all__ = [
     "two_rows",
     "unknown",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -47,9 +51,21 @@ def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output of nested containers."""
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+    """All tensors in an output of nested containers, and in the attributes of objects in them."""
+    left, seen = [value], set[int]()
+    while left:
+        for leaf in torch.utils._pytree.tree_leaves(left.pop(0)):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                left.append(vars(leaf))
+
+
+def copied(model: Model) -> Model:
+    """A deep copy; tensors with a graph, which can't be copied, are detached where a module has them as attributes."""
+    held = (leaf for module in model.modules() for leaf in torch.utils._pytree.tree_leaves(vars(module)))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
 
 
 @torch.no_grad()

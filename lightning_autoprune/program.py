@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import any_rows, as_arguments, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import any_rows, as_arguments, copied, difference, outputs, probes, tensors_in, two_rows
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_program"]
@@ -51,7 +50,7 @@ def export_program(
     """
     name = type(model).__name__
     example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
-    small = shrink(model, example) if shrunk else copy.deepcopy(model)
+    small = shrink(model, example) if shrunk else copied(model)
     args, kwargs = as_arguments(example)
     with torch.no_grad():
         tried = [(example_input, outputs(model, example_input)), *probes(model, example)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from lightning_autoprune.channels import Channel, find_channels
 from lightning_autoprune.dead import remove, silence
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.heads import with_heads
-from lightning_autoprune.inputs import all_vary, disagreement, probes
+from lightning_autoprune.inputs import all_vary, copied, disagreement, probes
 from lightning_autoprune.layers import being_pruned
 
 __all__ = ["shrink"]
@@ -87,7 +86,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
 
     def attempt(names: set[str]) -> tuple[Model, str]:
         """The model without the dead channels of some layers, and why it is not the same function, if so."""
-        small = copy.deepcopy(model)
+        small = copied(model)
         with torch.no_grad():
             allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
             remove(small, silence(small, allowed, inputs, vary))

@@ -175,11 +175,24 @@ def test_all_channels_are_fixed_with_a_warning_if_the_graph_of_a_model_that_runs
 
 
 def test_a_compiled_network_has_the_channels_of_the_plain_one():
-    network, x = lenet5(), torch.zeros(1, 1, 28, 28)
+    network, x = Twice(), torch.zeros(2, 5)
     found = find_channels(network, x)
+    torch._dynamo.reset()
     network.compile(backend="eager")
     network(x)
     assert [channel.made for channel in find_channels(network, x)] == [channel.made for channel in found]
+
+
+def test_a_network_that_keeps_an_activation_is_tried_on_a_copy():
+    class Keeps(Twice):
+        def forward(self, x):
+            self.features = self.a(x)
+            return self.c(torch.relu(self.features))
+
+    network, x = Keeps(), torch.zeros(2, 5)
+    channels = find_channels(network, x)
+    fix_entangled(network, channels, x)
+    assert not any(channel.fixed for channel in channels if "a" in channel.made)
 
 
 def test_what_has_no_gradients_is_refused():

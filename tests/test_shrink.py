@@ -300,12 +300,21 @@ def test_constants_that_the_input_reaches_through_weights_alone_go():
 
 
 def test_a_compiled_network_is_shrunk():
-    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
-    network[0].weight.data[1:] = 0
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.a.weight.data[1:] = 0
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    network, x = Compiled(), torch.randn(5, 3)
+    torch._dynamo.reset()
     network.compile(backend="eager")
     network(x)
     small = shrink(network, x)
-    assert small[0].out_features == 1
+    assert small.a.out_features == 1
     torch.testing.assert_close(small(x), network(x))
 
 
@@ -316,6 +325,36 @@ def test_it_warns_if_no_channel_is_found():
 
     with pytest.warns(UserWarning, match="No channel of Detached was found"):
         shrink(Detached(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3))
+
+
+def test_tensors_that_a_model_holds_from_its_last_forward_may_have_a_graph():
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.features = {"first": self[0](x)}
+            return self[2](self[1](self.features["first"]))
+
+    network, x = Keeps(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    network[0].weight.data[1:] = 0
+    network.loss = loss = network(x).mean()
+    small = shrink(network, x)
+    assert (small[0].out_features, small.loss.item()) == (1, loss.item())
+    torch.testing.assert_close(small(x), network(x))
+    assert network.loss is loss
+
+
+@dataclass
+class Out:
+    features: torch.Tensor
+
+
+def test_outputs_in_objects_are_outputs():
+    class Wrapped(Masked):
+        def forward(self, x):
+            features = torch.relu(self.a(x))
+            return self.b(features), Out(features)
+
+    network, x = Wrapped(), torch.randn(2, 4)
+    assert shrink(network, x).a.out_features == 8
 
 
 def test_layers_may_be_called_by_keyword_or_with_a_size():
