@@ -20,7 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.errors import AutoPruneError, listed
-from lightning_autoprune.inputs import as_arguments, copied, difference, evaluating, outputs, probes, tensors_in
+from lightning_autoprune.inputs import (
+    as_arguments,
+    copied,
+    difference,
+    evaluating,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+)
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
@@ -123,7 +132,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         aims = outputs(trial, inputs)
         for channel in some:
             fill(channel.made, 0, 1.0)
-        changes = difference(outputs(trial, inputs), aims, 1e-4)
+        changes = difference(outputs(trial, inputs), aims, spreads([aims]), 1e-4)
         for weight, old in before:
             weight.copy_(old)  # type: ignore[operator]
         return bool(changes)

@@ -13,7 +13,17 @@ from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import any_rows, as_arguments, copied, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import (
+    any_rows,
+    as_arguments,
+    copied,
+    difference,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+    two_rows,
+)
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_onnx"]
@@ -61,6 +71,7 @@ def export_onnx(
     args, kwargs = as_arguments(example)
     with torch.no_grad():
         tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    spread = spreads([aims for _, aims in tried])
     with replacing(path) as temporary:
         _write(small.eval(), name, temporary, args, kwargs)
         try:
@@ -70,7 +81,7 @@ def export_onnx(
         except Exception as error:
             raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
         for run, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference([torch.from_numpy(output) for output in run], aims, tolerance):
+            if problem := difference([torch.from_numpy(output) for output in run], aims, spread, tolerance):
                 raise AutoPruneError(
                     f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if that is close enough."
                 )

@@ -10,7 +10,17 @@ from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import any_rows, as_arguments, copied, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import (
+    any_rows,
+    as_arguments,
+    copied,
+    difference,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+    two_rows,
+)
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_program"]
@@ -54,6 +64,7 @@ def export_program(
     args, kwargs = as_arguments(example)
     with torch.no_grad():
         tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    spread = spreads([aims for _, aims in tried])
     with replacing(path) as temporary:
         try:
             program = torch.export.export(small.eval(), args, kwargs, dynamic_shapes=any_rows(args, kwargs))
@@ -65,7 +76,7 @@ def export_program(
         except Exception as error:
             raise AutoPruneError(f"{name} can't be exported by torch.export: {error}") from error
         for run, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference(run, aims, tolerance):
+            if problem := difference(run, aims, spread, tolerance):
                 raise AutoPruneError(
                     f"{name} gives other outputs as a program: {problem}. Raise `tolerance` if that is close enough."
                 )

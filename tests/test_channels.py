@@ -127,6 +127,23 @@ def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
     assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
 
 
+def test_channels_that_others_hang_on_are_found_out_on_an_offset():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.b.bias.data.fill_(1e3)
+
+        def forward(self, x):
+            y = 0.1 * self.a(x).relu()
+            return self.b(y - y.mean(-1, keepdim=True))
+
+    network, x = Centred(), torch.randn(4, 5)
+    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(8)]
+    fix_entangled(network, channels, x)
+    assert all(channel.fixed for channel in channels)
+
+
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
 def test_no_permutation_of_the_channels_goes_unseen(order):
     class Permuted(nn.Module):

@@ -442,6 +442,34 @@ def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
     torch.testing.assert_close(small(x.clone()), network(x.clone()))
 
 
+class Offset(nn.Module):
+    """Outputs that vary little for their size; centred over the channels if asked."""
+
+    def __init__(self, centred):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+        self.c.bias.data.fill_(1000)
+        self.a.weight.data[8:] = self.b.weight.data[:, 8:] = 0
+        self.centred = centred
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(h - h.mean(1, keepdim=True) if self.centred else h)))
+
+
+def test_an_offset_of_the_outputs_hides_no_change_and_makes_none():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network, x = Offset(centred=True), torch.randn(1000, 8)
+        with pytest.warns(UserWarning, match="The dead channels of 'a' stay"):
+            assert shrink(network, x[:4]).a.out_features == 16
+        network = Offset(centred=False)
+        for example in (x[:1], x[:4], torch.zeros(2, 8)):
+            small = shrink(network, example)
+            assert small.a.out_features == 8
+            torch.testing.assert_close(small(x), network(x), rtol=0, atol=1e-3)
+
+
 def test_layers_whose_dead_channels_must_stay_are_named():
     make, shape = DIFFICULT["shuffled"]
     network = make()
