@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ __all__ = [
     "all_vary",
     "any_rows",
     "as_arguments",
+    "by_rows",
     "copied",
     "difference",
     "disagreement",
@@ -25,6 +26,7 @@ __all__ = [
     "tensors_in",
     "two_rows",
     "unknown",
+    "with_rows",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -38,9 +40,42 @@ def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
 
 
-def two_rows(leaf: Any) -> Any:
-    """A tensor of one row twice; anything else as it is."""
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+def _rows(example_input: Any) -> int:
+    """The length of the first tensor."""
+    return next((len(tensor) for tensor in tensors_in(as_arguments(example_input)) if tensor.dim()), 0)
+
+
+def with_rows(example_input: Any, rows: int) -> Any:
+    """The example cut or repeated to so many rows, in all tensors that have as many as the first."""
+    first = _rows(example_input)
+
+    def tiled(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == first > 0
+        return leaf[torch.arange(rows, device=leaf.device) % first] if has_rows else leaf
+
+    return torch.utils._pytree.tree_map(tiled, example_input)
+
+
+def two_rows(model: nn.Module, example_input: Any) -> Any:
+    """An example of one row twice, where a model runs on that; any other as it is."""
+    if _rows(example_input) != 1:
+        return example_input
+    return next((inputs for inputs, _ in _runs(model, [with_rows(example_input, 2)])), example_input)
+
+
+def by_rows(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
+    """The example with other numbers of rows, where a model runs on them, each with its outputs."""
+    return list(_runs(model, (with_rows(example_input, n) for n in (1, 2, 3, 2 * _rows(example_input) + 1))))
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, candidates: Iterable[Any]) -> Iterator[tuple[Any, list[Tensor]]]:
+    """Those inputs on which a model runs, each with its outputs."""
+    for inputs in candidates:
+        try:
+            yield inputs, outputs(model, inputs)
+        except Exception:  # of any kind: values of one kind in the place of another, or what a forward refuses
+            continue
 
 
 def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -94,14 +129,8 @@ def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]
         values, places = torch.unique(tensor, return_inverse=True)
         return values.roll(1)[places]
 
-    found = [(example_input, outputs(model, example_input))]
-    for number in range(4):
-        inputs = torch.utils._pytree.tree_map(partial(other, everywhere=number == 0), example_input)
-        try:
-            found.append((inputs, outputs(model, inputs)))
-        except Exception:  # of any kind: values of one kind in the place of another, or what a forward refuses
-            continue
-    return found
+    drawn = (torch.utils._pytree.tree_map(partial(other, everywhere=i == 0), example_input) for i in range(4))
+    return [(example_input, outputs(model, example_input)), *_runs(model, drawn)]
 
 
 def unknown(example_input: Any) -> Any:
@@ -203,18 +232,18 @@ def difference(found: Iterable[Tensor], aims: Iterable[Tensor], spread: Iterable
     return ""
 
 
-def disagreement(model: nn.Module, tried: list[tuple[Any, list[Tensor]]], tolerance: float) -> str:
-    """In what a model does not give the outputs of some inputs, or that it does not run; empty if it gives them.
+def disagreement(run: Callable[[Any], list[Tensor]], tried: list[tuple[Any, list[Tensor]]], tolerance: float) -> str:
+    """In what the outputs of some inputs are others, or that there are none; empty if they are the same.
 
     Args:
-        model: a module.
+        run: gives the outputs of inputs.
         tried: inputs, each with what the outputs should be.
         tolerance: as of :func:`difference`.
     """
     spread = spreads([aims for _, aims in tried])
     for inputs, aims in tried:
         try:
-            found = outputs(model, inputs)
+            found = run(inputs)
         except Exception as error:  # of any kind: a forward may refuse sizes in its own way
             return f"it does not run ({error})"
         if problem := difference(found, aims, spread, tolerance):

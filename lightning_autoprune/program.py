@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from lightning_autoprune.files import replacing
 from lightning_autoprune.inputs import (
     any_rows,
     as_arguments,
+    by_rows,
     copied,
     difference,
+    disagreement,
     outputs,
     probes,
     spreads,
@@ -48,7 +51,8 @@ def export_program(
         tolerance: as of :func:`shrink`.
 
     Raises:
-        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others.
+        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others, for any number of rows on
+            which it runs.
 
     Example:
         >>> import tempfile
@@ -59,7 +63,7 @@ def export_program(
         torch.Size([3, 2])
     """
     name = type(model).__name__
-    example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
+    example = two_rows(model, example_input)  # one row would be taken for a constant
     small = shrink(model, example) if shrunk else copied(model)
     args, kwargs = as_arguments(example)
     with torch.no_grad():
@@ -80,6 +84,11 @@ def export_program(
                 raise AutoPruneError(
                     f"{name} gives other outputs as a program: {problem}. Raise `tolerance` if that is close enough."
                 )
+        if problem := disagreement(partial(_run, loaded), by_rows(model, example), tolerance):
+            raise AutoPruneError(
+                f"{name} is right as a program for the number of rows of the example alone: {problem}. Leave that"
+                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
+            )
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from lightning_autoprune.channels import Channel, find_channels
 from lightning_autoprune.dead import remove, silence
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.heads import with_heads
-from lightning_autoprune.inputs import all_vary, copied, disagreement, probes
+from lightning_autoprune.inputs import all_vary, copied, disagreement, outputs, probes
 from lightning_autoprune.layers import being_pruned
 
 __all__ = ["shrink"]
@@ -90,7 +91,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         with torch.no_grad():
             allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
             remove(small, silence(small, allowed, inputs, vary))
-            return small, disagreement(small, tried, tolerance)
+            return small, disagreement(partial(outputs, small), tried, tolerance)
 
     small, problem = attempt(set(layers))
     if problem:
