@@ -8,7 +8,6 @@ one example input; what it can't follow is ``fixed`` here, and what it may follo
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.errors import AutoPruneError, listed
-from lightning_autoprune.inputs import as_arguments, difference, evaluating, outputs, probes, tensors_in
+from lightning_autoprune.inputs import (
+    as_arguments,
+    copied,
+    difference,
+    evaluating,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+)
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
@@ -61,7 +69,11 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
         those that have no part in the output.
 
     Raises:
-        AutoPruneError: if the model does not run on the example, or its graph can't be traced.
+        AutoPruneError: if the model does not run on the example, or is not one whose graph can be traced (TorchScript,
+            inference mode).
+
+    Warns:
+        UserWarning: if the model runs, but its graph can't be told: all channels are fixed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
@@ -69,12 +81,14 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
         >>> channel.made, channel.passed, channel.read
         ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
     """
+    _check_traceable(model)
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in trained:
             p.requires_grad_(p.is_floating_point())
         with evaluating(model):
-            return _collect(model, *_trace(model, example_input))
+            graph, given = _trace(model, example_input)
+            return _collect(model, graph, given) if graph else _all_fixed(model, "its graph can't be told")
     finally:
         for p, flag in trained.items():
             p.requires_grad_(flag)
@@ -92,7 +106,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         channels: those that :func:`find_channels` gave.
         example_input: what its ``forward`` takes.
     """
-    trial, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    trial, generator = copied(model), torch.Generator().manual_seed(0)
     inputs, _ = probes(model, example_input)[-1]
     together: dict[frozenset[str], list[Channel]] = defaultdict(list)
     for channel in channels:
@@ -118,7 +132,7 @@ def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any)
         aims = outputs(trial, inputs)
         for channel in some:
             fill(channel.made, 0, 1.0)
-        changes = difference(outputs(trial, inputs), aims, 1e-4)
+        changes = difference(outputs(trial, inputs), aims, spreads([aims]), 1e-4)
         for weight, old in before:
             weight.copy_(old)  # type: ignore[operator]
         return bool(changes)
@@ -146,7 +160,21 @@ def weight_dim(module: nn.Module, dim: int) -> int:
     return 1 - dim if isinstance(module, _ConvTransposeNd) and not is_depthwise(module) else dim
 
 
+def _check_traceable(model: nn.Module) -> None:
+    name = type(model).__name__
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise AutoPruneError(
+            f"{name} is TorchScript, in which channels can't be found: give the module it was made of."
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise AutoPruneError(
+            f"The channels of {name} are found by gradients, which there are none of in `torch.inference_mode()`: make"
+            " the model, and call this, outside of it (`torch.no_grad()` is allowed)."
+        )
+
+
 def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
+    """The graph of torch-pruning, None where it has none for a model that runs, and the outputs."""
     try:
         import torch_pruning
     except ImportError as error:
@@ -171,6 +199,13 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
             warnings.simplefilter("ignore")
             graph.build_dependency(model, args or kwargs, forward_fn=forward, verbose=False)
     except Exception as error:
+        if given:
+            warnings.warn(
+                f"All channels of {type(model).__name__} stay: how its layers hang together can't be told"
+                f" ({type(error).__name__}: {error}).",
+                stacklevel=4,
+            )
+            return None, given
         where = f"layer {running[-1]!r} raised " if running else ""
         shapes = [tuple(t.shape) for t in tensors_in((args, kwargs))]
         raise AutoPruneError(
@@ -201,13 +236,26 @@ def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]
         for i in range(graph.get_out_channels(module)):
             if (name, i) in owner:
                 continue
-            channel = _channel(graph, graph.get_pruning_group(module, prune, [i]), names, ends, shared)
+            try:
+                channel = _channel(graph, graph.get_pruning_group(module, prune, [i]), names, ends, shared)
+            except Exception:  # of any kind: sizes that torch-pruning tells wrongly, of what recurrent layers read
+                channel = Channel(made={name: [i]}, fixed=f"where {name!r} is read can't be told")
             for other in {id(o): o for key in _rows(channel) if (o := owner.get(key))}.values():
                 _merge(channel, other)  # seen from another of its rows
                 channels = [c for c in channels if c is not other]
             owner.update(dict.fromkeys(_rows(channel), channel))
             channels.append(channel)
     return channels
+
+
+def _all_fixed(model: nn.Module, reason: str) -> list[Channel]:
+    """A channel that must stay for each row and filter."""
+    return [
+        Channel(made={name: [i]}, fixed=reason)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, _ConvNd)) and not is_depthwise(module)
+        for i in range(module.weight.shape[weight_dim(module, 0)])
+    ]
 
 
 def _rows(channel: Channel) -> list[tuple[str, int]]:

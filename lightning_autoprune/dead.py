@@ -7,6 +7,9 @@ constant to the layers that read it, which belongs into their biases.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_autoprune.channels import Channel, is_depthwise, weight_dim
-from lightning_autoprune.inputs import outputs
+from lightning_autoprune.inputs import outputs, unknown
 
 __all__ = ["clear", "remove", "silence"]
 
@@ -75,7 +78,8 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
         used, found = _Used(model), False
         places = {id(channel): used.readers(channel) for channel in left if not used.alive(channel)}
         places = {key: some for key, some in places.items() if constants_too or not some}
-        constants = _constants(model, [place for some in places.values() for place in some], inputs)
+        read = [place for some in places.values() for place in some]
+        constants = _constants(model, read, inputs, channels, used)
         for channel in [channel for channel in left if id(channel) in places]:
             columns = places[id(channel)]
             if all(_can_fold(model.get_submodule(name), constants[name, i]) for name, i in columns):
@@ -103,30 +107,80 @@ def _index(indices: list[int], like: Tensor) -> Tensor:
 # What constant channels add
 
 
-def _constants(model: nn.Module, places: list[tuple[str, int]], inputs: list[Any]) -> dict[tuple[str, int], float]:
-    """The value that reaches each place (a layer and its column); NaN where it is not one value."""
+def _constants(
+    model: nn.Module, places: list[tuple[str, int]], inputs: list[Any], channels: list[Channel], used: _Used
+) -> dict[tuple[str, int], float]:
+    """The value that reaches each place (a layer and its column); NaN where it is not one value.
+
+    That it is one on some inputs is not enough: a ReLU may be off on them. So it is measured too where all floating
+    numbers that go in are NaN, and must be the same.
+    """
     columns: dict[str, list[int]] = defaultdict(list)
     for name, i in places:
         columns[name].append(i)
     seen: dict[tuple[str, int], list[float]] = defaultdict(list)
+    values: dict[tuple[str, int], float] = defaultdict(lambda: float("nan"))
 
-    def look(name: str, module: nn.Module, x: Tensor) -> None:
-        dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # type: ignore[arg-type]
+    def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        dim = _channel_dim(module)
         rows = x.index_select(dim, _index(columns[name], x)).movedim(dim, 0).flatten(1)
         for i, low, high in zip(columns[name], rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True):
             seen[name, i] += [low, high]
 
     modules = {name: model.get_submodule(name) for name in columns}
-    handles = [m.register_forward_pre_hook(lambda m, args, n=n: look(n, m, *args)) for n, m in modules.items()]
-    for example in inputs if modules else ():
-        outputs(model, example)
-    for handle in handles:
-        handle.remove()
-    values = {}
-    for key, found in seen.items():
-        low, high = min(found), max(found)
-        values[key] = low if high - low <= 1e-5 * max(abs(low), abs(high)) else float("nan")
-    return defaultdict(lambda: float("nan"), values)
+    handles = [m.register_forward_pre_hook(partial(look, n), with_kwargs=True) for n, m in modules.items()]
+    try:
+        for example in inputs if modules else ():
+            outputs(model, example)
+        with _weights_block(model, channels, used):
+            try:
+                outputs(model, unknown(inputs[0]))
+            except Exception:  # of any kind: a forward may refuse NaN
+                return values
+    finally:
+        for handle in handles:
+            handle.remove()
+    for key, (first, *others) in seen.items():
+        if all(abs(value - first) <= 1e-5 * abs(first) for value in others):  # false if one is NaN
+            values[key] = first
+    return values
+
+
+@contextmanager
+def _weights_block(model: nn.Module, channels: list[Channel], used: _Used) -> Iterator[None]:
+    """What makes and passes channels blocks NaN where its weights are 0 (0 * NaN is NaN); embeddings give NaN."""
+
+    def block(name: str, module: nn.Module, _: Any, y: Tensor) -> Tensor:
+        dim = _channel_dim(module)
+        alive = torch.tensor([used(name, 0, i) for i in range(y.shape[dim])], device=y.device)
+        bias = module.bias if isinstance(module.bias, Tensor) else torch.zeros_like(alive)
+        return torch.where(alive, y.movedim(dim, -1), bias).movedim(-1, dim)
+
+    names = {name for channel in channels for name in (*channel.made, *channel.passed)}
+    modules = {name: model.get_submodule(name) for name in names}
+    handles = [
+        m.register_forward_hook(partial(block, n), prepend=True)
+        for n, m in modules.items()
+        if not isinstance(m, nn.PReLU)
+    ]
+    handles += [
+        m.register_forward_hook(lambda m, x, y: y * torch.nan)
+        for m in model.modules()
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _channel_dim(module: nn.Module) -> int:
+    """The dimension of a layer's inputs and outputs that has the channels."""
+    if isinstance(module, _ConvNd):
+        return -1 - len(module.kernel_size)
+    return 1 if isinstance(module, _BatchNorm) else -1
 
 
 def _can_fold(layer: nn.Module, value: float) -> bool:

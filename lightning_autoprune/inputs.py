@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,21 @@ __all__ = [
     "all_vary",
     "any_rows",
     "as_arguments",
+    "by_rows",
+    "copied",
     "difference",
     "disagreement",
     "evaluating",
     "outputs",
     "probes",
+    "spreads",
     "tensors_in",
     "two_rows",
+    "unknown",
+    "with_rows",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -31,9 +40,42 @@ def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
 
 
-def two_rows(leaf: Any) -> Any:
-    """A tensor of one row twice; anything else as it is."""
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 1 else leaf
+def _rows(example_input: Any) -> int:
+    """The length of the first tensor."""
+    return next((len(tensor) for tensor in tensors_in(as_arguments(example_input)) if tensor.dim()), 0)
+
+
+def with_rows(example_input: Any, rows: int) -> Any:
+    """The example cut or repeated to so many rows, in all tensors that have as many as the first."""
+    first = _rows(example_input)
+
+    def tiled(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == first > 0
+        return leaf[torch.arange(rows, device=leaf.device) % first] if has_rows else leaf
+
+    return torch.utils._pytree.tree_map(tiled, example_input)
+
+
+def two_rows(model: nn.Module, example_input: Any) -> Any:
+    """An example of one row twice, where a model runs on that; any other as it is."""
+    if _rows(example_input) != 1:
+        return example_input
+    return next((inputs for inputs, _ in _runs(model, [with_rows(example_input, 2)])), example_input)
+
+
+def by_rows(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
+    """The example with other numbers of rows, where a model runs on them, each with its outputs."""
+    return list(_runs(model, (with_rows(example_input, n) for n in (1, 2, 3, 2 * _rows(example_input) + 1))))
+
+
+@torch.no_grad()
+def _runs(model: nn.Module, candidates: Iterable[Any]) -> Iterator[tuple[Any, list[Tensor]]]:
+    """Those inputs on which a model runs, each with its outputs."""
+    for inputs in candidates:
+        try:
+            yield inputs, outputs(model, inputs)
+        except Exception:  # of any kind: values of one kind in the place of another, or what a forward refuses
+            continue
 
 
 def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -45,47 +87,77 @@ def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output of nested containers."""
-    leaves = torch.utils._pytree.tree_leaves(value)
-    return (leaf for leaf in leaves if isinstance(leaf, Tensor))
+    """All tensors in an output of nested containers, and in the attributes of objects in them."""
+    left, seen = [value], set[int]()
+    while left:
+        for leaf in torch.utils._pytree.tree_leaves(left.pop(0)):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, type)) and id(leaf) not in seen:
+                seen.add(id(leaf))
+                left.append(vars(leaf))
+
+
+def copied(model: Model) -> Model:
+    """A deep copy; tensors with a graph, which can't be copied, are detached where a module has them as attributes."""
+    held = (leaf for module in model.modules() for leaf in torch.utils._pytree.tree_leaves(vars(module)))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
 
 
 @torch.no_grad()
 def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
     """The example, then inputs of the same kind on which a model runs, each with its outputs.
 
-    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows.
+    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows. In
+    the first of them no boolean, and no integer of several values, is where it was.
     """
     generator = torch.Generator().manual_seed(0)
 
-    def other(tensor: Any) -> Any:
+    def other(tensor: Any, everywhere: bool) -> Any:
         if not isinstance(tensor, Tensor):
             return tensor
         if tensor.is_floating_point() or tensor.is_complex():
             scale = float(tensor.std()) if tensor.numel() > 1 and tensor.std() > 0 else 1.0
             return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
         if tensor.dtype == torch.bool:
-            return (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
-        if tensor.dim():  # columns may have ranges of their own
+            drawn = (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
+            return ~tensor if everywhere else drawn
+        if tensor.dim() and not everywhere:  # columns may have ranges of their own
             order = torch.rand(tensor.shape, generator=generator).argsort(0)
             if not torch.equal(changed := tensor.gather(0, order.to(tensor.device)), tensor):
                 return changed
-        return tensor.flatten()[torch.randperm(tensor.numel(), generator=generator)].view(tensor.shape)
+        values, places = torch.unique(tensor, return_inverse=True)
+        return values.roll(1)[places]
 
-    found = [(example_input, outputs(model, example_input))]
-    for _ in range(3):
-        inputs = torch.utils._pytree.tree_map(other, example_input)
-        try:
-            found.append((inputs, outputs(model, inputs)))
-        except (RuntimeError, IndexError, ValueError, KeyError):  # values of one kind in the place of another
-            continue
-    return found
+    drawn = (torch.utils._pytree.tree_map(partial(other, everywhere=i == 0), example_input) for i in range(4))
+    return [(example_input, outputs(model, example_input)), *_runs(model, drawn)]
+
+
+def unknown(example_input: Any) -> Any:
+    """The example with NaN for all floating numbers in tensors: what they reach is NaN."""
+    return torch.utils._pytree.tree_map(
+        lambda x: x * torch.nan if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) else x,
+        example_input,
+    )
 
 
 def all_vary(inputs: list[Any]) -> bool:
-    """Whether each tensor of the first inputs has other values in some of the others."""
-    first, *others = [list(tensors_in(as_arguments(some))) for some in inputs]
-    return all(any(not torch.equal(x, other[i]) for other in others) for i, x in enumerate(first))
+    """Whether all that the first inputs hold has other values in some of the others, integers in each column.
+
+    What is no tensor never has: numbers, and objects in which tensors can't be found.
+    """
+    first, *others = [torch.utils._pytree.tree_leaves(as_arguments(some)) for some in inputs]
+
+    def varies(x: Any, values: list[Any]) -> bool:
+        if not isinstance(x, Tensor):
+            return x is None or isinstance(x, str)
+        changed = torch.stack([x != value for value in values])
+        if x.is_floating_point() or x.is_complex() or x.dim() < 2:
+            return bool(changed.any())
+        return bool(changed.flatten(0, -2).any(0).all())
+
+    known = others and any(isinstance(x, Tensor) for x in first)
+    return bool(known) and all(varies(x, [other[i] for other in others]) for i, x in enumerate(first))
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -97,10 +169,12 @@ def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module's mode and the random numbers are as they were."""
+    """Evaluation mode, nothing compiled; afterwards each module's mode and the random numbers are as they were."""
     modes = {module: module.training for module in model.modules()}
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    eager = set_stance("force_eager") if set_stance else nullcontext()  # compiled code calls no hooks
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), eager:
             model.eval()
             yield
     finally:
@@ -108,45 +182,70 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def difference(found: Iterable[Tensor], aims: Iterable[Tensor], tolerance: float) -> str:
+def spreads(runs: list[list[Tensor]]) -> list[Tensor]:
+    """How much each entry of the outputs of several runs varies over their rows; infinite where no entry does."""
+    found = []
+    for tensors in zip(*runs, strict=False):
+        rows = [_real(tensor.cpu()).double() for tensor in tensors]
+        rows = [some if some.dim() else some[None] for some in rows]
+        spread = torch.cat([some for some in rows if some.shape[1:] == rows[0].shape[1:]]).std(0, correction=0)
+        varied = spread[spread > 0]
+        found.append(spread.nan_to_num() + (varied.median() if len(varied) else torch.inf))
+    return found
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def difference(found: Iterable[Tensor], aims: Iterable[Tensor], spread: Iterable[Tensor], tolerance: float) -> str:
     """In what outputs differ from what they should be; empty if they do not.
 
     Args:
         found: tensors.
         aims: what they should be.
+        spread: what :func:`spreads` says of them. On an offset, entries may be alike though what varies in them is not:
+            they differ by at most a hundredth of the tolerance, or a hundred times the tolerance of what varies.
         tolerance: largest difference of an entry, relative to it and to the median of all entries that are not 0; at
             least 8 times the resolution of the dtype.
     """
-    for output, aim in zip(found, aims, strict=True):
+    for output, aim, varies in zip(found, aims, spread, strict=True):
         if output.shape != aim.shape:
             return f"an output has the shape {tuple(output.shape)}, not {tuple(aim.shape)}"
         if not (aim.is_floating_point() or aim.is_complex()):
             continue
-        x, y = (torch.view_as_real(t) if t.is_complex() else t for t in (output.cpu(), aim.cpu()))
+        x, y = _real(output.cpu()), _real(aim.cpu())
         finite = y.isfinite()
         if not torch.equal(x.isfinite(), finite) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
             return "an output has entries that are not finite where it should not, or the other way round"
         sizes = y[finite].double().abs()
         scale = float(sizes[sizes > 0].median()) if sizes.any() else 1e-6
         change = (x[finite].double() - y[finite].double()).abs()
-        if (change > max(tolerance, 8 * torch.finfo(y.dtype).eps) * (sizes + scale)).any():
+        least = 8 * torch.finfo(y.dtype).eps
+        if (change > max(tolerance, least) * (sizes + scale)).any():
             return f"an output changes by {float(change.max()):.2g}, where its entries are about {scale:.2g}"
+        far = change > max(tolerance / 100, least) * (sizes + scale)
+        if (far & (change > 100 * tolerance * varies.expand(y.shape)[finite])).any():
+            return (
+                f"an output changes by {float(change.max()):.2g}, where its entries vary by {float(varies.min()):.2g}"
+            )
     return ""
 
 
-def disagreement(model: nn.Module, tried: Iterable[tuple[Any, list[Tensor]]], tolerance: float) -> str:
-    """In what a model does not give the outputs of some inputs, or that it does not run; empty if it gives them.
+def disagreement(run: Callable[[Any], list[Tensor]], tried: list[tuple[Any, list[Tensor]]], tolerance: float) -> str:
+    """In what the outputs of some inputs are others, or that there are none; empty if they are the same.
 
     Args:
-        model: a module.
+        run: gives the outputs of inputs.
         tried: inputs, each with what the outputs should be.
         tolerance: as of :func:`difference`.
     """
+    spread = spreads([aims for _, aims in tried])
     for inputs, aims in tried:
         try:
-            found = outputs(model, inputs)
+            found = run(inputs)
         except Exception as error:  # of any kind: a forward may refuse sizes in its own way
             return f"it does not run ({error})"
-        if problem := difference(found, aims, tolerance):
+        if problem := difference(found, aims, spread, tolerance):
             return problem
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -10,11 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import any_rows, as_arguments, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import (
+    any_rows,
+    as_arguments,
+    by_rows,
+    copied,
+    difference,
+    disagreement,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+    two_rows,
+)
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_onnx"]
@@ -43,7 +54,7 @@ def export_onnx(
 
     Raises:
         AutoPruneError: if onnx, onnxscript or onnxruntime is not installed, the model can't be shrunk or exported, or
-            its outputs in onnxruntime are others.
+            its outputs in onnxruntime are others, for any number of rows on which it runs.
 
     Example:
         >>> import tempfile
@@ -57,24 +68,35 @@ def export_onnx(
     except ImportError as error:
         raise AutoPruneError(f"Export to ONNX needs {error.name}: pip install 'lightning-autoprune[onnx]'.") from error
     name = type(model).__name__
-    example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
-    small = shrink(model, example) if shrunk else copy.deepcopy(model)
+    example = two_rows(model, example_input)  # one row would be taken for a constant
+    small = shrink(model, example) if shrunk else copied(model)
     args, kwargs = as_arguments(example)
     with torch.no_grad():
         tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    spread = spreads([aims for _, aims in tried])
     with replacing(path) as temporary:
         _write(small.eval(), name, temporary, args, kwargs)
         try:
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
             names = [entry.name for entry in session.get_inputs()]
-            runs = [session.run(None, dict(zip(names, _arrays(inputs), strict=True))) for inputs, _ in tried]
+
+            def run(inputs: Any) -> list[Tensor]:
+                found = session.run(None, dict(zip(names, _arrays(inputs), strict=True)))
+                return [torch.from_numpy(output) for output in found]
+
+            runs = [run(inputs) for inputs, _ in tried]
         except Exception as error:
             raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
-        for run, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference([torch.from_numpy(output) for output in run], aims, tolerance):
+        for found, (_, aims) in zip(runs, tried, strict=True):
+            if problem := difference(found, aims, spread, tolerance):
                 raise AutoPruneError(
                     f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if that is close enough."
                 )
+        if problem := disagreement(run, by_rows(model, example), tolerance):
+            raise AutoPruneError(
+                f"{name} is right in onnxruntime for the number of rows of the example alone: {problem}. Leave that"
+                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
+            )
 
 
 def _arrays(inputs: Any) -> list[Any]:

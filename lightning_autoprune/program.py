@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +11,19 @@ from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import any_rows, as_arguments, difference, outputs, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import (
+    any_rows,
+    as_arguments,
+    by_rows,
+    copied,
+    difference,
+    disagreement,
+    outputs,
+    probes,
+    spreads,
+    tensors_in,
+    two_rows,
+)
 from lightning_autoprune.shrink import shrink
 
 __all__ = ["export_program"]
@@ -39,7 +51,8 @@ def export_program(
         tolerance: as of :func:`shrink`.
 
     Raises:
-        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others.
+        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others, for any number of rows on
+            which it runs.
 
     Example:
         >>> import tempfile
@@ -50,11 +63,12 @@ def export_program(
         torch.Size([3, 2])
     """
     name = type(model).__name__
-    example = torch.utils._pytree.tree_map(two_rows, example_input)  # one row would be taken for a constant
-    small = shrink(model, example) if shrunk else copy.deepcopy(model)
+    example = two_rows(model, example_input)  # one row would be taken for a constant
+    small = shrink(model, example) if shrunk else copied(model)
     args, kwargs = as_arguments(example)
     with torch.no_grad():
         tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
+    spread = spreads([aims for _, aims in tried])
     with replacing(path) as temporary:
         try:
             program = torch.export.export(small.eval(), args, kwargs, dynamic_shapes=any_rows(args, kwargs))
@@ -66,10 +80,15 @@ def export_program(
         except Exception as error:
             raise AutoPruneError(f"{name} can't be exported by torch.export: {error}") from error
         for run, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference(run, aims, tolerance):
+            if problem := difference(run, aims, spread, tolerance):
                 raise AutoPruneError(
                     f"{name} gives other outputs as a program: {problem}. Raise `tolerance` if that is close enough."
                 )
+        if problem := disagreement(partial(_run, loaded), by_rows(model, example), tolerance):
+            raise AutoPruneError(
+                f"{name} is right as a program for the number of rows of the example alone: {problem}. Leave that"
+                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
+            )
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,7 @@ from lightning_autoprune.channels import Channel, find_channels
 from lightning_autoprune.dead import remove, silence
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.heads import with_heads
-from lightning_autoprune.inputs import all_vary, disagreement, probes
+from lightning_autoprune.inputs import all_vary, copied, disagreement, outputs, probes
 from lightning_autoprune.layers import being_pruned
 
 __all__ = ["shrink"]
@@ -30,8 +30,9 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
     often makes others so. The result has smaller layers of the same types and names, and its state loads into a network
     built with the sizes that it prints. It is checked against the original on the example and random inputs like it.
 
-    A constant is only taken for one if each input could be varied: give integers that differ between the rows. What it
-    adds is that for inputs of the example's shapes, but for the number of rows.
+    A constant is only taken for one if no floating input reaches it but through weights, and each other input could be
+    varied: give integers that differ between the rows, in each column, and numbers as tensors. What it adds is that for
+    inputs of the example's shapes, but for the number of rows.
 
     Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
     through a normalisation over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants
@@ -50,11 +51,12 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         A copy, shrunk. Its parameters are new: an optimiser of the original does not train them.
 
     Raises:
-        AutoPruneError: if the model does not run on the example, its graph can't be traced, or the result is not the
-            same function.
+        AutoPruneError: if the model does not run on the example, its graph can't be traced (TorchScript, inference
+            mode), or the result is not the same function.
 
     Warns:
-        UserWarning: naming layers whose dead channels had to stay because outputs would have changed.
+        UserWarning: naming layers whose dead channels had to stay because outputs would have changed; or saying that no
+            channel was found, or how the layers hang together can't be told.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -72,6 +74,12 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
             " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."
         )
     channels = with_heads(model, find_channels(model, example_input), example_input)
+    if not channels:
+        warnings.warn(
+            f"No channel of {type(model).__name__} was found: it has no linear or convolution layer from which a"
+            " gradient reaches an output.",
+            stacklevel=2,
+        )
     tried = probes(model, example_input)
     inputs = [example for example, _ in tried]
     vary = all_vary(inputs)
@@ -79,11 +87,11 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
 
     def attempt(names: set[str]) -> tuple[Model, str]:
         """The model without the dead channels of some layers, and why it is not the same function, if so."""
-        small = copy.deepcopy(model)
+        small = copied(model)
         with torch.no_grad():
             allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
             remove(small, silence(small, allowed, inputs, vary))
-            return small, disagreement(small, tried, tolerance)
+            return small, disagreement(partial(outputs, small), tried, tolerance)
 
     small, problem = attempt(set(layers))
     if problem:

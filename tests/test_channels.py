@@ -127,6 +127,23 @@ def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
     assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
 
 
+def test_channels_that_others_hang_on_are_found_out_on_an_offset():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.b.bias.data.fill_(1e3)
+
+        def forward(self, x):
+            y = 0.1 * self.a(x).relu()
+            return self.b(y - y.mean(-1, keepdim=True))
+
+    network, x = Centred(), torch.randn(4, 5)
+    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(8)]
+    fix_entangled(network, channels, x)
+    assert all(channel.fixed for channel in channels)
+
+
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
 def test_no_permutation_of_the_channels_goes_unseen(order):
     class Permuted(nn.Module):
@@ -145,3 +162,63 @@ def test_no_permutation_of_the_channels_goes_unseen(order):
     right = [Channel(made={"a": [i]}, read={"b": [order.index(i)]}) for i in range(len(order))]
     fix_entangled(network, right, x)
     assert not any(channel.fixed for channel in right)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, before, **options):
+        super().__init__()
+        self.before = nn.Linear(4, 6) if before else nn.Identity()
+        self.layer = kind(6 if before else 4, 5, batch_first=True, **options)
+        self.a, self.b = nn.LazyLinear(6), nn.Linear(6, 2)
+        self(torch.zeros(1, 2, 4))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(self.layer(torch.relu(self.before(x)))[0])))
+
+
+def test_channels_that_a_recurrent_layer_reads_are_fixed_and_others_are_not():
+    channels = find_channels(Recurrent(nn.GRU, True), torch.zeros(2, 3, 4))
+    assert {c.fixed for c in channels if "before" in c.made} == {"where 'before' is read can't be told"}
+    assert [(c.made, c.read, c.fixed) for c in channels if "a" in c.made][1] == ({"a": [1]}, {"b": [1]}, "")
+    assert len(channels) == 6 + 6 + 2
+
+
+def test_all_channels_are_fixed_with_a_warning_if_the_graph_of_a_model_that_runs_can_not_be_told():
+    network = Recurrent(nn.LSTM, False, bidirectional=True)
+    with pytest.warns(UserWarning, match="All channels of Recurrent stay: how its layers hang together can't be told"):
+        channels = find_channels(network, torch.zeros(2, 3, 4))
+    assert [channel.made for channel in channels] == [{n: [i]} for n, rows in (("a", 6), ("b", 2)) for i in range(rows)]
+    assert {channel.fixed for channel in channels} == {"its graph can't be told"}
+
+
+def test_a_compiled_network_has_the_channels_of_the_plain_one():
+    network, x = Twice(), torch.zeros(2, 5)
+    found = find_channels(network, x)
+    torch._dynamo.reset()
+    network.compile(backend="eager")
+    network(x)
+    assert [channel.made for channel in find_channels(network, x)] == [channel.made for channel in found]
+
+
+def test_a_network_that_keeps_an_activation_is_tried_on_a_copy():
+    class Keeps(Twice):
+        def forward(self, x):
+            self.features = self.a(x)
+            return self.c(torch.relu(self.features))
+
+    network, x = Keeps(), torch.zeros(2, 5)
+    channels = find_channels(network, x)
+    fix_entangled(network, channels, x)
+    assert not any(channel.fixed for channel in channels if "a" in channel.made)
+
+
+def test_what_has_no_gradients_is_refused():
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3)
+    with pytest.raises(AutoPruneError, match=r"RecursiveScriptModule is TorchScript.*give the module it was made of"):
+        find_channels(torch.jit.script(network), x)
+    with torch.inference_mode():
+        made = nn.Linear(3, 2)
+        with pytest.raises(AutoPruneError, match=r"Sequential.*outside of it \(`torch.no_grad\(\)` is allowed\)"):
+            find_channels(network, x)
+    with pytest.raises(AutoPruneError, match="The channels of Linear are found by gradients"):
+        find_channels(made, x)

@@ -130,6 +130,19 @@ def test_a_forward_that_refuses_another_number_of_heads_in_its_own_way_keeps_the
     assert heads_of(Refusing()) == []
 
 
+def test_a_number_of_heads_that_can_not_be_set_keeps_them():
+    class ReadOnly(Heads):
+        @property
+        def heads(self):
+            return self.count
+
+    model = network("separate")
+    model.count = vars(model).pop("heads")
+    model.__class__ = ReadOnly
+    assert heads_of(model) == []
+    torch.testing.assert_close(shrink(model, X[:2])(X), model(X))
+
+
 def test_multihead_attention_keeps_its_heads():
     model = Encoder()
     assert heads_of(model, torch.zeros(2, 4, 6)) == []

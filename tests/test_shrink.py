@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -235,6 +236,158 @@ def test_a_constant_that_hangs_on_a_mask_stays(mask):
     torch.testing.assert_close(small(x, other), network(x, other))
 
 
+@dataclass
+class Batch:
+    x: torch.Tensor
+    t: torch.Tensor
+
+
+class Shifted(nn.Module):
+    """What is added to a dead channel comes from beside the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 3)
+        self.a.weight.data[6:] = 0
+        self.a.bias.data *= 4
+
+    def forward(self, x, t=None):
+        x, t = (x, t) if isinstance(x, torch.Tensor) else (x.x, x.t)
+        return self.b(torch.relu(self.a(x) + t))
+
+
+@pytest.mark.parametrize("t", [0.5, 1, True, torch.zeros(4, 1), torch.randn(4, 1), torch.tensor(0.5)])
+def test_a_constant_to_which_a_number_is_added_stays(t):
+    x, other = torch.randn(4, 4), torch.randn(4, 1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network = Shifted()
+        for example in ((x, t), {"x": x, "t": t}):
+            assert shrink(network, example).a.out_features == 16
+        example = Batch(x[:1], t[:1] if isinstance(t, torch.Tensor) and t.dim() else t)
+        torch.testing.assert_close(shrink(network, example)(x, other), network(x, other))
+
+
+def test_a_constant_stays_that_an_integer_changes_which_is_the_same_in_all_rows():
+    class Column(Shifted):
+        def forward(self, x, ids):
+            return super().forward(x, ids[:, :1].float())
+
+    network, x = Column(), torch.randn(4, 4)
+    small = shrink(network, (x, torch.tensor([[101, 5], [101, 7], [101, 9], [101, 2]])))
+    ids = torch.randint(100, (4, 2))
+    torch.testing.assert_close(small(x, ids), network(x, ids))
+
+
+def test_constants_that_the_input_reaches_through_weights_alone_go():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.a, self.b = nn.Embedding(9, 4), nn.Conv1d(8, 6, 1), nn.Linear(6, 2)
+            self.norm, self.deep = nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1, groups=6)
+            self.a.weight.data[:2] = 0  # constants: these,
+            self.norm.weight.data[2] = 0  # what is multiplied by 0,
+            self.deep.weight.data[3] = 0  # and what is not passed on
+
+        def forward(self, x, i):
+            x = torch.cat([x, self.embed(i)], -1).mT
+            return self.b(self.deep(self.norm(self.a(x)).tanh()).sigmoid().mT)
+
+    network, x, i = Mixed(), torch.randn(3, 5, 4), torch.tensor([[1, 7, 0, 2, 8]] * 3)
+    small = shrink(network, (x, i))
+    assert small.a.out_channels == small.b.in_features == 2
+    torch.testing.assert_close(small.eval()(x, i), network.eval()(x, i))
+
+
+def test_a_compiled_network_is_shrunk():
+    class Compiled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.a.weight.data[1:] = 0
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(x)))
+
+    network, x = Compiled(), torch.randn(5, 3)
+    torch._dynamo.reset()
+    network.compile(backend="eager")
+    network(x)
+    small = shrink(network, x)
+    assert small.a.out_features == 1
+    torch.testing.assert_close(small(x), network(x))
+
+
+def test_it_warns_if_no_channel_is_found():
+    class Detached(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).detach()
+
+    with pytest.warns(UserWarning, match="No channel of Detached was found"):
+        shrink(Detached(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3))
+
+
+def test_tensors_that_a_model_holds_from_its_last_forward_may_have_a_graph():
+    class Keeps(nn.Sequential):
+        def forward(self, x):
+            self.features = {"first": self[0](x)}
+            return self[2](self[1](self.features["first"]))
+
+    network, x = Keeps(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    network[0].weight.data[1:] = 0
+    network.loss = loss = network(x).mean()
+    small = shrink(network, x)
+    assert (small[0].out_features, small.loss.item()) == (1, loss.item())
+    torch.testing.assert_close(small(x), network(x))
+    assert network.loss is loss
+
+
+@dataclass
+class Out:
+    features: torch.Tensor
+
+
+def test_outputs_in_objects_are_outputs():
+    class Wrapped(Masked):
+        def forward(self, x):
+            features = torch.relu(self.a(x))
+            return self.b(features), Out(features)
+
+    network, x = Wrapped(), torch.randn(2, 4)
+    assert shrink(network, x).a.out_features == 8
+
+
+def test_layers_may_be_called_by_keyword_or_with_a_size():
+    class Upsamples(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 6, 3, 2, 1), nn.ConvTranspose2d(6, 4, 3, 2, 1)
+            self.c = nn.Conv2d(4, 2, 1)
+            self.a.weight.data[2:] = self.a.bias.data[2:] = self.b.weight.data[:, 3:] = 0
+
+        def forward(self, x):
+            return self.c(input=torch.relu(self.b(torch.relu(self.a(x)), x.shape[-2:])))
+
+    network, x = Upsamples(), torch.randn(2, 1, 8, 8)
+    small = shrink(network, x)
+    assert (small.a.out_channels, small.b.out_channels) == (2, 3)
+    torch.testing.assert_close(small(x), network(x))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
+
+
+def test_a_forward_may_refuse_inputs_that_are_drawn():
+    class Positive(nn.Sequential):
+        def forward(self, x):
+            assert x.min() >= 0
+            return super().forward(x)
+
+    network, x = Positive(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(5, 3)
+    network[2].weight.data[:, 1:] = 0
+    small = shrink(network, x)
+    assert small[0].out_features == 1
+    torch.testing.assert_close(small(x), network(x))
+
+
 def test_integers_of_columns_with_different_ranges_are_not_mixed():
     class Categories(nn.Module):
         def __init__(self):
@@ -287,6 +440,34 @@ def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert small.net[0].out_features == 3
     torch.testing.assert_close(small(x.clone()), network(x.clone()))
+
+
+class Offset(nn.Module):
+    """Outputs that vary little for their size; centred over the channels if asked."""
+
+    def __init__(self, centred):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+        self.c.bias.data.fill_(1000)
+        self.a.weight.data[8:] = self.b.weight.data[:, 8:] = 0
+        self.centred = centred
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(h - h.mean(1, keepdim=True) if self.centred else h)))
+
+
+def test_an_offset_of_the_outputs_hides_no_change_and_makes_none():
+    for seed in range(5):
+        torch.manual_seed(seed)
+        network, x = Offset(centred=True), torch.randn(1000, 8)
+        with pytest.warns(UserWarning, match="The dead channels of 'a' stay"):
+            assert shrink(network, x[:4]).a.out_features == 16
+        network = Offset(centred=False)
+        for example in (x[:1], x[:4], torch.zeros(2, 8)):
+            small = shrink(network, example)
+            assert small.a.out_features == 8
+            torch.testing.assert_close(small(x), network(x), rtol=0, atol=1e-3)
 
 
 def test_layers_whose_dead_channels_must_stay_are_named():
