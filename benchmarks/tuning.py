@@ -7,6 +7,10 @@ trials too, on LeNet-300-100, but its defaults were chosen on runs of all networ
     python benchmarks/tuning.py --data-dir DIR
     python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 30 --epochs 3
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 30 --epochs 60 --seeds 10 11 12
+
+ModelPruning prunes at the ends of epochs, so it has all six of the transformer's:
+
+    python benchmarks/tuning.py --data-dir DIR --tasks transformer --target 30 --epochs 6 --methods lightning
 """
 
 from __future__ import annotations

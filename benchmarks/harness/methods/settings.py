@@ -14,16 +14,18 @@ from . import METHODS
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "resnet": {
         "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
+        "lightning": {"begin": 0.05, "end": 0.3},
         "rigl": {"every": 100, "fraction": 0.5},
         "set": {"every": 30, "fraction": 0.3},
         "hyperflux": {"end": 0.55, "speed": 20.0},
         "l0": {"gate_lr": 0.1, "strength": 10.0},
         "vardrop": {"noise_lr": 0.01, "strength": 10.0},
         "spred": {"strength": 0.01},
-        "nncf": {"mask_lr": 0.1, "ramp": 0.3},
+        "nncf": {"mask_lr": 0.05, "ramp": 0.3},
     },
     "transformer": {
         "gmp": {"begin": 0.05, "end": 0.45, "every": 10},
+        "lightning": {"begin": 0.05, "end": 0.66},
         "rigl": {"every": 30, "fraction": 0.5},
         "set": {"every": 100, "fraction": 0.3},
         "hyperflux": {"end": 0.66, "speed": 40.0},
@@ -34,6 +36,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "tabular": {
         "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
+        "lightning": {"begin": 0.05, "end": 0.66},
         "rigl": {"every": 30, "fraction": 0.5},
         "set": {"every": 30, "fraction": 0.5},
         "hyperflux": {"end": 0.66, "speed": 80.0},
