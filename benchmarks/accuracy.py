@@ -12,7 +12,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from harness.methods import LABELS, METHODS
 from harness.methods.settings import make
 from harness.report import compression_picture, compression_table, no_target_table, save
@@ -40,7 +39,6 @@ def arguments(description: str | None, results: Path, picture: Path | None = Non
 def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
     """Carries out the runs that the file does not have, and shows each; ``validate``: without the test rows."""
     quiet()
-    torch.set_flush_denormal(True)  # weights that an L2 penalty makes vanish would slow their runs five times
     for i, run in enumerate(runs, 1):
         if not missing(results, [run]):
             continue

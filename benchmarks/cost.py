@@ -158,7 +158,6 @@ def main() -> None:
     parser.add_argument("--peak", choices=MODES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     quiet(args.threads)
-    torch.set_flush_denormal(True)  # what vanishes in 100 layers would take longer dense than pruned
 
     if args.peak:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten

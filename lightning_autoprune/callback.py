@@ -271,7 +271,6 @@ class AutoPruneCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
         if (run := self._active) and batch_idx == 0:
-            run.follow(trainer)
             run.take_in(trainer, self._candidates(pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -88,7 +88,7 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
             p.requires_grad_(p.is_floating_point())
         with evaluating(model):
             graph, given = _trace(model, example_input)
-            return _collect(model, graph, given) if graph else _all_fixed(model, "its graph can't be told")
+            return _collect(model, graph, given) if graph else _all_fixed(model)
     finally:
         for p, flag in trained.items():
             p.requires_grad_(flag)
@@ -248,10 +248,10 @@ def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]
     return channels
 
 
-def _all_fixed(model: nn.Module, reason: str) -> list[Channel]:
+def _all_fixed(model: nn.Module) -> list[Channel]:
     """A channel that must stay for each row and filter."""
     return [
-        Channel(made={name: [i]}, fixed=reason)
+        Channel(made={name: [i]}, fixed="its graph can't be told")
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, _ConvNd)) and not is_depthwise(module)
         for i in range(module.weight.shape[weight_dim(module, 0)])

@@ -120,6 +120,8 @@ def _constants(
         columns[name].append(i)
     seen: dict[tuple[str, int], list[float]] = defaultdict(list)
     values: dict[tuple[str, int], float] = defaultdict(lambda: float("nan"))
+    if not places:
+        return values
 
     def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
@@ -131,7 +133,7 @@ def _constants(
     modules = {name: model.get_submodule(name) for name in columns}
     handles = [m.register_forward_pre_hook(partial(look, n), with_kwargs=True) for n, m in modules.items()]
     try:
-        for example in inputs if modules else ():
+        for example in inputs:
             outputs(model, example)
         with _weights_block(model, channels, used):
             try:

@@ -26,7 +26,6 @@ __all__ = [
     "tensors_in",
     "two_rows",
     "unknown",
-    "with_rows",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,10 +41,10 @@ def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _rows(example_input: Any) -> int:
     """The length of the first tensor."""
-    return next((len(tensor) for tensor in tensors_in(as_arguments(example_input)) if tensor.dim()), 0)
+    return next((len(tensor) for tensor in tensors_in(example_input) if tensor.dim()), 0)
 
 
-def with_rows(example_input: Any, rows: int) -> Any:
+def _with_rows(example_input: Any, rows: int) -> Any:
     """The example cut or repeated to so many rows, in all tensors that have as many as the first."""
     first = _rows(example_input)
 
@@ -60,12 +59,12 @@ def two_rows(model: nn.Module, example_input: Any) -> Any:
     """An example of one row twice, where a model runs on that; any other as it is."""
     if _rows(example_input) != 1:
         return example_input
-    return next((inputs for inputs, _ in _runs(model, [with_rows(example_input, 2)])), example_input)
+    return next((inputs for inputs, _ in _runs(model, [_with_rows(example_input, 2)])), example_input)
 
 
 def by_rows(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
     """The example with other numbers of rows, where a model runs on them, each with its outputs."""
-    return list(_runs(model, (with_rows(example_input, n) for n in (1, 2, 3, 2 * _rows(example_input) + 1))))
+    return list(_runs(model, (_with_rows(example_input, n) for n in (1, 2, 3, 2 * _rows(example_input) + 1))))
 
 
 @torch.no_grad()

@@ -55,15 +55,18 @@ def to_device(trainer: Trainer, batch: Any) -> Any:
 
 def training_loaders(trainer: Trainer) -> list[Any]:
     """The loaders of a fit, one by one."""
-    return tree_leaves(trainer.train_dataloader, is_leaf=lambda x: isinstance(x, DataLoader))
+    return _one_by_one(trainer.train_dataloader)
 
 
 def validation_loaders(trainer: Trainer) -> list[Any]:
     """The validation loaders of a fit, one by one, which Lightning makes when it first validates."""
     if trainer.val_dataloaders is None and trainer.enable_validation:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    loaders = tree_leaves(trainer.val_dataloaders, is_leaf=lambda x: isinstance(x, DataLoader))
-    return [loader for loader in loaders if loader is not None]
+    return [loader for loader in _one_by_one(trainer.val_dataloaders) if loader is not None]
+
+
+def _one_by_one(loaders: Any) -> list[Any]:
+    return tree_leaves(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
 
 
 def length(loader: DataLoader[Any]) -> int | None:

@@ -12,21 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.exported import Exported
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import (
-    any_rows,
-    as_arguments,
-    by_rows,
-    copied,
-    difference,
-    disagreement,
-    outputs,
-    probes,
-    spreads,
-    tensors_in,
-    two_rows,
-)
-from lightning_autoprune.shrink import shrink
+from lightning_autoprune.inputs import as_arguments, tensors_in
 
 __all__ = ["export_onnx"]
 
@@ -67,15 +55,9 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise AutoPruneError(f"Export to ONNX needs {error.name}: pip install 'lightning-autoprune[onnx]'.") from error
-    name = type(model).__name__
-    example = two_rows(model, example_input)  # one row would be taken for a constant
-    small = shrink(model, example) if shrunk else copied(model)
-    args, kwargs = as_arguments(example)
-    with torch.no_grad():
-        tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
-    spread = spreads([aims for _, aims in tried])
+    exported = Exported(model, example_input, shrunk)
     with replacing(path) as temporary:
-        _write(small.eval(), name, temporary, args, kwargs)
+        _write(exported, temporary)
         try:
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
             names = [entry.name for entry in session.get_inputs()]
@@ -84,26 +66,19 @@ def export_onnx(
                 found = session.run(None, dict(zip(names, _arrays(inputs), strict=True)))
                 return [torch.from_numpy(output) for output in found]
 
-            runs = [run(inputs) for inputs, _ in tried]
+            runs = [run(inputs) for inputs, _ in exported.tried]
         except Exception as error:
-            raise AutoPruneError(f"{name} can't be run in onnxruntime: {type(error).__name__}: {error}") from error
-        for found, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference(found, aims, spread, tolerance):
-                raise AutoPruneError(
-                    f"{name} gives other outputs in onnxruntime: {problem}. Raise `tolerance` if that is close enough."
-                )
-        if problem := disagreement(run, by_rows(model, example), tolerance):
             raise AutoPruneError(
-                f"{name} is right in onnxruntime for the number of rows of the example alone: {problem}. Leave that"
-                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
-            )
+                f"{exported.name} can't be run in onnxruntime: {type(error).__name__}: {error}"
+            ) from error
+        exported.check(runs, run, "in onnxruntime", tolerance)
 
 
 def _arrays(inputs: Any) -> list[Any]:
     return [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
 
 
-def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _write(exported: Exported, path: Path) -> None:
     log = logging.getLogger("torch.onnx")
     level = log.level
     try:
@@ -111,16 +86,16 @@ def _write(model: nn.Module, name: str, path: Path, args: tuple[Any, ...], kwarg
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                model,
-                args,
+                exported.small,
+                exported.args,
                 path,
-                kwargs=kwargs,
+                kwargs=exported.kwargs,
                 dynamo=True,
-                dynamic_shapes=any_rows(args, kwargs),
+                dynamic_shapes=exported.dynamic_shapes,
                 external_data=False,
                 verbose=False,
             )
     except Exception as error:
-        raise AutoPruneError(f"{name} can't be exported to ONNX: {error}") from error
+        raise AutoPruneError(f"{exported.name} can't be exported to ONNX: {error}") from error
     finally:
         log.setLevel(level)

@@ -10,21 +10,9 @@ import torch
 from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.exported import Exported
 from lightning_autoprune.files import replacing
-from lightning_autoprune.inputs import (
-    any_rows,
-    as_arguments,
-    by_rows,
-    copied,
-    difference,
-    disagreement,
-    outputs,
-    probes,
-    spreads,
-    tensors_in,
-    two_rows,
-)
-from lightning_autoprune.shrink import shrink
+from lightning_autoprune.inputs import as_arguments, tensors_in
 
 __all__ = ["export_program"]
 
@@ -62,33 +50,20 @@ def export_program(
         ...     torch.export.load(f"{directory}/pruned.pt2").module()(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
-    name = type(model).__name__
-    example = two_rows(model, example_input)  # one row would be taken for a constant
-    small = shrink(model, example) if shrunk else copied(model)
-    args, kwargs = as_arguments(example)
-    with torch.no_grad():
-        tried = [(example_input, outputs(model, example_input)), *probes(model, example)]
-    spread = spreads([aims for _, aims in tried])
+    exported = Exported(model, example_input, shrunk)
     with replacing(path) as temporary:
         try:
-            program = torch.export.export(small.eval(), args, kwargs, dynamic_shapes=any_rows(args, kwargs))
+            program = torch.export.export(
+                exported.small, exported.args, exported.kwargs, dynamic_shapes=exported.dynamic_shapes
+            )
             with temporary.open("wb") as file:
                 torch.export.save(program, file)
             with temporary.open("rb") as file:
-                loaded = torch.export.load(file).module()
-            runs = [_run(loaded, inputs) for inputs, _ in tried]
+                run = partial(_run, torch.export.load(file).module())
+            runs = [run(inputs) for inputs, _ in exported.tried]
         except Exception as error:
-            raise AutoPruneError(f"{name} can't be exported by torch.export: {error}") from error
-        for run, (_, aims) in zip(runs, tried, strict=True):
-            if problem := difference(run, aims, spread, tolerance):
-                raise AutoPruneError(
-                    f"{name} gives other outputs as a program: {problem}. Raise `tolerance` if that is close enough."
-                )
-        if problem := disagreement(partial(_run, loaded), by_rows(model, example), tolerance):
-            raise AutoPruneError(
-                f"{name} is right as a program for the number of rows of the example alone: {problem}. Leave that"
-                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
-            )
+            raise AutoPruneError(f"{exported.name} can't be exported by torch.export: {error}") from error
+        exported.check(runs, run, "as a program", tolerance)
 
 
 @torch.no_grad()

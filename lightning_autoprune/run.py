@@ -94,9 +94,8 @@ class Run:
         self._optimizers[:] = optimizers
         self._handles = [o.register_step_post_hook(self._after_weight_step) for o in optimizers]
 
-    def follow(self, trainer: Trainer) -> None:
+    def _follow(self, owned: Mapping[int, Optimizer]) -> None:
         """Hooks into the optimisers that train the weights now, where the user has made new ones."""
-        owned = owners(trainer)
         found = {id(owner): owner for weight in self.pruner.weights.values() if (owner := owned.get(id(weight)))}
         if found.keys() - set(map(id, self._optimizers)):
             self._hook_into(list(found.values()))
@@ -104,11 +103,14 @@ class Run:
     def take_in(self, trainer: Trainer, candidates: Mapping[str, nn.Parameter]) -> None:
         """Prunes layers too that have been thawed since, as finetuning callbacks do; warns of those that stay dense.
 
+        Optimisers that have been made anew since are followed.
+
         Args:
             trainer: the trainer.
             candidates: all weights of the module that may be pruned, trained or not, by layer name.
         """
         owned = owners(trainer)
+        self._follow(owned)
         known = [*self.pruner.weights, *self._left_dense]
         for name, weight in candidates.items():
             if name in known or not weight.requires_grad or id(weight) not in owned:

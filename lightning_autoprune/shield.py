@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -40,8 +40,7 @@ def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -
     """
     before = versions(p for p in model.parameters() if p.requires_grad)
     with ExitStack() as stack:
-        for tensor in kept:
-            stack.enter_context(_kept_values(tensor))
+        stack.enter_context(_kept_values(kept))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
             if isinstance(module, LightningModule):
@@ -88,27 +87,26 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_values(tensor: Tensor) -> Iterator[None]:
-    """Puts the values of one tensor back."""
-    value = tensor.detach().clone()
+def _kept_values(tensors: Collection[Tensor]) -> Iterator[None]:
+    """Puts the values of tensors back."""
+    values = [tensor.detach().clone() for tensor in tensors]
     try:
         yield
     finally:
         with torch.no_grad():
-            tensor.copy_(value)
+            for tensor, value in zip(tensors, values, strict=True):
+                tensor.copy_(value)
 
 
 @contextmanager
 def _kept_buffers(module: nn.Module) -> Iterator[None]:
     """Puts back the buffers of one module: the same tensors, with the same values."""
-    saved = [(name, buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None]
-    try:
-        yield
-    finally:
-        for name, buffer, value in saved:
-            module._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(value)
+    saved = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
+    with _kept_values(saved.values()):
+        try:
+            yield
+        finally:
+            module._buffers.update(saved)
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class TrainSource(Source):
 
 
 class RedrawnSource(Source):
-    """Holds out a share of each training batch, drawn anew: W is not trained on them in that epoch.
+    """Holds out a share of each training batch, drawn anew; W is not trained on those rows in that epoch.
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
     passed through the network. Each part has at least two rows (BatchNorm needs them); a batch of fewer than four (the

@@ -232,6 +232,33 @@ DIFFICULT = {
 }
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+
+class Loop(Two):
+    """Goes through the rows of an example."""
+
+    def forward(self, x):
+        return torch.stack([self.b(torch.relu(self.a(row))) for row in x])
+
+
+class Mean(Two):
+    """Has the number of rows of an example as a plain number."""
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x))).sum(0, keepdim=True) / torch.tensor(float(int(x.shape[0])))
+
+
+class Masked(Two):
+    """Takes a tensor that may have no rows."""
+
+    def forward(self, x, mask):
+        return self.b(torch.relu(self.a(x)) * mask)
+
+
 def prune(network, density, seed=0):
     """Zeroes all but a share of each weight, and gives BatchNorm statistics of a trained network."""
     generator = torch.Generator().manual_seed(seed)

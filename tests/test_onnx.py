@@ -6,7 +6,7 @@ import sys
 import onnxruntime
 import pytest
 import torch
-from architectures import EXACT, prune
+from architectures import EXACT, Loop, Masked, Mean, prune
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, export_onnx
@@ -99,22 +99,6 @@ def test_without_onnxruntime_it_says_what_to_install(tmp_path, monkeypatch):
         export_onnx(nn.Linear(2, 2), tmp_path / "a.onnx", torch.zeros(1, 2))
 
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-
-class Loop(Two):
-    def forward(self, x):
-        return torch.stack([self.b(torch.relu(self.a(row))) for row in x])
-
-
-class Mean(Two):
-    def forward(self, x):
-        return self.b(torch.relu(self.a(x))).sum(0, keepdim=True) / torch.tensor(float(int(x.shape[0])))
-
-
 @pytest.mark.parametrize("network", [Loop(), Mean()])
 def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
     with pytest.raises(AutoPruneError, match=f"{type(network).__name__} "):
@@ -123,9 +107,5 @@ def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
 
 
 def test_a_tensor_that_has_no_rows_is_given_as_it_is(tmp_path):
-    class Masked(Two):
-        def forward(self, x, mask):
-            return self.b(torch.relu(self.a(x)) * mask)
-
     export_onnx(Masked(), tmp_path / "a.onnx", (torch.randn(4, 4), torch.rand(1, 6)))
     export_onnx(Masked(), tmp_path / "b.onnx", (torch.randn(1, 4), torch.rand(6)))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from architectures import EXACT, prune
+from architectures import EXACT, Loop, Masked, Mean, prune
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, export_program
@@ -72,22 +72,6 @@ def test_what_cannot_be_exported_is_refused_by_name_and_no_file_is_left(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-class Two(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
-
-
-class Loop(Two):
-    def forward(self, x):
-        return torch.stack([self.b(torch.relu(self.a(row))) for row in x])
-
-
-class Mean(Two):
-    def forward(self, x):
-        return self.b(torch.relu(self.a(x))).sum(0, keepdim=True) / torch.tensor(float(int(x.shape[0])))
-
-
 @pytest.mark.parametrize("network", [Loop(), Mean()])
 def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
     with pytest.raises(AutoPruneError, match=f"{type(network).__name__} "):
@@ -96,9 +80,5 @@ def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
 
 
 def test_a_tensor_that_has_no_rows_is_given_as_it_is(tmp_path):
-    class Masked(Two):
-        def forward(self, x, mask):
-            return self.b(torch.relu(self.a(x)) * mask)
-
     export_program(Masked(), tmp_path / "a.pt2", (torch.randn(4, 4), torch.rand(1, 6)))
     export_program(Masked(), tmp_path / "b.pt2", (torch.randn(1, 4), torch.rand(6)))

@@ -19,10 +19,14 @@ from .tasks import Task, batches
 
 
 def quiet(threads: int = 1) -> None:
-    """No warnings, no notes of Lightning, and the same number of threads for all that is compared."""
+    """No warnings, no notes of Lightning, and the same number of threads for all that is compared.
+
+    Denormals are 0: what vanishes, under an L2 penalty or in a hundred layers, would slow its runs up to seven times.
+    """
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
 
 
 def quiet_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
