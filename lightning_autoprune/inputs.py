@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -31,9 +32,15 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
+def _each(function: Callable[[Any], Any], example_input: Any) -> Any:
+    """The example with a function applied to all it holds; keyword arguments in any mapping, as a dict."""
+    plain = dict(example_input) if isinstance(example_input, Mapping) else example_input  # a tokenizer's is a UserDict
+    return torch.utils._pytree.tree_map(function, plain)
+
+
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for ``forward``, copied, as a model may write into them."""
-    example_input = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
+    example_input = _each(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
@@ -52,14 +59,17 @@ def _with_rows(example_input: Any, rows: int) -> Any:
         has_rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == first > 0
         return leaf[torch.arange(rows, device=leaf.device) % first] if has_rows else leaf
 
-    return torch.utils._pytree.tree_map(tiled, example_input)
+    return _each(tiled, example_input)
 
 
 def two_rows(model: nn.Module, example_input: Any) -> Any:
-    """An example of one row twice, where a model runs on that; any other as it is."""
+    """An example of one row twice; any other as it is, and with a warning where a model does not run on two rows."""
     if _rows(example_input) != 1:
         return example_input
-    return next((inputs for inputs, _ in _runs(model, [_with_rows(example_input, 2)])), example_input)
+    for inputs, _ in _runs(model, [_with_rows(example_input, 2)]):
+        return inputs
+    warnings.warn(f"{type(model).__name__} runs on one row alone, and so will its file.", stacklevel=4)
+    return example_input
 
 
 def by_rows(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
@@ -128,13 +138,13 @@ def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]
         values, places = torch.unique(tensor, return_inverse=True)
         return values.roll(1)[places]
 
-    drawn = (torch.utils._pytree.tree_map(partial(other, everywhere=i == 0), example_input) for i in range(4))
+    drawn = (_each(partial(other, everywhere=i == 0), example_input) for i in range(4))
     return [(example_input, outputs(model, example_input)), *_runs(model, drawn)]
 
 
 def unknown(example_input: Any) -> Any:
     """The example with NaN for all floating numbers in tensors: what they reach is NaN."""
-    return torch.utils._pytree.tree_map(
+    return _each(
         lambda x: x * torch.nan if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) else x,
         example_input,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -271,3 +273,11 @@ def prune(network, density, seed=0):
         elif isinstance(weight, nn.Parameter) and weight.dim() > 1:
             weight.data[torch.rand(weight.shape, generator=generator) >= density] = 0
     return network
+
+
+def assert_equal(a, b, shape, rows=1000, seed=1):
+    """The same outputs on random inputs, in evaluation mode, within float tolerance."""
+    inputs = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        one, two = copy.deepcopy(a).eval()(inputs), copy.deepcopy(b).eval()(inputs)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -82,3 +83,11 @@ def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
 def test_a_tensor_that_has_no_rows_is_given_as_it_is(tmp_path):
     export_program(Masked(), tmp_path / "a.pt2", (torch.randn(4, 4), torch.rand(1, 6)))
     export_program(Masked(), tmp_path / "b.pt2", (torch.randn(1, 4), torch.rand(6)))
+
+
+def test_keyword_arguments_may_be_in_any_mapping(tmp_path):
+    network = Masked()
+    export_program(network, tmp_path / "a.pt2", UserDict(x=torch.randn(1, 4), mask=torch.rand(1, 6)))
+    x, mask = torch.randn(5, 4), torch.rand(5, 6)
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    torch.testing.assert_close(program(x=x, mask=mask), network(x, mask))
