@@ -68,30 +68,12 @@ def test_detaching_leaves_plain_weights_and_no_trace():
     torch.save(model, io.BytesIO())
 
 
-# Initial m
-
-
-def test_magnitude_starts_m_in_units_of_the_layers_spread():
+def test_magnitude_starts_m_in_units_of_each_layers_spread():
     model = network()
     with torch.no_grad():
         model[3].weight.mul_(100)
     aux = attached(model, scale=0.2)
-    weight = model[3].weight.detach()
-    torch.testing.assert_close(aux.M[1], 0.2 * weight.abs() / weight.std())
     assert aux.M[1].mean() == pytest.approx(aux.M[2].mean(), rel=0.5)
-
-
-def test_constant_starts_m_the_same_everywhere():
-    aux = attached(network(), initial="constant", scale=0.3)
-    assert all((M == 0.3).all() for M in aux.M)
-
-
-def test_a_layer_of_equal_weights_or_of_one_weight_is_no_trouble():
-    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(1, 1))
-    nn.init.ones_(model[0].weight)
-    aux = attached(model)
-    assert all((M > 0).all() and (M < 1).all() for M in aux.M)
-    assert aux.sparsity == 0
 
 
 # T = W ⊙ h(M)
@@ -229,18 +211,10 @@ def test_weights_in_channels_last_order_are_pruned_the_same():
     assert same(dict(model.state_dict()), dict(other.state_dict()))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value):
-    model = network()
-    model[3].weight.data[0, 0] = value
-    with pytest.raises(AutoPruneError, match="Layer '3' has weights that are not finite: the training has diverged"):
-        attached(model)
-
-
-def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
+def test_weights_that_give_no_m_are_refused_by_name():
     model = network()
     nn.init.zeros_(model[5].weight)
-    with pytest.raises(AutoPruneError, match=r"All weights of layer '5' are 0.*or use `initial_m=\"constant\"`"):
+    with pytest.raises(AutoPruneError, match="All weights of layer '5' are 0"):
         attached(model)
     assert attached(model, initial="constant").sparsity == 0
 
