@@ -116,6 +116,18 @@ def test_erk_refuses_more_weights_than_there_are():
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
+def test_the_first_masks_do_not_know_the_weights_that_the_same_seed_made(grow):
+    class First(Callback):
+        def on_train_start(self, trainer, pl_module):
+            first = next(iter(prunable_weights(pl_module).values())).detach()
+            self.positive = float((first[first != 0] > 0).float().mean())
+
+    watch = First()
+    run_watched(DynamicSparse(3, grow, seed=0), MLP, watch)  # the seed that `run_watched` has
+    assert 0.3 < watch.positive < 0.7
+
+
+@pytest.mark.parametrize("grow", ["gradient", "random"])
 def test_every_layer_keeps_its_number_of_weights_from_the_first_step_on(grow):
     method = DynamicSparse(7, grow, every=3)
     _, watch, _ = run(method, look=lambda: [mask.clone() for mask in method.masks])

@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_autoprune.random_numbers import mix
+
 from .common import Masked, top_masks
 
 
@@ -79,7 +81,7 @@ class DynamicSparse(Masked):
         """Draws the first masks."""
         super().on_train_start(trainer, pl_module)
         self.optimizer = trainer.optimizers[0]
-        self.generator = torch.Generator().manual_seed(self.seed)
+        self.generator = torch.Generator().manual_seed(mix(self.seed))  # the seed itself made the initial weights
         counts = erk_counts([weight.shape for weight in self.weights], self.target)
         self.masks = [top_masks([self._random(w)], count)[0] for w, count in zip(self.weights, counts, strict=True)]
         self.apply()
