@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 from harness.methods import LABELS, METHODS
-from harness.methods.settings import make
+from harness.methods.settings import settings
 from harness.report import compression_picture, compression_table, no_target_table, save
 from harness.results import Run, append, missing, read
 from harness.tasks import TASKS
@@ -43,18 +43,24 @@ def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = F
         if not missing(results, [run]):
             continue
         task = TASKS[run.task]
-        method = make(run.task, run.method, run.target, run.seed, **json.loads(run.options))
+        method = METHODS[run.method](run.target, run.seed, **json.loads(run.options))
         outcome = train(task, method, run.seed, data_dir, run.epochs, validate)
         append(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"
         print(f"[{i}/{len(runs)}]", *run.key().values(), "→", figures, f"{outcome.seconds:.0f} s", flush=True)
 
 
+def at_its_settings(row: dict[str, str]) -> bool:
+    """Whether a run had the settings that its method has now."""
+    target = float(row["target"]) if row["target"] else None
+    return json.loads(row["options"]) == settings(row["task"], row["method"], target)
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULTS, PICTURE)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", *LABELS])
     parser.add_argument("--compressions", nargs="+", help="in place of the task's; none: no target")
-    parser.add_argument("--options", default="{}", help="of the methods, as JSON")
+    parser.add_argument("--options", help="of the methods, as JSON, in place of their settings")
     args = parser.parse_args()
     runs = []
     for seed in args.seeds:
@@ -62,9 +68,10 @@ def main() -> None:
             for method in args.methods:
                 for text in args.compressions or task.compressions:
                     compression = None if method == "dense" or text == "none" else float(text)
-                    runs.append(Run(task.name, method, compression, args.epochs or task.epochs, seed, args.options))
+                    options = args.options or json.dumps(settings(task.name, method, compression))
+                    runs.append(Run(task.name, method, compression, args.epochs or task.epochs, seed, options))
     carry_out(list(dict.fromkeys(runs)), args.results, args.data_dir)
-    rows = [row for row in read(args.results) if row["options"] == "{}"]
+    rows = [row for row in read(args.results) if at_its_settings(row)]
     for name in args.tasks:
         print("\n" + compression_table(rows, name, LABELS))
     print("\n" + no_target_table(rows))

@@ -74,8 +74,9 @@ def main() -> None:
     rows = read(args.results)
     for task in args.tasks:
         metric = TASKS[task].metric
-        found = means([row for row in rows if row["task"] == task], metric, ("method", "options"))
-        print(markdown([task, "options", metric], ([*key, cell(mean, metric)] for key, mean in found.items())))
+        found = means([row for row in rows if row["task"] == task], metric, ("method", "target", "epochs", "options"))
+        lines = ([*key, cell(mean, metric)] for key, mean in found.items())
+        print(markdown([task, "compression", "epochs", "options", metric], lines))
 
 
 if __name__ == "__main__":

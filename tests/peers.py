@@ -21,7 +21,7 @@ def make_task(network, shape):
     inputs = torch.randn(320, *shape, generator=torch.Generator().manual_seed(0))
     labels = inputs.flatten(1)[:, :3].argmax(1)
     data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
-    return Task("tiny", lambda directory, seed: data, network, 5, 32, 1e-2, "error", (10,))
+    return Task("tiny", lambda directory: data, network, 5, 32, 1e-2, "error", (10,))
 
 
 def run_watched(method, task, watch):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from deploy import as_csr
 from harness.latency import side_by_side
-from harness.methods import METHODS
-from harness.methods.settings import SETTINGS, make
+from harness.methods import LABELS, METHODS
+from harness.methods.settings import TRIALS, settings
 from harness.report import compression_table, no_target_table
 from harness.results import Run, append, means, missing, read, write_row
 from harness.tasks import TASKS, batches
@@ -41,7 +41,7 @@ def test_rows_passed_are_counted(method, passes):
 
 
 def test_a_second_pass_over_the_rows_is_counted():
-    rows = TABULAR.data(Path(), 0).train
+    rows = TABULAR.data(Path()).train
     method = METHODS["autoprune"](10, 0, held_out=batches(rows, 32, 0), warmup=0.0, finetune=0.0)
     assert train(TABULAR, method, 0, Path(), epochs=3).passes == pytest.approx(2.0, abs=0.05)
 
@@ -64,22 +64,35 @@ def test_a_row_with_other_columns_is_refused_and_one_without_a_figure_has_no_par
 
 
 def test_choosing_settings_does_not_see_the_test_rows():
-    data = TABULAR.data(Path(), 0)
+    data = TABULAR.data(Path())
     chosen = data.without_test()
     assert len(chosen.train[0]) + len(chosen.test[0]) == len(data.train[0])
     assert torch.equal(torch.cat([chosen.train[0], chosen.test[0]]), data.train[0])
 
 
-def test_the_settings_of_each_peer_are_the_best_of_its_trials():
-    rows = read(BENCHMARKS / "results" / "tuning.csv")
-    for task, settings in SETTINGS.items():
-        trials = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("method", "options"))
-        for method, options in settings.items():
-            of_method = {json.dumps(json.loads(o)): mean.mean for (name, o), mean in trials.items() if name == method}
-            assert len(of_method) >= 6
-            assert of_method[json.dumps(options)] == min(of_method.values())
-    assert make("tabular", "spred", 10, 0).strength == SETTINGS["tabular"]["spred"]["strength"]
-    assert make("tabular", "spred", 10, 0, strength=0.5).strength == 0.5
+def test_the_settings_of_each_peer_are_the_best_of_its_trials_at_the_nearest_compression(tmp_path, monkeypatch):
+    path, losses = tmp_path / "tuning.csv", {30: {0.1: (3.0, 2.0), 0.2: (1.0, 2.0)}, 100: {0.1: (1.0,), 0.2: (9.0,)}}
+    for target, by_strength in losses.items():
+        for strength, values in by_strength.items():
+            for seed, loss in enumerate(values):
+                run = Run("tabular", "spred", target, 60, seed, json.dumps({"strength": strength}))
+                write_row(path, {**run.key(), "loss": loss})
+    write_row(
+        path, {**Run("tabular", "spred", 30, 9, 0, json.dumps({"strength": 0.3})).key(), "loss": 0.0}
+    )  # too short
+    monkeypatch.setattr("harness.methods.settings._trials", lambda: read(path))
+    assert [settings("tabular", "spred", c)["strength"] for c in (10, 30, 50, 60, 200)] == [0.2, 0.2, 0.2, 0.1, 0.1]
+
+
+def test_each_peer_has_six_trials_at_least_and_ours_has_its_defaults():
+    peers, trials = LABELS.keys() - {"autoprune", "autoprune-train"}, read(TRIALS)
+    for task in TASKS.keys() - {"lenet-5"}:
+        for method in peers:
+            tried = {row["options"] for row in trials if (row["task"], row["method"]) == (task, method)}
+            assert len(tried) >= 6
+            assert settings(task, method, 30.0).keys() == json.loads(tried.pop()).keys()
+        assert settings(task, "autoprune", 30.0) == settings(task, "autoprune-train", 30.0) == {}
+    assert all(settings("lenet-5", method, 310.0) == settings("lenet-300-100", method, 80.0) for method in peers)
 
 
 def test_error_and_loss_are_over_all_labels():
@@ -96,7 +109,7 @@ def test_networks_and_data_of_the_other_tasks_fit_together(name, monkeypatch):
     if name == "resnet":
         inputs, labels = torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.int64)
     else:
-        inputs, labels = (part[:4] for part in task.data(Path(), 0).train)
+        inputs, labels = (part[:4] for part in task.data(Path()).train)
         assert torch.equal(inputs[0, 1:], labels[0, :-1])  # the next characters
         assert int(inputs.max()) < 96
     logits = task.network()(inputs)

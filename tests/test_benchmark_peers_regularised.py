@@ -47,7 +47,7 @@ class Embedded(nn.Module):
 def make_code_task():
     codes = torch.randint(8, (320, 4), generator=torch.Generator().manual_seed(0))
     data = Data((codes[:256], codes[:256, 0] % 3), (codes[256:], codes[256:, 0] % 3))
-    return Task("codes", lambda directory, seed: data, Embedded, 5, 32, 1e-2, "error", (10,))
+    return Task("codes", lambda directory: data, Embedded, 5, 32, 1e-2, "error", (10,))
 
 
 TASKS = {"mlp": make_task(mlp, (12,)), "convolutions": make_task(convolutions, (1, 8, 8))}
@@ -84,7 +84,7 @@ def check_run(method, task):
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
     assert all(p.requires_grad for p in network.parameters())
     assert not any("forward" in vars(module) for module in network.modules())
-    inputs = task.data(Path(), 0).train[0][:32]
+    inputs = task.data(Path()).train[0][:32]
     network.train()
     torch.testing.assert_close(network(inputs), network(inputs), rtol=0, atol=0)
     # From the cut on the same weights are 0, and the others learn, with a young Adam.
@@ -271,7 +271,7 @@ def test_labels_of_a_sequence_are_counted_one_by_one():
     labels = inputs[..., :3].argmax(-1)
     data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
     method = L0(10)
-    run_watched(method, Task("tiny", lambda directory, seed: data, mlp, 1, 32, 1e-2, "error", (10,)), Callback())
+    run_watched(method, Task("tiny", lambda directory: data, mlp, 1, 32, 1e-2, "error", (10,)), Callback())
     assert method.labels == 256 * 4  # the loss is a mean over them
 
 
@@ -280,13 +280,13 @@ def test_spred_starts_as_the_dense_network(task):
     dense, network = TASKS[task].network(), TASKS[task].network()
     network.load_state_dict(dense.state_dict())
     method = Spred(10, strength=0.1)
-    method.prepare(network, TASKS[task].data(Path(), 0).train[0])
+    method.prepare(network, TASKS[task].data(Path()).train[0])
     for before, u, v in zip(
         prunable_weights(dense).values(), prunable_weights(network).values(), method.partners, strict=True
     ):
         torch.testing.assert_close(u * v, before)
         torch.testing.assert_close(u.abs(), v.abs())
-    inputs = TASKS[task].data(Path(), 0).train[0]
+    inputs = TASKS[task].data(Path()).train[0]
     torch.testing.assert_close(network.eval()(inputs), dense.eval()(inputs))
     assert Spred(10).score(torch.tensor([2.0, -3.0]), torch.tensor([3.0, 1.0])).tolist() == [6, 3]
     # At |u| = |v| the penalty is twice the strength times the L1 norm.

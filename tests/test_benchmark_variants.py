@@ -58,7 +58,7 @@ def test_the_teacher_is_the_dense_network_and_agrees_with_itself():
 def test_batchnorm_statistics_are_means_over_the_training_rows_at_the_end():
     task = make_task(normalised, (12,))
     network = run_watched(METHODS["variant"](7, batchnorm=True), task, Callback())[1]
-    rows = network[0](task.data(None, 0).train[0])
+    rows = network[0](task.data(None).train[0])
     torch.testing.assert_close(network[1].running_mean, rows.mean(0), rtol=1e-4, atol=1e-5)
     plain = trained("autoprune", normalised)
     assert not torch.allclose(plain[1].running_mean, rows.mean(0), rtol=1e-3)

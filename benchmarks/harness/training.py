@@ -154,7 +154,7 @@ def trained(
     task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
 ) -> Trained:
     """Trains one network; ``validate``: with a sixth of the training rows in place of the test rows."""
-    data, epochs = task.data(directory, seed), epochs or task.epochs
+    data, epochs = task.data(directory), epochs or task.epochs
     if validate:
         data = data.without_test()
     seed_everything(seed, verbose=False)

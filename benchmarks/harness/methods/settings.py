@@ -1,53 +1,41 @@
-"""Settings of the peers for each network: the best of six to eight trials each, by ``tuning.py``.
+"""The settings of the peers: the best of their trials (``tuning.py``), on rows that no result is measured on.
 
-Ours has its defaults on all networks. The peers' own defaults are what was found for LeNet-300-100, and hold for
-LeNet-5 too.
+Ours has its defaults on all networks.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+from pathlib import Path
 from typing import Any
 
-from ..training import Method
-from . import METHODS
+from ..results import means, read
+from ..tasks import TASKS
 
-SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
-    "resnet": {
-        "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
-        "lightning": {"begin": 0.05, "end": 0.3},
-        "rigl": {"every": 100, "fraction": 0.5},
-        "set": {"every": 30, "fraction": 0.3},
-        "hyperflux": {"end": 0.55, "speed": 20.0},
-        "l0": {"gate_lr": 0.1, "strength": 10.0},
-        "vardrop": {"noise_lr": 0.01, "strength": 10.0},
-        "spred": {"strength": 0.01},
-        "nncf": {"mask_lr": 0.05, "ramp": 0.3},
-    },
-    "transformer": {
-        "gmp": {"begin": 0.05, "end": 0.45, "every": 10},
-        "lightning": {"begin": 0.05, "end": 0.66},
-        "rigl": {"every": 30, "fraction": 0.5},
-        "set": {"every": 100, "fraction": 0.3},
-        "hyperflux": {"end": 0.66, "speed": 40.0},
-        "l0": {"gate_lr": 0.1, "strength": 10.0},
-        "vardrop": {"noise_lr": 0.01, "strength": 10.0},
-        "spred": {"strength": 0.0003},
-        "nncf": {"mask_lr": 0.2, "ramp": 0.3},
-    },
-    "tabular": {
-        "gmp": {"begin": 0.15, "end": 0.66, "every": 10},
-        "lightning": {"begin": 0.05, "end": 0.66},
-        "rigl": {"every": 30, "fraction": 0.5},
-        "set": {"every": 30, "fraction": 0.5},
-        "hyperflux": {"end": 0.66, "speed": 80.0},
-        "l0": {"gate_lr": 0.1, "strength": 0.1},
-        "vardrop": {"noise_lr": 0.01, "strength": 0.1},
-        "spred": {"strength": 0.001},
-        "nncf": {"mask_lr": 0.2, "ramp": 0.5},
-    },
-}
+TRIALS = Path(__file__).parents[2] / "results" / "tuning.csv"
+SHARED = {"lenet-5": ("lenet-300-100", 80.0)}  # a trial takes minutes there
+OURS = ("autoprune", "autoprune-train", "variant")
 
 
-def make(task: str, method: str, compression: float | None, seed: int, **options: Any) -> Method:
-    """A method by name, with the options given, or if there are none with its settings for the task."""
-    return METHODS[method](compression, seed, **(options or SETTINGS.get(task, {}).get(method, {})))
+def settings(task: str, method: str, compression: float | None) -> dict[str, Any]:
+    """The options of a method on a task: those of the best trial at the compression nearest to the one asked for.
+
+    Where there are trials of several lengths, those of the longest. No options for ours and the dense network.
+    """
+    task, compression = SHARED.get(task, (task, compression))
+    trials = [row for row in _trials() if (row["task"], row["method"]) == (task, method)]
+    if not trials or method in OURS or compression is None:
+        return {}
+    near = min((row["target"] for row in trials), key=lambda target: abs(math.log(float(target) / compression)))
+    trials = [row for row in trials if row["target"] == near]
+    longest = max((row["epochs"] for row in trials), key=int)
+    found = means([row for row in trials if row["epochs"] == longest], TASKS[task].metric, ("options",))
+    [best] = min(found, key=lambda key: found[key].mean)
+    return dict(json.loads(best))
+
+
+@functools.cache
+def _trials() -> list[dict[str, str]]:
+    return read(TRIALS)
