@@ -145,7 +145,7 @@ def test_means_and_spread_are_over_the_seeds():
     assert found["b",].spread == 0
 
 
-def test_the_best_of_a_column_with_the_most_seeds_is_bold():
+def test_the_best_of_those_with_the_most_seeds_is_bold_and_fewer_are_told():
     def row(method: str, target: str, loss: str) -> dict[str, str]:
         return {"task": "tabular", "epochs": "60", "method": method, "target": target, "loss": loss}
 
@@ -159,7 +159,11 @@ def test_the_best_of_a_column_with_the_most_seeds_is_bold():
     ]
     table = compression_table(rows, "tabular", {"a": "A", "b": "B", "c": "C"})
     assert table.splitlines()[0] == "| tabular: loss, nats (dense 0.300) | 10× | 30× |"
-    assert table.splitlines()[2:] == ["| A | 0.200 | **0.400** |", "| B | **0.100 ± 0.000** | – |", "| C | 0.050 | – |"]
+    assert table.splitlines()[2:] == [
+        "| A | 0.200 (1) | 0.400 (1) |",
+        "| B | **0.100 ± 0.000** | – |",
+        "| C | 0.050 (1) | – |",
+    ]
 
 
 def test_a_table_tells_what_was_reached_without_a_target():

@@ -44,24 +44,29 @@ def by_target(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Me
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
-    """Methods down, compressions across; the best of a column, of those with the most seeds, is bold."""
-    figure, found = TASKS[task].metric, by_target(rows, task)
-    columns = sorted({key[1] for key in found if key[1]}, key=float)
-    best = {
-        column: min((-len(mean.values), mean.mean) for (_, where), mean in found.items() if where == column)[1]
-        for column in columns
-    }
+    """Methods down, compressions across; the best of a column is bold.
+
+    In brackets: the number of seeds where it is less than the most in the table; such a cell is never the best.
+    """
+    figure, runs = TASKS[task].metric, by_target(rows, task)
+    found = {key: mean for key, mean in runs.items() if key[0] in labels}
+    columns = sorted({column for _, column in found if column}, key=float)
+    most = max((len(mean.values) for mean in found.values()), default=0)
+    whole = {key: mean.mean for key, mean in found.items() if len(mean.values) == most}
+    best = {column: min((m for (_, where), m in whole.items() if where == column), default=None) for column in columns}
+
+    def written(mean: Mean | None, column: str) -> str:
+        text = cell(mean, figure)
+        if mean is None or len(mean.values) < most:
+            return text if mean is None else f"{text} ({len(mean.values)})"
+        return f"**{text}**" if mean.mean == best[column] else text
+
     lines = []
     for method, label in labels.items():
-        cells = []
-        for column in columns:
-            mean = found.get((method, column))
-            text = cell(mean, figure)
-            cells.append(f"**{text}**" if mean and mean.mean == best[column] else text)
-        if any(text != "–" for text in cells):
-            lines.append([label, *cells])
-    dense = found.get(("dense", ""))
-    head = f"{task}: {UNITS[figure]} (dense {cell(dense, figure)})"
+        cells = [found.get((method, column)) for column in columns]
+        if any(cells):
+            lines.append([label, *map(written, cells, columns)])
+    head = f"{task}: {UNITS[figure]} (dense {cell(runs.get(('dense', '')), figure)})"
     return markdown([head, *(f"{column}×" for column in columns)], lines)
 
 
