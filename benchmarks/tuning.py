@@ -8,31 +8,30 @@ its defaults were chosen on runs of all networks:
     python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 30 --epochs 3
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 30 --epochs 60 --seeds 10 11 12
 
-How far L0, variational dropout, spred and NNCF get depends on a strength, so on the small networks they have trials at
-the other compressions too; and ModelPruning, which prunes at the ends of epochs, at all epochs of a run:
+How far L0, variational dropout, spred and NNCF get depends on a strength, so on two networks they have trials at 10×,
+and by the same commands at 100×, too (NNCF on one):
 
-    python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 10 --epochs 3 \\
-        --methods l0 vardrop spred nncf
+    python benchmarks/tuning.py --data-dir DIR --tasks resnet --target 10 --epochs 3 --methods l0 vardrop spred
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 10 --epochs 60 --seeds 10 11 12 \\
         --methods l0 vardrop spred nncf
+
+ModelPruning prunes at the ends of epochs, so it has all those of a run:
+
     python benchmarks/tuning.py --data-dir DIR --tasks resnet --target 30 --epochs 5 --methods lightning
     python benchmarks/tuning.py --data-dir DIR --tasks transformer --target 30 --epochs 6 --methods lightning
-
-and the same for 100×.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from accuracy import arguments, carry_out
+from harness.methods.settings import TRIALS as RESULTS
 from harness.report import cell, markdown
 from harness.results import Run, means, read
 from harness.tasks import TASKS
 
-RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "autoprune": [
         {"auxiliary_lr": lr, "update_rule": rule} for lr in (10.0, 30.0, 100.0) for rule in ("adaptive", "autoprune")

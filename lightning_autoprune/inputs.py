@@ -40,10 +40,10 @@ def _each(function: Callable[[Any], Any], example_input: Any) -> Any:
 
 def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments for ``forward``, copied, as a model may write into them."""
-    example_input = _each(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    return (tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)), {}
+    own = _each(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
+    if isinstance(own, dict):
+        return (), own
+    return (tuple(own) if isinstance(own, (tuple, list)) else (own,)), {}
 
 
 def _rows(example_input: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, check_range
-from lightning_autoprune.history import Histogram, histogram
+from lightning_autoprune.history import Histogram, best_points, histogram
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -254,14 +254,10 @@ def pareto(runs: Mapping[str, tuple[float, float]], metric: str = "error", *, lo
     figure, axes = _figure(6.5, 4.4)
     for name, (sparsity, _) in runs.items():
         check_range(f"sparsity of {name}", sparsity, 0, 1, high_open=True)
-    sign = 1 if lower_is_better else -1
-    best, front = math.inf, []
-    for sparsity, value in sorted(runs.values(), key=lambda run: (-run[0], sign * run[1])):
-        if sign * value < best:  # better than all that are sparser
-            best = sign * value
-            front.append((1 / (1 - sparsity), value))
-    for name, (sparsity, value) in runs.items():
-        x = 1 / (1 - sparsity)
+    points = [(1 / (1 - sparsity), value) for sparsity, value in runs.values()]
+    best = best_points([(0, *run) for run in runs.values()], "min" if lower_is_better else "max")
+    front = sorted((points[i] for i in best), reverse=True)
+    for name, (x, value) in zip(runs, points, strict=True):
         axes.plot(x, value, "o", color=COLOURS[0] if (x, value) in front else "0.6", ms=7)
         axes.annotate(name, (x, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.plot(*zip(*front, strict=True), color=COLOURS[5], lw=1.5, zorder=0, label="Pareto front")

@@ -6,7 +6,7 @@ import sys
 import onnxruntime
 import pytest
 import torch
-from architectures import EXACT, Loop, Masked, Mean, prune
+from architectures import EXACT, prune
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, export_onnx
@@ -97,15 +97,3 @@ def test_without_onnxruntime_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(AutoPruneError, match="Export to ONNX needs onnxruntime: pip install 'lightning-autoprune"):
         export_onnx(nn.Linear(2, 2), tmp_path / "a.onnx", torch.zeros(1, 2))
-
-
-@pytest.mark.parametrize("network", [Loop(), Mean()])
-def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
-    with pytest.raises(AutoPruneError, match=f"{type(network).__name__} "):
-        export_onnx(network, tmp_path / "a.onnx", torch.randn(4, 4))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tensor_that_has_no_rows_is_given_as_it_is(tmp_path):
-    export_onnx(Masked(), tmp_path / "a.onnx", (torch.randn(4, 4), torch.rand(1, 6)))
-    export_onnx(Masked(), tmp_path / "b.onnx", (torch.randn(1, 4), torch.rand(6)))

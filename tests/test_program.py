@@ -8,7 +8,7 @@ from collections import UserDict
 
 import pytest
 import torch
-from architectures import EXACT, Loop, Masked, Mean, prune
+from architectures import EXACT, Masked, prune
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, export_program
@@ -71,18 +71,6 @@ def test_what_cannot_be_exported_is_refused_by_name_and_no_file_is_left(tmp_path
     with pytest.raises(AutoPruneError, match=r"Branches can't be exported by torch.export: "):
         export_program(Branches(), tmp_path / "net.pt2", torch.ones(2, 6), shrunk=False)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("network", [Loop(), Mean()])
-def test_a_number_of_rows_in_the_code_is_refused(network, tmp_path):
-    with pytest.raises(AutoPruneError, match=f"{type(network).__name__} "):
-        export_program(network, tmp_path / "a.pt2", torch.randn(4, 4))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_tensor_that_has_no_rows_is_given_as_it_is(tmp_path):
-    export_program(Masked(), tmp_path / "a.pt2", (torch.randn(4, 4), torch.rand(1, 6)))
-    export_program(Masked(), tmp_path / "b.pt2", (torch.randn(1, 4), torch.rand(6)))
 
 
 def test_keyword_arguments_may_be_in_any_mapping(tmp_path):

@@ -57,9 +57,9 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
 
     def written(mean: Mean | None, column: str) -> str:
         text = cell(mean, figure)
-        if mean is None or len(mean.values) < most:
-            return text if mean is None else f"{text} ({len(mean.values)})"
-        return f"**{text}**" if mean.mean == best[column] else text
+        if mean and len(mean.values) < most:
+            return f"{text} ({len(mean.values)})"
+        return f"**{text}**" if mean and mean.mean == best[column] else text
 
     lines = []
     for method, label in labels.items():

@@ -68,16 +68,12 @@ class Task:
 
 
 @functools.cache
-def _mnist(directory: Path) -> Data:
+def mnist(directory: Path) -> Data:
+    """MNIST: 60,000 and 10,000 images."""
     images = load_mnist(directory)
     shape = torch.channels_last  # convolutions are almost twice as fast
     parts = [(part.images.contiguous(memory_format=shape), part.labels) for part in (images.train, images.test)]
     return Data(*parts)
-
-
-def mnist(directory: Path) -> Data:
-    """MNIST: 60,000 and 10,000 images."""
-    return _mnist(directory)
 
 
 def breast_cancer(directory: Path) -> Data:
@@ -98,7 +94,8 @@ ALPHABET = 96  # printable ASCII and the line feed
 
 
 @functools.cache
-def _python_help() -> Data:
+def python_help(directory: Path) -> Data:
+    """The language reference that Python ships as help topics: 64 characters predict the next ones; the end tests."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -111,11 +108,6 @@ def _python_help() -> Data:
         windows = part.unfold(0, CONTEXT + 1, CONTEXT)
         parts.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
     return Data(*parts)
-
-
-def python_help(directory: Path) -> Data:
-    """The language reference that Python ships as help topics: 64 characters predict the next ones; the end tests."""
-    return _python_help()
 
 
 TASKS = {
