@@ -44,9 +44,12 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "rigl": [{"every": every, "fraction": part} for every in (20, 50, 100) for part in (0.3, 0.5)],
     "set": [{"every": every, "fraction": part} for every in (20, 50, 100) for part in (0.3, 0.5)],
     "hyperflux": [{"end": end, "speed": speed} for end in (0.55, 0.66) for speed in (10.0, 20.0, 40.0)],
-    "l0": [{"end": end, "strength": strength} for end in (0.55, 0.66) for strength in (0.3, 1.0, 3.0)],
-    "vardrop": [{"end": end, "strength": strength} for end in (0.55, 0.66) for strength in (0.5, 1.0, 2.0)],
-    "spred": [{"end": end, "strength": strength} for end in (0.55, 0.66) for strength in (3e-5, 1e-4, 3e-4)],
+    "l0": [
+        *({"end": 0.55, "strength": strength} for strength in (0.3, 1.0, 3.0, 10.0, 30.0)),
+        *({"gate_lr": 0.1, "strength": strength} for strength in (0.3, 1.0, 3.0, 10.0, 30.0)),
+    ],
+    "vardrop": [{"end": 0.55, "strength": strength} for strength in (0.1, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)],
+    "spred": [{"end": 0.55, "strength": strength} for strength in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)],
     "nncf": [{"mask_lr": lr, "ramp": ramp} for lr in (0.02, 0.05, 0.1) for ramp in (0.2, 0.4)],
 }
 
