@@ -111,7 +111,7 @@ def log_artifact(trainer: Trainer, weights: Mapping[str, Tensor], metadata: Mapp
 def _best(trainer: Trainer, weights: Mapping[str, Tensor]) -> tuple[Path | None, dict[str, float]]:
     """The file, and the figure that it was chosen by."""
     names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
-    zeros = {names[id(weight)]: int((weight == 0).sum()) for weight in weights.values()}
+    zeros = {names[id(weight)]: (weight == 0).cpu() for weight in weights.values()}
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoints = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     for checkpoint in checkpoints:
@@ -127,8 +127,8 @@ def _best(trainer: Trainer, weights: Mapping[str, Tensor]) -> tuple[Path | None,
     return None, {}
 
 
-def _is_pruned(path: str, zeros: Mapping[str, int]) -> bool:
-    """Whether a checkpoint has as many zeros in each weight as there are in the end."""
+def _is_pruned(path: str, zeros: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint has the zeros that there are in the end: while pruning there may be as many elsewhere."""
     if not Path(path).is_file():  # a folder, of a sharded strategy
         return False
     try:
@@ -136,4 +136,4 @@ def _is_pruned(path: str, zeros: Mapping[str, int]) -> bool:
     except (pickle.UnpicklingError, RuntimeError):  # the user's own objects are in it, or it is no archive
         return False
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
-    return all(name in state and int((state[name] == 0).sum()) >= count for name, count in zeros.items())
+    return all(name in state and not state[name][places].any() for name, places in zeros.items())

@@ -19,8 +19,8 @@ def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tup
     """Splits the rows of a batch at random into a training part and a held-out part.
 
     Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
-    other lists and tuples of as many items are split by item, such as the texts of the default collation; scalars and
-    strings go to both parts.
+    other lists and tuples of as many items are split by item, such as the texts of the default collation, and so are
+    lists with an item for each row, as ``tuple(zip(*samples))`` makes them; scalars and strings go to both parts.
 
     Args:
         batch: what a data loader gives; all tensors have as many rows.
@@ -32,7 +32,8 @@ def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tup
         Training part and held-out part; the whole batch and None where one of them would be empty.
 
     Raises:
-        AutoPruneError: if the batch has no rows, or parts with different numbers of rows.
+        AutoPruneError: if the batch has no rows, parts with different numbers of rows, or lists of which it can't be
+            told whether an item is a row.
 
     Example:
         >>> train, held_out = split_batch((torch.arange(4), torch.ones(4, 2)), 0.25, 0)
@@ -88,7 +89,9 @@ def batch_rows(batch: Any) -> int:
 
 def _rows(batch: Any) -> Iterator[int]:
     """Numbers of rows of the tensors in a batch, outermost first."""
-    if isinstance(batch, Tensor):
+    if (listed := _listed_rows(batch)) is not None:
+        yield listed
+    elif isinstance(batch, Tensor):
         if batch.dim() > 0:
             yield batch.size(0)
     elif isinstance(batch, Mapping):
@@ -97,6 +100,45 @@ def _rows(batch: Any) -> Iterator[int]:
     elif isinstance(batch, (list, tuple)):
         for value in batch:
             yield from _rows(value)
+
+
+def _listed_rows(batch: Any) -> int | None:
+    """The number of rows where they are the items of lists beside each other, as ``tuple(zip(*samples))`` makes them.
+
+    That is so if some hold tensors and others plain values (labels, texts), which the default collation never leaves,
+    or if the tensors have different numbers of rows, as images and boxes have.
+
+    Raises:
+        AutoPruneError: if all items hold tensors of as many rows, so that the lists may hold columns as well.
+    """
+    lists = [value for value in _values(batch) if _is_list(value)]
+    if len(lists) < 2 or len({len(items) for items in lists}) > 1:
+        return None
+    each = [set(_rows(item)) for items in lists for item in items]
+    found = set().union(*each)
+    if len(found) > 1 or (found and any(all(map(_is_plain, items)) for items in lists)):
+        return len(lists[0])
+    if found and all(each):
+        raise AutoPruneError(
+            f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it can't"
+            " be told whether an item is a row or a column: stack the tensors, or pass `held_out=DataLoader(...)` or"
+            ' `held_out="train"`.'
+        )
+    return None
+
+
+def _values(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    return list(batch) if isinstance(batch, (list, tuple)) else []
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+
+
+def _is_plain(item: Any) -> bool:
+    return isinstance(item, (str, bytes, int, float)) or (isinstance(item, Tensor) and item.dim() == 0)
 
 
 def _take(batch: Any, index: Tensor, rows: int) -> Any:
@@ -108,16 +150,32 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
                 f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its rows"
                 ' can\'t be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
             )
+        if batch.layout == torch.sparse_coo:
+            return batch.index_select(0, index.to(batch.device))
+        if batch.layout != torch.strided or batch.is_nested:
+            raise AutoPruneError(
+                f"A batch has a tensor of the layout {'nested' if batch.is_nested else batch.layout}, whose rows can't"
+                ' be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
+            )
         return batch[index.to(batch.device)]
+    by_item = _listed_rows(batch) == rows
+
+    def part(value: Any) -> Any:
+        if by_item and _is_list(value):
+            return type(value)([value[i] for i in index.tolist()])
+        return _take(value, index, rows)
+
     if isinstance(batch, Mapping):
-        parts = {key: _take(value, index, rows) for key, value in batch.items()}
+        parts = {key: part(value) for key, value in batch.items()}
         if isinstance(batch, dict):  # a defaultdict can't be made of its items alone
             taken = copy(batch)
             taken.update(parts)
             return taken
         return type(batch)(parts)  # type: ignore[call-arg]
     if hasattr(batch, "_fields"):
-        return type(batch)(*(_take(value, index, rows) for value in batch))
+        return type(batch)(*map(part, batch))
+    if by_item:
+        return type(batch)(list(map(part, batch)))
     if isinstance(batch, (list, tuple)):
         return type(batch)(_items(batch, index, rows))
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):

@@ -169,6 +169,7 @@ class AutoPruneCallback(Callback):
         self.train_gradients = train_gradients
         self._loaded: Mapping[str, Any] | None = None
         self._run: Run | None = None
+        self._last: Run | None = None
 
     @property
     def sparsity(self) -> float:
@@ -194,7 +195,7 @@ class AutoPruneCallback(Callback):
         """Refuses what can't work, before any data is loaded."""
         if stage != "fit" or not self.enabled:
             return
-        self._loaded, self._run = None, None
+        self._loaded, self._last, self._run = None, self._run or self._last, None
         check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.loss_fn is not None)
         check_sharding(trainer, self.settings.granularity == "neuron", self.log_artifact)
         self._source.clock = self._steps_done
@@ -231,7 +232,8 @@ class AutoPruneCallback(Callback):
         if self._loaded:  # layers that were thawed may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
-            weights = {name: w for name, w in self._candidates(pl_module).items() if name in chosen}
+            found = self._candidates(pl_module)  # which a change of the code may have put in another order
+            weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         check_shards(trainer, weights)
         needed = None
         if not self._source.holds_out:
@@ -329,6 +331,9 @@ class AutoPruneCallback(Callback):
         """Lets go of the run, if that has not happened yet."""
         if stage == "fit":
             self._release(trainer)
+            if not self._run and self._last and self._last.module is pl_module:  # there was no step left to train
+                self._run = self._last
+            self._last = None
 
     def _release(self, trainer: Trainer) -> None:
         if self._run is not None:
@@ -339,12 +344,16 @@ class AutoPruneCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
+        if not self.enabled:
+            return {}
         if self._loaded is not None:  # restored, and training has not started
             return dict(self._loaded)
         return self._run.state_dict() if self._run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps a checkpoint's state until training starts, or goes back to it where training is under way."""
+        if not self.enabled:
+            return
         if state_dict and (run := self._active):  # a learning-rate finder in the middle of a fit does so
             run.go_back(state_dict)
             return

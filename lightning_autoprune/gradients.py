@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_autoprune.compatibility import grad_scaler, scale_left
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
 from lightning_autoprune.report import Report
@@ -65,9 +65,13 @@ class MaskGradients:
         self._overflows = 0  # in a row
         self.last = -1
         self._untrained = versions(p for p in module.parameters() if not p.requires_grad)
+        self._without = list(pruner.weights)  # the layers without a gradient so far, in the dense phase
 
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
+        if self._pruner.auxiliary is None:
+            weights = self._pruner.weights
+            self._without = [name for name in self._without if name in weights and weights[name].grad is None]
         scaler = grad_scaler(trainer)
         self._scaled = scaler is not None
         owns = any(optimizer is owner for owner in self._optimizers)
@@ -118,6 +122,14 @@ class MaskGradients:
             torch._foreach_lerp_(mean, gradients, share)
             gradients = mean
         self._step(dict(zip(weights, gradients, strict=True)))
+
+    def begin(self) -> None:
+        """Warns, as pruning begins after a dense phase, of layers that the loss does not depend on."""
+        if unused := [name for name in self._without if name in self._trained()]:
+            rank_zero_warn(
+                f"No loss so far depends on {listed(unused)}, so the pressure prunes nearly all of their weights and"
+                " little of the others': `exclude` what is not trained by the loss, such as an average of the weights."
+            )
 
     def _trained(self) -> dict[str, Tensor]:
         """The weights that are trained now, by layer name; others may be frozen for a while."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import takewhile
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -43,7 +44,8 @@ def best_values(trainer: Trainer, history: History, sparsity: float) -> dict[str
     best = min if chosen[1] == "min" else max
     points = [(then, value) for _, then, value in history.points if math.isfinite(value)]
     found = {f"best_{chosen[0]}": [value for _, value in points]}
-    found[f"best_pruned_{chosen[0]}"] = [value for then, value in points if then >= sparsity]
+    since = takewhile(lambda point: point[0] == sparsity, reversed(points))  # it may have been above it while pruning
+    found[f"best_pruned_{chosen[0]}"] = [value for _, value in since]
     return {name: best(values) for name, values in found.items() if values}
 
 

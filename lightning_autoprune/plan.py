@@ -47,7 +47,12 @@ def plan(
     """
     if module.example_input_array is None:
         return dict(weights), None, None
-    inputs: Any = apply_to_collection(module.example_input_array, torch.Tensor, lambda x: x.to(module.device))
+    dtype = next(iter(weights.values())).dtype
+    inputs: Any = apply_to_collection(
+        module.example_input_array,
+        torch.Tensor,
+        lambda x: x.to(module.device, dtype if x.is_floating_point() else None),  # of "64-true" and the like
+    )
     if settings.granularity == "weight":
         try:
             return dict(weights), None, model_cost(module, inputs)

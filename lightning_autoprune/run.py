@@ -43,6 +43,7 @@ class Run:
         seed: as of the callback.
 
     Attributes:
+        module: that is trained.
         pruner: the course of the run.
         report: what is logged.
         gradients: those that M follows.
@@ -67,7 +68,7 @@ class Run:
         chosen, neurons, self._cost = plan(module, weights, settings)
         if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self._module, self._source, self._optimizers = module, source, list(optimizers)
+        self.module, self._source, self._optimizers = module, source, list(optimizers)
         self.report = Report(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         self.gradients = MaskGradients(
@@ -79,13 +80,20 @@ class Run:
 
     def start(self, trainer: Trainer) -> None:
         """Enters the phase that the run is in, and hooks into the optimisers."""
+        step, phases = self.pruner.step, self.pruner.phases
+        if step > phases.start and self.pruner.auxiliary is None:
+            rank_zero_warn(
+                f"This fit begins after {step} of {phases.total} steps without a state of pruning, which begins after"
+                f" {phases.start} and ends after {phases.end}: {max(phases.end - step, 0)} steps are left for it. For"
+                " all of them, start a new fit from the weights alone, without `ckpt_path`."
+            )
         self.pruner.start()
         if self.pruner.frozen:
             self._source.finetune()
             prune_averages(trainer, self.pruner)
         else:
-            being_pruned.update(self._module.modules())
-        reshard(self._module)  # the example may have left copies of the weights as they were
+            being_pruned.update(self.module.modules())
+        reshard(self.module)  # the example may have left copies of the weights as they were
         self._hook_into(self._optimizers)
 
     def _hook_into(self, optimizers: Sequence[Optimizer]) -> None:
@@ -174,7 +182,10 @@ class Run:
             self.pruner.after_weight_step()
         self._stepped.clear()
         self.gradients.after_weight_step(trainer)
+        dense = self.pruner.auxiliary is None
         frozen_now = self.pruner.end_step(self.report.history.look_at)
+        if dense and self.pruner.auxiliary is not None:
+            self.gradients.begin()
         if frozen_now:
             self._finish_pruning(trainer)
         layers = self.pruner.layer_sparsity()
@@ -185,7 +196,7 @@ class Run:
             self.report.log(trainer, metrics, layers, masks, remember=frozen_now)
 
     def _finish_pruning(self, trainer: Trainer) -> None:
-        being_pruned.difference_update(self._module.modules())
+        being_pruned.difference_update(self.module.modules())
         self._source.finetune()
         prune_averages(trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
@@ -229,7 +240,7 @@ class Run:
 
     def release(self) -> None:
         """Lets go of the module and the optimisers; what has been pruned stays pruned."""
-        being_pruned.difference_update(self._module.modules())
+        being_pruned.difference_update(self.module.modules())
         for handle in self._handles:
             handle.remove()
         self._handles, self._optimizers = [], []
@@ -257,7 +268,7 @@ class Run:
         """
         self._left_dense = list(state["left_dense"])
         self.pruner.load_state_dict(state["pruner"])
-        if set(state["layers"]) != set(self.pruner.weights):
+        if list(state["layers"]) != list(self.pruner.weights):  # neurons are numbered in the order of the layers
             raise AutoPruneError(
                 f"The checkpoint's pruning state is for other layers: {listed(state['layers'])} there, and"
                 f" {listed(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`, or"

@@ -88,14 +88,19 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _kept_values(tensors: Collection[Tensor]) -> Iterator[None]:
-    """Puts the values of tensors back."""
-    values = [tensor.detach().clone() for tensor in tensors]
+    """Puts the values of tensors back; inference tensors and expanded ones can't be written to here."""
+    saved = [(t, t.detach().clone()) for t in tensors if not (t.is_inference() or _is_expanded(t))]
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, value in zip(tensors, values, strict=True):
+            for tensor, value in saved:
                 tensor.copy_(value)
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    strided = tensor.layout == torch.strided
+    return strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager
@@ -106,7 +111,8 @@ def _kept_buffers(module: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            module._buffers.update(saved)
+            if not isinstance(module, torch.jit.ScriptModule):  # whose code can't put others in their place
+                module._buffers.update(saved)
 
 
 @contextmanager

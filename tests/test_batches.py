@@ -86,9 +86,59 @@ def test_a_list_of_as_many_columns_as_rows_is_split_by_rows():
     assert len(rest[2]) == 2
 
 
+SEQUENCES = [torch.arange(10.0)[:, None] + 100 * i for i in range(8)]
+GROWING = [torch.arange(1.0 + i)[:, None] + 100 * i for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    "make", [tuple, list, lambda lists: Pair(*lists), lambda lists: dict(zip("xy", lists, strict=True))]
+)
+@pytest.mark.parametrize(
+    ("items", "labels"),
+    [
+        (SEQUENCES, list(range(8))),
+        (SEQUENCES, [torch.tensor(i) for i in range(8)]),
+        (GROWING, [{"boxes": torch.zeros(1 + i, 4), "of": i} for i in range(8)]),
+        ([{"x": x} for x in SEQUENCES], tuple(range(8))),
+    ],
+)
+def test_lists_with_an_item_for_each_row_are_split_by_item(make, items, labels):
+    parts = split_batch(make([items, labels]), 0.25, 0)
+    values = [list(part.values()) if isinstance(part, dict) else list(part) for part in parts]
+    assert [[len(items) for items in part] for part in values] == [[6, 6], [2, 2]]
+    seen = []
+    for kept_items, kept_labels in values:
+        for item, label in zip(kept_items, kept_labels, strict=True):
+            i = int(label["of"] if isinstance(label, dict) else label)
+            assert item is items[i]
+            seen.append(i)
+    assert sorted(seen) == list(range(8))
+
+
+def test_lists_of_columns_that_the_default_collation_makes_are_split_by_rows():
+    batch = default_collate([([torch.tensor(i), torch.tensor(10 * i)], ["a", "b"]) for i in range(4)])
+    rest, held = split_batch(batch, 0.25, 0)
+    assert [[len(column) for column in columns] for columns in held] == [[1, 1], [1, 1]]
+    assert [[len(column) for column in columns] for columns in rest] == [[3, 3], [3, 3]]
+
+
+def test_a_sparse_tensor_is_split_by_its_rows():
+    rest, held = split_batch((torch.eye(4).to_sparse(), torch.arange(4)), 0.25, 0)
+    for x, y in (rest, held):
+        assert torch.equal(x.to_dense(), torch.eye(4)[y])
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
+        (
+            (torch.eye(4).to_sparse_csr(), torch.zeros(4)),
+            "of the layout torch.sparse_csr, whose rows can't be split: pass",
+        ),
+        (
+            (SEQUENCES, SEQUENCES),
+            "2 lists of 8 items with tensors of 10 rows, and it can't be told whether an item is a row or a column",
+        ),
         ("text", "A batch of type str has no tensor with rows to hold out"),
         ((torch.zeros(4), torch.zeros(3, 2)), r"tensors of 4 and of 3 rows \(shape \(3, 2\)\), so its rows can't be"),
         ((torch.zeros(4), object()), "A batch holds a object, whose rows can't be split"),

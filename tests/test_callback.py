@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import fields
 from itertools import chain, pairwise
 from typing import Any
@@ -138,6 +139,22 @@ class Manual(Net):
         loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
         self.manual_backward(loss)
         opt.step()
+
+
+def test_layers_that_no_loss_depends_on_are_named_when_pruning_begins():
+    class Averaged(Net):
+        def __init__(self):
+            super().__init__()
+            self.average = nn.Linear(12, 16)
+
+    with pytest.warns(
+        UserWarning, match="No loss so far depends on 'average', so the pressure prunes nearly all of their"
+    ):
+        fit(AutoPruneCallback(target_sparsity=0.6), model=Averaged())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(AutoPruneCallback(target_sparsity=0.6, exclude=["average"]), model=Averaged())
+    assert not any("No loss" in str(w.message) for w in caught)
 
 
 def cross_entropy(module: Any, batch: Any) -> torch.Tensor:

@@ -44,6 +44,15 @@ def test_flops_are_logged_for_weights_and_for_neurons(tmp_path):
         assert curve[-1] == pytest.approx(1 - callback.sparsity)  # each weight does its work once a row
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_an_example_runs_in_the_precision_of_the_weights(precision, tmp_path):
+    options = {"logger": csv_logger(tmp_path), "precision": precision}
+    callback = neurons(target_sparsity=0.5)
+    fit(callback, model=Example(), **options)
+    assert callback.sparsity >= 0.5
+    assert 0 < rows(tmp_path)[-1]["autoprune/flops"] < 0.7
+
+
 def test_without_an_example_no_flops_are_logged_and_neurons_are_refused(tmp_path):
     fit(AutoPruneCallback(target_sparsity=0.75), logger=csv_logger(tmp_path))
     assert not any("autoprune/flops" in row for row in rows(tmp_path))

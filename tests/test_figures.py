@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Net, csv_logger, fit, loader
+from helpers import Net, csv_logger, fit, loader, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from wandb_file import read_history, read_records
 
 from lightning_autoprune import AutoPruneCallback, sparsity
+from lightning_autoprune.history import History
+from lightning_autoprune.monitored import best_values
 
 LAYERS = ["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"]
 
@@ -75,6 +77,14 @@ def test_the_summary_holds_sparsity_compression_and_the_best_values(tmp_path):
     pruned = [value for _, then, value in callback._run.report.history.points if then == callback.sparsity]
     assert len(pruned) == 2
     assert summary["autoprune/best_pruned_val_loss"] == min(pruned)
+
+
+def test_the_best_since_the_masks_are_final_is_not_one_from_before_that_was_sparser():
+    history = History()
+    for step, then, value in [(1, 0.0, 0.1), (2, 0.5, 0.2), (3, 0.6, 0.3), (4, 0.5, 0.5), (5, 0.5, 0.4)]:
+        history.measure("val_loss", step, then, value)
+    t = trainer(callbacks=[EarlyStopping("val_loss")])
+    assert best_values(t, history, 0.5) == {"best_val_loss": 0.1, "best_pruned_val_loss": 0.4}
 
 
 def test_what_early_stopping_monitors_is_followed_too(tmp_path):

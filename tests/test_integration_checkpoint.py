@@ -209,8 +209,53 @@ def test_a_dense_checkpoint_can_be_resumed_with_pruning():
     _, t = fit(epochs=2)
     t.save_checkpoint("dense.ckpt")
     callback = AutoPruneCallback(target_sparsity=0.8)
-    model, _ = fit(callback, epochs=6, ckpt_path="dense.ckpt")
+    message = (
+        "This fit begins after 16 of 48 steps without a state of pruning, which begins after 12 and ends after 31: 15"
+        " steps are left for it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        model, _ = fit(callback, epochs=6, ckpt_path="dense.ckpt")
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_model_whose_layers_have_changed_places_resumes_with_their_own_masks():
+    class Two(Net):
+        def __init__(self, order=("q", "k"), **options):
+            super().__init__(**options)
+            for name in order:
+                setattr(self, name, torch.nn.Linear(12, 12))
+
+        def forward(self, x):
+            return super().forward(x + self.q(x) + self.k(2 * x))
+
+    class Masks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.masks = {name: getattr(pl_module, name).weight != 0 for name in ("q", "k")}
+
+    callback, masks = AutoPruneCallback(target_sparsity=0.8), Masks()
+    model, t = fit(callback, model=Two(optimizer="sgd"))
+    t.save_checkpoint("one.ckpt")
+    fit([callback, masks], model=Two(("k", "q"), optimizer="sgd"), epochs=6, ckpt_path="one.ckpt")
+    assert same(masks.masks, {name: getattr(model, name).weight != 0 for name in ("q", "k")})
+
+
+def test_switched_off_it_carries_no_state_on_as_the_weights_grow_back():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    model, t = fit(AutoPruneCallback(target_sparsity=0.8, enabled=False), epochs=6, ckpt_path="one.ckpt")
+    t.save_checkpoint("two.ckpt")
+    assert sparsity(model) == 0
+    assert torch.load("two.ckpt", weights_only=True)["callbacks"].get("AutoPruneCallback", {}) == {}
+
+
+def test_a_second_fit_that_has_no_step_left_keeps_the_state():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, t = fit(callback)
+    before = callback.state_dict()
+    t.fit(model, loader())
+    assert same(callback.state_dict(), before)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert len(callback.layers()) == 2
 
 
 def test_a_checkpoint_of_other_layers_is_refused_by_name():

@@ -157,6 +157,27 @@ def test_buffers_that_are_changed_or_replaced_are_put_back():
     assert model.metrics[0]._update_count == 0
 
 
+def test_buffers_that_can_not_be_written_to_do_not_stop_it():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            return x
+
+    model = Net()
+    model.register_buffer("expanded", torch.ones(1).expand(12))
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.ones(3))
+    model.scripted = torch.jit.script(Counts())
+    with shielded(model, 0):
+        model.scripted(torch.ones(2))
+    assert model.scripted.seen == 0
+    assert model.expanded.stride() == (0,)
+
+
 def test_everything_is_put_back_after_an_error_inside():
     model = Net(noisy=True)
     before = state(model)

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from wandb_file import read_records
 
 from lightning_autoprune import AutoPruneCallback, sparsity
+from lightning_autoprune._wandb import _is_pruned
 
 
 def artifacts(folder, callbacks, model=None, **options):
@@ -54,6 +55,20 @@ def test_the_best_of_the_pruned_checkpoints_is_logged_with_its_figures(tmp_path)
     assert metadata["val_loss"] == pytest.approx(min(pruned.values()))
     [entry] = artifact.manifest.contents
     assert entry.path == "model.ckpt"
+
+
+def test_a_checkpoint_of_the_pruning_phase_with_as_many_zeros_elsewhere_is_not_pruned(tmp_path):
+    model = Net()
+    with torch.no_grad():
+        model.first.weight[:, :6] = 0
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "same.ckpt")
+    zeros = {"first.weight": model.first.weight == 0}
+    with torch.no_grad():
+        model.first.weight.copy_(model.first.weight.flip(1))
+        model.first.weight[:, 7] = 0
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "other.ckpt")
+    assert _is_pruned(str(tmp_path / "same.ckpt"), zeros)
+    assert not _is_pruned(str(tmp_path / "other.ckpt"), zeros)
 
 
 def test_without_a_pruned_checkpoint_the_model_as_it_is_gets_logged(tmp_path):
