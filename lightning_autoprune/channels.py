@@ -8,9 +8,11 @@ one example input; what it can't follow is ``fixed`` here, and what it may follo
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,8 @@ from lightning_autoprune.inputs import (
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
 Parts = dict[str, list[int]]
+
+_STEPS = 64  # that a group may take from one part to another
 
 
 @dataclass
@@ -82,6 +86,8 @@ def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
         ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
     """
     _check_traceable(model)
+    if isinstance(model, (nn.Linear, _ConvNd)):  # torch-pruning has no graph of a layer alone
+        return _all_fixed(model)
     trained = {p: p.requires_grad for p in model.parameters()}
     try:
         for p in trained:
@@ -237,7 +243,9 @@ def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]
             if (name, i) in owner:
                 continue
             try:
-                channel = _channel(graph, graph.get_pruning_group(module, prune, [i]), names, ends, shared)
+                with _bounded_groups(graph):
+                    group = graph.get_pruning_group(module, prune, [i])
+                channel = _channel(graph, group, names, ends, shared)
             except Exception:  # of any kind: sizes that torch-pruning tells wrongly, of what recurrent layers read
                 channel = Channel(made={name: [i]}, fixed=f"where {name!r} is read can't be told")
             for other in {id(o): o for key in _rows(channel) if (o := owner.get(key))}.values():
@@ -246,6 +254,26 @@ def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]
             owner.update(dict.fromkeys(_rows(channel), channel))
             channels.append(channel)
     return channels
+
+
+@contextmanager
+def _bounded_groups(graph: Any) -> Iterator[None]:
+    """Stops torch-pruning where it takes a slice of a sequence for one of channels, and would follow it without end."""
+    module: Any = sys.modules[type(graph).__module__]
+    whole = module.Group
+    steps: Counter[tuple[Any, Any]] = Counter()
+
+    def add_dep(group: Any, dep: Any, idxs: Any) -> Any:
+        steps[dep.target, dep.handler] += 1
+        if steps[dep.target, dep.handler] > _STEPS:
+            raise ValueError("a group without end")
+        return whole.add_dep(group, dep, idxs)
+
+    module.Group = type("Group", (whole,), {"add_dep": add_dep})
+    try:
+        yield
+    finally:
+        module.Group = whole
 
 
 def _all_fixed(model: nn.Module) -> list[Channel]:

@@ -116,7 +116,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
     found = [s for s in states if isinstance(s, Mapping) and s.keys() >= {"pruner", "report", "held_out"}]
     if not found:
         weights = {name.removesuffix(".weight"): _countable(x) for name, x in tensors.items() if x.dim() > 1}
-        return Saved(path, tensors, weights, epoch=content.get("epoch"), step=content.get("global_step"))
+        return Saved(path, tensors, weights, epoch=_number(content, "epoch"), step=_number(content, "global_step"))
     try:
         return _with_pruning(path, tensors, content, found[0])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,6 +124,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
             f"The pruning state in {path} can't be read ({type(error).__name__}: {error}): another version of"
             " lightning-autoprune wrote it, or the file was changed."
         ) from error
+
+
+def _number(content: Mapping[str, Any], key: str) -> int | None:
+    value = content.get(key)  # of a file that Lightning has not written it may be anything
+    return value if type(value) is int else None
 
 
 def _with_pruning(
@@ -137,8 +142,8 @@ def _with_pruning(
         tensors,
         {name: _countable(tensors[key]) for name, key in keys.items()},
         "dense" if auxiliary is None else "frozen" if auxiliary["frozen"] else "pruning",
-        content.get("epoch"),
-        content.get("global_step"),
+        _number(content, "epoch"),
+        _number(content, "global_step"),
         history,
         {str(name): int(count) for name, count in (state["flops"] or {}).items()},
     )

@@ -20,6 +20,7 @@ from lightning_autoprune.checkpoints import Saved, read_checkpoint
 from lightning_autoprune.comparison import as_comparison_table, compare
 from lightning_autoprune.demo import run as demo
 from lightning_autoprune.demo.data import DataError
+from lightning_autoprune.demo.run import at_least_one
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
 from lightning_autoprune.onnx import export_onnx
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--model", metavar="MODULE:NAME", help="a LightningModule, or what makes a module when called")
     export.add_argument(
         "--input-shape",
-        type=int,
+        type=at_least_one,
         nargs="+",
         metavar="N",
         help="shape of an input, rows first; without it, the module's example_input_array",

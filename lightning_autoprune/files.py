@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["replacing"]
@@ -15,15 +16,18 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in place of another, which it replaces if nothing is raised.
 
     Raises:
-        OSError: if there is no such folder, or it can't be written to.
+        OSError: if there is no such folder, it can't be written to, or the path is no file but a folder, a pipe or a
+            device. (A link stays one: what it leads to is replaced.)
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory, replacing(f"{directory}/a") as temporary:
         ...     _ = temporary.write_text("whole")
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         try:
             temporary.touch()
@@ -33,6 +37,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # some libraries make files that no one else may read
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no such folder
+            temporary.unlink(missing_ok=True)

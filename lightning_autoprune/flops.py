@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +79,8 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
         (36, 20, 8)
     """
     counter = FlopCounterMode(display=False)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # fused attention is not counted
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-            outputs(model, example_input)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with torch.no_grad(), _separate_products(), counter:
+        outputs(model, example_input)
     counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     flops_of: dict[nn.Module, int] = defaultdict(int)  # counted under one of the names that a module has
     for name, module in model.named_modules(remove_duplicate=False):
@@ -105,6 +101,24 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
         kept=sum(int(p.count_nonzero()) for p in parameters),
         layers=layers,
     )
+
+
+@contextmanager
+def _separate_products() -> Iterator[None]:
+    """Without fused attention, and the fused recurrent layers of oneDNN and cuDNN, whose products are not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    enabled = [library.enabled for library in libraries]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for library, flag in zip(libraries, enabled, strict=True):
+            library.enabled = flag
 
 
 def _density(module: nn.Module) -> float:

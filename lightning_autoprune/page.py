@@ -47,7 +47,8 @@ def headline(saved: Saved) -> str:
     }
     if not whole.weights:
         return "It has no weights, that is, no tensors of two dimensions or more."
-    when = "" if saved.step is None else f" Epoch {saved.epoch}, step {saved.step:,}."
+    epoch = "Step" if saved.epoch is None else f"Epoch {saved.epoch}, step"
+    when = "" if saved.step is None else f" {epoch} {saved.step:,}."
     compression = f"{whole.weights / whole.kept:.1f}×" if whole.kept else "nothing is left"
     return f"{whole.sparsity:.2%} of {whole.weights:,} weights are 0 ({compression}).{when} {words[saved.phase]}"
 
@@ -99,7 +100,7 @@ def _pictures(saved: Saved) -> Iterator[tuple[str, Figure, str]]:
         caption = "When the masks froze, or at the last look. Weights with m above 0 are kept."
         yield "Auxiliary parameters m", auxiliary_histograms(history.histograms), caption
     first = next(iter(saved.weights.items()), None)
-    if first and first[1].dim() in (2, 4):
+    if first and first[1].dim() in (2, 4) and first[1].numel():
         shape = "×".join(map(str, first[1].shape))  # of a file, which does not say whether it is transposed (GPT-2)
         caption = f"The first layer, {first[0]}, has shape {shape}. The first number is taken for that of its outputs."
         yield "What the first layer still reads", input_survivors(first[1]), caption

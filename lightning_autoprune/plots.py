@@ -293,5 +293,5 @@ def _with_points(curves: Curves) -> Curves:
 
 
 def _most_square(count: int) -> tuple[int, int]:
-    height = next(n for n in range(math.isqrt(count), 0, -1) if count % n == 0)
+    height = next((n for n in range(math.isqrt(count), 0, -1) if count % n == 0), 1)
     return height, count // height

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
+from lightning_autoprune.buffers import kept_buffers, kept_values
 from lightning_autoprune.compatibility import grad_scaler
 from lightning_autoprune.random_numbers import isolated_random
 from lightning_autoprune.rules import at_least_float32
@@ -40,7 +41,7 @@ def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -
     """
     before = versions(p for p in model.parameters() if p.requires_grad)
     with ExitStack() as stack:
-        stack.enter_context(_kept_values(kept))
+        stack.enter_context(kept_values(kept))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
             if isinstance(module, LightningModule):
@@ -50,7 +51,7 @@ def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -
             elif isinstance(module, _DropoutNd):
                 stack.enter_context(_attributes(module, training=False))
             if module._buffers:
-                stack.enter_context(_kept_buffers(module))
+                stack.enter_context(kept_buffers(module))
         yield
     if changed(before):
         rank_zero_warn(
@@ -84,35 +85,6 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
         for name in values:
             del module.__dict__[name]
         module.__dict__.update(saved)
-
-
-@contextmanager
-def _kept_values(tensors: Collection[Tensor]) -> Iterator[None]:
-    """Puts the values of tensors back; inference tensors and expanded ones can't be written to here."""
-    saved = [(t, t.detach().clone()) for t in tensors if not (t.is_inference() or _is_expanded(t))]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in saved:
-                tensor.copy_(value)
-
-
-def _is_expanded(tensor: Tensor) -> bool:
-    strided = tensor.layout == torch.strided
-    return strided and any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-@contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Puts back the buffers of one module: the same tensors, with the same values."""
-    saved = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-    with _kept_values(saved.values()):
-        try:
-            yield
-        finally:
-            if not isinstance(module, torch.jit.ScriptModule):  # whose code can't put others in their place
-                module._buffers.update(saved)
 
 
 @contextmanager

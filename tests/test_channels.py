@@ -183,6 +183,29 @@ def test_channels_that_a_recurrent_layer_reads_are_fixed_and_others_are_not():
     assert len(channels) == 6 + 6 + 2
 
 
+class Shifted(nn.Module):
+    """The differences of a sequence, whose slices torch-pruning takes for slices of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 3, 1)
+
+    def forward(self, x):
+        h = self.second(self.first(x).relu())
+        return self.last(h[:, :, 1:] - h[:, :, :-1])
+
+
+def test_a_graph_without_an_end_is_left():
+    network = Shifted()
+    channels = {layer: channel for channel in find_channels(network, torch.randn(2, 2, 6)) for layer in channel.made}
+    assert channels["second"].fixed == "where 'second' is read can't be told"
+    assert not channels["first"].fixed
+    circular = nn.Sequential(
+        nn.Conv1d(2, 2, 3), nn.Conv1d(2, 4, 3, padding=2, padding_mode="circular"), nn.Conv1d(4, 3, 1)
+    )
+    assert find_channels(circular, torch.randn(2, 2, 12))
+
+
 def test_all_channels_are_fixed_with_a_warning_if_the_graph_of_a_model_that_runs_can_not_be_told():
     network = Recurrent(nn.LSTM, False, bidirectional=True)
     with pytest.warns(UserWarning, match="All channels of Recurrent stay: how its layers hang together can't be told"):

@@ -157,6 +157,8 @@ def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
             "error: [Errno 2] No such file or directory: 'no/folder/a'",
         ),
         (["report", "plain.pt", "--html", "no/folder/a"], "error: [Errno 2] No such file or directory: 'no/folder/a'"),
+        (["report", "plain.pt", "--html", "."], "error: [Errno 22] not a regular file: '.'"),
+        (["report", "plain.pt", "--html", "plain.pt/a"], "error: [Errno 20] Not a directory: 'plain.pt/a'"),
         (["compare", "plain.pt", "net.pt"], "error: No layer is in both with one shape. The first has a (4, 4)."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -208,3 +210,25 @@ def test_each_command_has_its_help(name, capsys):
     text = capsys.readouterr().out
     assert f"usage: lightning-autoprune {name} " in text
     assert f"examples:\n  lightning-autoprune {name} " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "a", "--input-shape", "0", "4"], "argument --input-shape: 0 is not at least 1"),
+        (["demo", "--seed", "-1"], "argument --seed: -1 is not from 0 to 4294967295"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_as_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_file_of_others_may_call_anything_a_step(capsys, tmp_path):
+    torch.save({"a.weight": torch.zeros(4, 0), "epoch": torch.ones(1), "global_step": "b"}, "other.pt")
+    assert main(["report", "other.pt", "--json", "--html", str(tmp_path / "a.html")]) == 0
+    torch.save({"state_dict": {"a.weight": torch.eye(4)}, "global_step": 5}, "step.pt")
+    assert main(["report", "step.pt"]) == 0
+    assert "Step 5." in capsys.readouterr().out

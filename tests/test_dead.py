@@ -65,6 +65,73 @@ def test_a_relu_that_happens_to_be_off_is_not_dead():
     assert shrink(network, torch.zeros(1, 3))[0].out_features == 4
 
 
+class Padded(nn.Module):
+    """Pads, which the example has none of, are found by a comparison, through which no NaN is seen."""
+
+    def __init__(self, integers: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 6, padding_idx=0) if integers else nn.Identity()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        kept = (x != 0).any(-1) if x.is_floating_point() else x != 0
+        return self.last(self.first(self.embed(x)).relu() * kept[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_constant_stays_that_padding_makes_zero(integers):
+    network = Padded(integers)
+    network.first.weight.data[2:] = 0
+    network.first.bias.data.fill_(0.7)
+    example = torch.randint(1, 20, (4, 5)) if integers else torch.randn(4, 5, 6)
+    small = shrink(network, example)
+    example[:, 3:] = 0
+    torch.testing.assert_close(small(example), network(example))
+    assert small.first.out_features == 8
+
+
+class Coded(nn.Module):
+    """A number of a channel is an output."""
+
+    def __init__(self, code) -> None:
+        super().__init__()
+        self.first, self.last, self.code = nn.Linear(5, 8), nn.Linear(8, 3), code
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h.relu()), self.code(h)
+
+
+@pytest.mark.filterwarnings("ignore:The dead channels of")
+@pytest.mark.parametrize("code", [lambda h: h.argmax(-1), lambda h: (h > 0).long().sum(-1), lambda h: h > 0])
+def test_outputs_that_are_integers_stay_the_same(code):
+    network = Coded(code)
+    network.first.weight.data[:4] = 0
+    network.first.bias.data[:4] = 0.1
+    small, x = shrink(network, torch.randn(6, 5)), torch.randn(9, 5)
+    assert torch.equal(small(x)[1], network(x)[1])
+
+
+def test_a_buffer_that_a_forward_writes_to_is_as_it_was():
+    class Counting(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen += 1
+            return super().forward(x)
+
+    network = Counting()
+    network[0].weight.data[2:] = 0
+    assert shrink(network, torch.randn(2, 3)).seen == network.seen == 0
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(4, 3), (2, 4)), (nn.Conv2d(1, 2, 3), (2, 1, 4, 4))])
+def test_a_layer_alone_stays_as_it_is(layer, shape):
+    assert_equal(layer, shrink(layer, torch.randn(shape)), shape[1:])
+
+
 class Masked(nn.Module):
     """A sum over the steps that a mask leaves."""
 

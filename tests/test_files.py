@@ -47,3 +47,23 @@ def test_a_folder_that_is_not_there_is_told_by_the_name_that_was_given(tmp_path)
     with pytest.raises(FileNotFoundError) as error, replacing(path):
         pass
     assert error.value.filename == str(path)
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with replacing(tmp_path / "link") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_left_alone(make, tmp_path):
+    path = tmp_path / "a"
+    make(path)
+    before = path.stat().st_mode
+    with pytest.raises(OSError, match="not a regular file") as error, replacing(path):
+        pass
+    assert error.value.filename == str(path)
+    assert path.stat().st_mode == before

@@ -78,6 +78,15 @@ def test_the_model_its_mode_and_the_random_numbers_are_left_alone():
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_counted(kind):
+    gates = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}[kind]
+    libraries = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    cost = model_cost(kind(3, 5, batch_first=True), torch.zeros(2, 7, 3))
+    assert cost.flops == cost.layers[""].flops == 2 * gates * 5 * (3 + 5) * 2 * 7
+    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == libraries
+
+
 def test_a_layer_under_two_names_is_counted():
     class Alias(nn.Module):
         def __init__(self):

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_autoprune.inputs import all_vary, as_arguments, by_rows, probes, tensors_in, two_rows
+from lightning_autoprune.inputs import (
+    all_vary,
+    as_arguments,
+    by_rows,
+    difference,
+    probes,
+    spreads,
+    tensors_in,
+    two_rows,
+)
 
 
 class Tokens(nn.Module):
@@ -80,3 +90,26 @@ def test_a_model_for_one_row_alone_is_warned_about():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         two_rows(nn.Linear(4, 2), x)
+
+
+def test_tensors_are_found_in_objects_with_slots():
+    @dataclass(slots=True)
+    class Out:
+        logits: torch.Tensor
+        parts: list[torch.Tensor]
+
+    one, two = torch.ones(1), torch.ones(2)
+    assert [len(t) for t in tensors_in((two, Out(one, [two])))] == [2, 1, 2]
+
+
+def test_probes_have_holes_as_padding_makes_them():
+    found = [inputs for inputs, _ in probes(nn.Identity(), torch.full((4, 6), 7))]
+    assert sum(bool((some == 0).any() and (some == 7).any()) for some in found) == 2
+    found = [inputs for inputs, _ in probes(nn.Identity(), torch.ones(4, 6, 3))]
+    assert sum(bool((some == 0).all(-1).any()) for some in found) == 2
+
+
+def test_an_output_of_other_sizes_for_other_rows_is_compared():
+    runs = [[torch.ones(n, n)] for n in (2, 3)]
+    assert not difference([torch.ones(3, 3)], [torch.ones(3, 3)], spreads(runs), 1e-4)
+    assert difference([torch.ones(3, 3) + 0.1], [torch.ones(3, 3)], spreads(runs), 1e-4)

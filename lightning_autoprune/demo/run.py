@@ -29,15 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="digits: shipped by scikit-learn")
     parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST's IDX files are or go")
     parser.add_argument("--target", type=float, default=None, help="sparsity, in [0, 1); none: the pressure decides")
-    parser.add_argument("--epochs", type=_at_least_one, default=None, help="default: 100 for digits, 12 for mnist")
+    parser.add_argument("--epochs", type=at_least_one, default=None, help="default: 100 for digits, 12 for mnist")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for all that is written")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the initial weights and the order of the data")
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{number} is not from 0 to {2**32 - 1}")
     return number
 
 
