@@ -32,8 +32,8 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
 
     A constant is only taken for one if no floating input reaches it but through weights, and each other input could be
     varied: give integers that differ between the rows, in each column, and numbers as tensors. What it adds is that for
-    inputs of the example's shapes, but for the number of rows. Where the code compares inputs with numbers, what comes of
-    it is seen for the inputs that are tried alone: those of the example's size, and zeros, as padding has them.
+    inputs of the example's shapes, but for the number of rows. Where the code compares inputs with numbers, that
+    is seen for the inputs alone that are tried: of the example's size, and zeros, as padding has them.
 
     Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
     through a normalisation over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants
