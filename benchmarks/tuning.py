@@ -8,10 +8,12 @@ its defaults were chosen on runs of all networks:
     python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 30 --epochs 3
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 30 --epochs 60 --seeds 10 11 12
 
-How far L0, variational dropout, spred and NNCF get depends on a strength, so on two networks they have trials at 10×,
-and by the same commands at 100×, too (NNCF on one):
+How far L0, variational dropout, spred and NNCF get depends on a strength: they have trials at other compressions too,
+LeNet-300-100 at 200×, the others at 10× and, by the same commands, at 100×:
 
-    python benchmarks/tuning.py --data-dir DIR --tasks resnet --target 10 --epochs 3 --methods l0 vardrop spred
+    python benchmarks/tuning.py --data-dir DIR --target 200 --methods l0 vardrop spred nncf
+    python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 10 --epochs 3 \\
+        --methods l0 vardrop spred nncf
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 10 --epochs 60 --seeds 10 11 12 \\
         --methods l0 vardrop spred nncf
 
