@@ -123,7 +123,7 @@ class MaskGradients:
             gradients = mean
         self._step(dict(zip(weights, gradients, strict=True)))
 
-    def begin(self) -> None:
+    def warn_of_unused(self) -> None:
         """Warns, as pruning begins after a dense phase, of layers that the loss does not depend on."""
         if unused := [name for name in self._without if name in self._trained()]:
             rank_zero_warn(

@@ -185,7 +185,7 @@ class Run:
         dense = self.pruner.auxiliary is None
         frozen_now = self.pruner.end_step(self.report.history.look_at)
         if dense and self.pruner.auxiliary is not None:
-            self.gradients.begin()
+            self.gradients.warn_of_unused()
         if frozen_now:
             self._finish_pruning(trainer)
         layers = self.pruner.layer_sparsity()
