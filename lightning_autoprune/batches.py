@@ -14,6 +14,8 @@ from lightning_autoprune.random_numbers import mix
 
 __all__ = ["batch_rows", "shard_batch", "split_batch"]
 
+_INSTEAD = 'pass `held_out=DataLoader(...)` or `held_out="train"`.'
+
 
 def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tuple[Any, Any]:
     """Splits the rows of a batch at random into a training part and a held-out part.
@@ -80,10 +82,7 @@ def batch_rows(batch: Any) -> int:
     """
     rows = next(_rows(batch), None)
     if rows is None:
-        raise AutoPruneError(
-            f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: pass"
-            ' `held_out=DataLoader(...)` or `held_out="train"`.'
-        )
+        raise AutoPruneError(f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: {_INSTEAD}")
     return rows
 
 
@@ -94,11 +93,8 @@ def _rows(batch: Any) -> Iterator[int]:
     elif isinstance(batch, Tensor):
         if batch.dim() > 0:
             yield batch.size(0)
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _rows(value)
-    elif isinstance(batch, (list, tuple)):
-        for value in batch:
+    else:
+        for value in _values(batch):
             yield from _rows(value)
 
 
@@ -121,8 +117,7 @@ def _listed_rows(batch: Any) -> int | None:
     if found and all(each):
         raise AutoPruneError(
             f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it can't"
-            " be told whether an item is a row or a column: stack the tensors, or pass `held_out=DataLoader(...)` or"
-            ' `held_out="train"`.'
+            f" be told whether an item is a row or a column: stack the tensors, or {_INSTEAD}"
         )
     return None
 
@@ -148,21 +143,21 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
         if batch.size(0) != rows:
             raise AutoPruneError(
                 f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its rows"
-                ' can\'t be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
+                f" can't be split: {_INSTEAD}"
             )
         if batch.layout == torch.sparse_coo:
             return batch.index_select(0, index.to(batch.device))
         if batch.layout != torch.strided or batch.is_nested:
             raise AutoPruneError(
                 f"A batch has a tensor of the layout {'nested' if batch.is_nested else batch.layout}, whose rows can't"
-                ' be split: pass `held_out=DataLoader(...)` or `held_out="train"`.'
+                f" be split: {_INSTEAD}"
             )
         return batch[index.to(batch.device)]
     by_item = _listed_rows(batch) == rows
 
     def part(value: Any) -> Any:
         if by_item and _is_list(value):
-            return type(value)([value[i] for i in index.tolist()])
+            return type(value)(_chosen(value, index))
         return _take(value, index, rows)
 
     if isinstance(batch, Mapping):
@@ -180,10 +175,7 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
         return type(batch)(_items(batch, index, rows))
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
         return batch
-    raise AutoPruneError(
-        f"A batch holds a {type(batch).__name__}, whose rows can't be split: pass `held_out=DataLoader(...)` or"
-        ' `held_out="train"`.'
-    )
+    raise AutoPruneError(f"A batch holds a {type(batch).__name__}, whose rows can't be split: {_INSTEAD}")
 
 
 def _items(batch: Sequence[Any], index: Tensor, rows: int) -> list[Any]:
@@ -195,4 +187,8 @@ def _items(batch: Sequence[Any], index: Tensor, rows: int) -> list[Any]:
     except AutoPruneError:
         if len(batch) != rows:
             raise
-    return [batch[i] for i in index.tolist()]
+    return _chosen(batch, index)
+
+
+def _chosen(items: Sequence[Any], index: Tensor) -> list[Any]:
+    return [items[i] for i in index.tolist()]

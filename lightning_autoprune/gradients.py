@@ -70,8 +70,7 @@ class MaskGradients:
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
         if self._pruner.auxiliary is None:
-            weights = self._pruner.weights
-            self._without = [name for name in self._without if name in weights and weights[name].grad is None]
+            self._without = [name for name in self._without if self._pruner.weights[name].grad is None]
         scaler = grad_scaler(trainer)
         self._scaled = scaler is not None
         owns = any(optimizer is owner for owner in self._optimizers)

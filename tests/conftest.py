@@ -28,3 +28,9 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 def _in_a_scratch_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    """Of a sparse file that is not there yet."""
+    return tmp_path / "model.safetensors"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -141,6 +142,10 @@ def train(pruner: Pruner, model: nn.Module, x: Tensor, y: Tensor, steps: int, op
         yield pruner.sparsity
 
 
+def saving(folder: str = "checkpoints", **options) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **options)
+
+
 def csv_rows(folder: Path) -> list[dict[str, str]]:
     """All rows that a CSVLogger wrote, without the columns of this package."""
     with (folder / "metrics.csv").open() as file:
@@ -172,3 +177,8 @@ def same(a: Any, b: Any) -> bool:
 
 def flat(model: nn.Module) -> Tensor:
     return torch.cat([value.detach().double().flatten() for value in model.state_dict().values()])
+
+
+def sparse(*shape, density=0.05, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)

@@ -1,0 +1,325 @@
+"""Resuming as if the run had never stopped, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Net, Resumable, csv_logger, data, fit, flat, loader, same, saving
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
+
+SOURCES = {
+    "redrawn": {"held_out": 0.5},
+    "train": {"held_out": "train"},
+    "val": {"held_out": "val"},
+    "loader": {"held_out": loader(seed=9, shuffle=True)},
+    "fixed": {"held_out": 0.25, "redraw_held_out": False},
+}
+
+
+def run(folder: str, callback, optimizer: str, ckpt_path=None, train=None, **options):
+    """Six epochs of eight steps; all that comes out, with the logged curves of the steps after ``ckpt_path``."""
+    callbacks = [saving(f"{folder}-checkpoints", **options), *([callback] if callback else [])]
+    model, t = fit(
+        callbacks,
+        model=Net(optimizer=optimizer),
+        train=train or Resumable(),
+        val=loader(seed=3),
+        epochs=6,
+        enable_checkpointing=True,
+        logger=csv_logger(Path(folder)),
+        ckpt_path=ckpt_path,
+    )
+    return {
+        "weights": dict(model.state_dict()),
+        "optimiser": t.optimizers[0].state_dict(),
+        "callback": callback.state_dict() if callback else None,
+        "global_step": t.global_step,
+    }
+
+
+def curves(folder: str, after: int) -> list[dict[str, str]]:
+    """What was logged from a step on, without the mean over an epoch, whose first half Lightning forgets."""
+    with (Path(folder) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) >= after]
+    return [{k: v for k, v in row.items() if v and k != "train_accuracy_epoch"} for row in rows]
+
+
+def check_resumed(callback, step: int, optimizer: str = "adam", train=None, **options) -> None:
+    path = f"whole-checkpoints/step={step}.ckpt"
+    whole = run("whole", callback(), optimizer, train=train and train(), **options)
+    resumed = run("resumed", callback(), optimizer, path, train and train(), **options)
+    for end in filter(None, (whole["callback"], resumed["callback"])):  # the validation at that step is Lightning's
+        history = end["report"]["history"]
+        history["points"] = [point for point in history["points"] if point[0] > step]
+    assert same(whole, resumed)
+    assert curves("whole", after=step) == curves("resumed", after=step)
+    assert len(curves("resumed", after=step)) > 2
+
+
+# 48 steps: dense until 12, pruning until 31
+@pytest.mark.parametrize("step", [3, 6, 8, 11, 12, 19, 24, 31, 32, 43])
+@pytest.mark.parametrize("source", ["redrawn", "train", "val", "loader"])
+def test_a_run_resumed_anywhere_is_bit_equal_to_one_that_never_stopped(source, step):
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("step", [3, 19])
+def test_without_the_callback_the_same_run_resumes_bit_equal(step):
+    """What the test above rests on."""
+    check_resumed(lambda: None, step, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, {"target_sparsity": 0.9, "estimator": "softplus", "mask_every_n_steps": 3}])
+def test_other_optimisers_and_settings_resume_bit_equal(optimizer, options):
+    check_resumed(lambda: AutoPruneCallback(**options), 19, optimizer, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("step", [8, 24, 40])
+def test_a_fixed_split_resumes_bit_equal_from_the_end_of_an_epoch(step):
+    step = step * 6 // 8  # a quarter of the rows is held out, so there are six steps in an epoch
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES["fixed"]), step, train=loader)
+
+
+@pytest.mark.parametrize(("source", "step"), [("redrawn", 16), ("fixed", 12), ("fixed", 30)])
+def test_loaders_with_worker_processes_resume_bit_equal(source, step):
+    def train():
+        return DataLoader(data(), 16, num_workers=2, persistent_workers=True)
+
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, train=train)
+
+
+def test_a_checkpoint_of_an_interrupted_run_resumes_bit_equal():
+    class Fail(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            if trainer.global_step == 19:
+                raise RuntimeError("power cut")
+
+        def on_exception(self, trainer, *_):
+            trainer.save_checkpoint("interrupted.ckpt")
+
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8)
+
+    whole = run("whole", callback(), "adam")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit([callback(), Fail()], train=Resumable(), val=loader(seed=3), epochs=6)
+    state = torch.load("interrupted.ckpt", weights_only=True)
+    assert state["callbacks"]["AutoPruneCallback"]["pruner"]["step"] == 19
+    resumed = callback()
+    model, _ = fit(resumed, train=Resumable(), val=loader(seed=3), epochs=6, ckpt_path="interrupted.ckpt")
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+    assert whole["global_step"] == 48
+
+
+def test_a_run_resumed_twice_is_bit_equal():
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8)
+
+    whole = run("whole", callback(), "adam", every_n_train_steps=1)
+    run("once", callback(), "adam", ckpt_path="whole-checkpoints/step=10.ckpt", every_n_train_steps=1)
+    resumed = run("twice", callback(), "adam", ckpt_path="once-checkpoints/step=25.ckpt", every_n_train_steps=1)
+    assert same(whole, resumed)
+
+
+def test_training_further_after_the_masks_were_frozen_keeps_them():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, t = fit(callback)
+    t.save_checkpoint("done.ckpt")
+    more = AutoPruneCallback(target_sparsity=0.8)
+    longer, _ = fit(more, epochs=8, ckpt_path="done.ckpt")
+    assert same(more._run.pruner.masks(), callback._run.pruner.masks())
+    assert not torch.equal(flat(model), flat(longer))
+
+
+def test_a_frozen_run_resumes_on_a_batch_too_small_to_split():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    more = AutoPruneCallback(target_sparsity=0.8, held_out=0.01)
+    fit(more, epochs=6, ckpt_path="done.ckpt")
+    assert more.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_dense_checkpoint_can_be_resumed_with_pruning():
+    _, t = fit(epochs=2)
+    t.save_checkpoint("dense.ckpt")
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    message = (
+        "This fit begins after 16 of 48 steps without a state of pruning, which begins after 12 and ends after 31: 15"
+        " steps are left for it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        model, _ = fit(callback, epochs=6, ckpt_path="dense.ckpt")
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_model_whose_layers_have_changed_places_resumes_with_their_own_masks():
+    class Two(Net):
+        def __init__(self, order=("q", "k"), **options):
+            super().__init__(**options)
+            for name in order:
+                setattr(self, name, torch.nn.Linear(12, 12))
+
+        def forward(self, x):
+            return super().forward(x + self.q(x) + self.k(2 * x))
+
+    class Masks(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.masks = {name: getattr(pl_module, name).weight != 0 for name in ("q", "k")}
+
+    callback, masks = AutoPruneCallback(target_sparsity=0.8), Masks()
+    model, t = fit(callback, model=Two(optimizer="sgd"))
+    t.save_checkpoint("one.ckpt")
+    fit([callback, masks], model=Two(("k", "q"), optimizer="sgd"), epochs=6, ckpt_path="one.ckpt")
+    assert same(masks.masks, {name: getattr(model, name).weight != 0 for name in ("q", "k")})
+
+
+def test_switched_off_it_carries_no_state_on_as_the_weights_grow_back():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    model, t = fit(AutoPruneCallback(target_sparsity=0.8, enabled=False), epochs=6, ckpt_path="one.ckpt")
+    t.save_checkpoint("two.ckpt")
+    assert sparsity(model) == 0
+    assert torch.load("two.ckpt", weights_only=True)["callbacks"].get("AutoPruneCallback", {}) == {}
+
+
+def test_a_second_fit_that_has_no_step_left_keeps_the_state():
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, t = fit(callback)
+    before = callback.state_dict()
+    t.fit(model, loader())
+    assert same(callback.state_dict(), before)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert len(callback.layers()) == 2
+
+
+def test_a_checkpoint_of_other_layers_is_refused_by_name():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    message = "layer 'last' of the checkpoint is missing.*Build the same model with the same `include` and `exclude`"
+    with pytest.raises(AutoPruneError, match=message):
+        fit(AutoPruneCallback(target_sparsity=0.8, exclude=["last"]), epochs=8, ckpt_path="one.ckpt")
+
+
+def test_a_checkpoint_of_the_dense_phase_is_refused_for_other_layers_too():
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    _, t = fit([AutoPruneCallback(warmup=0.5), Stop()])
+    t.save_checkpoint("one.ckpt")
+    with pytest.raises(AutoPruneError, match="is for other layers: 'first', 'last' there, and 'first' here"):
+        fit(AutoPruneCallback(warmup=0.5, exclude=["last"]), ckpt_path="one.ckpt")
+
+
+def test_a_fixed_split_of_other_data_is_refused():
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 12
+
+    options = {"held_out": 0.25, "redraw_held_out": False}
+    _, t = fit([AutoPruneCallback(**options), Stop()])
+    t.save_checkpoint("one.ckpt")
+    message = "held-out split is of 128 training rows, and here there are 64: resume with the same training data"
+    with pytest.raises(AutoPruneError, match=message):
+        fit(AutoPruneCallback(**options), train=loader(rows=64), epochs=8, ckpt_path="one.ckpt")
+
+
+@pytest.mark.parametrize("source", ["redrawn", "train", "loader", "fixed"])
+def test_a_run_that_was_stopped_and_saved_afterwards_resumes_bit_equal(source):
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 2
+
+    def callback():
+        return AutoPruneCallback(target_sparsity=0.8, **SOURCES[source])
+
+    model, _ = fit(whole := callback(), epochs=6)
+    _, t = fit([callback(), Stop()], epochs=6)
+    t.save_checkpoint("stopped.ckpt")
+    other, _ = fit(resumed := callback(), epochs=6, ckpt_path="stopped.ckpt")
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
+    assert same(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_loader_with_a_generator_of_its_own_resumes_bit_equal():
+    def held_out():
+        return DataLoader(data(seed=9), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, held_out=held_out()), 21, every_n_train_steps=1)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_lower_precision_prunes_and_resumes_bit_equal(precision):
+    def run(ckpt_path=None):
+        callback = AutoPruneCallback(target_sparsity=0.8)
+        checkpoint = saving("bf16")
+        model, _ = fit(
+            [callback, checkpoint],
+            train=Resumable(),
+            epochs=6,
+            precision=precision,
+            enable_checkpointing=True,
+            ckpt_path=ckpt_path,
+        )
+        return dict(model.state_dict()), callback.state_dict()
+
+    whole = run()
+    assert same(whole, run("bf16/step=16.ckpt"))
+    zeros = sum(int((whole[0][f"{name}.weight"] == 0).sum()) for name in ("first", "last"))
+    assert zeros == pytest.approx(0.8 * 256, abs=1)
+
+
+def test_a_checkpoint_saved_while_resuming_keeps_the_state():
+    class Early(Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.save_checkpoint("early.ckpt")
+
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("one.ckpt")
+    fit([Early(), AutoPruneCallback(target_sparsity=0.8)], epochs=8, ckpt_path="one.ckpt")
+    states = [torch.load(f, weights_only=True)["callbacks"]["AutoPruneCallback"] for f in ("one.ckpt", "early.ckpt")]
+    assert same(*states)
+
+
+def test_a_state_that_was_not_used_does_not_reach_the_next_fit():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    callback = AutoPruneCallback(target_sparsity=0.5)
+    fit(callback, ckpt_path="done.ckpt")  # nothing is left to train
+    model, _ = fit(callback)
+    assert sparsity(model) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        (
+            "redrawn",
+            {"held_out": "train"},
+            'held out 0.5 of each batch, seed 0; this callback holds out "train". Resume',
+        ),
+        ("train", {}, 'held out "train"; this callback holds out 0.25 of each batch, seed 0'),
+        (
+            "fixed",
+            {**SOURCES["fixed"], "seed": 1},
+            "whole run, seed 0; this callback holds out 0.25 of the training set",
+        ),
+    ],
+)
+def test_resuming_with_other_held_out_data_is_refused(then, now, message):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 12
+
+    _, t = fit([AutoPruneCallback(**SOURCES[then]), Stop()])
+    t.save_checkpoint("one.ckpt")
+    with pytest.raises(AutoPruneError, match=re.escape(message)):
+        fit(AutoPruneCallback(**now), ckpt_path="one.ckpt")
