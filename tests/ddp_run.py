@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import warnings
@@ -21,6 +22,13 @@ from lightning_autoprune import AutoPruneCallback
 
 RANKS = 2
 SETTINGS: dict[str, Any] = {"target_sparsity": 0.7, "warmup": 0.1, "finetune": 0.2}
+
+
+@atexit.register
+def leave() -> None:
+    """Lightning leaves a gloo group to the interpreter's end, where torch sometimes aborts (its issue 190489)."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Plain(Net):
