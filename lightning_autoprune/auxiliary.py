@@ -242,6 +242,7 @@ class AuxiliaryParameters(EffectiveWeights):
         Raises:
             AutoPruneError: if the state was made for other layers or shapes, which are named, or by another rule.
         """
+        self._check_granularity(state)
         _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
         if not state["frozen"] and bool(state["updates"]) != bool(self.squares):
             raise AutoPruneError(
@@ -306,6 +307,13 @@ class AuxiliaryParameters(EffectiveWeights):
     def _check_values(self, initial: InitialM) -> None:
         for name, T in zip(self.weights, self._effective(), strict=True):
             check_values(name, T, initial)
+
+    def _check_granularity(self, state: Mapping[str, Any]) -> None:
+        if "alive" in state:
+            raise AutoPruneError(
+                'The checkpoint\'s run pruned neurons, and this callback has `granularity="weight"`: resume with the'
+                " same granularity, or start from the checkpoint's weights alone."
+            )
 
     def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         return state

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -272,8 +273,12 @@ class AutoPruneCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
-        if (run := self._active) and batch_idx == 0:
+        if not (run := self._active):
+            return
+        if batch_idx == 0:
             run.take_in(trainer, self._candidates(pl_module))
+        if is_overridden("on_train_batch_end", pl_module):
+            run.prune_again()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
@@ -292,6 +297,11 @@ class AutoPruneCallback(Callback):
             return trainer._logger_connector.should_update_logs
         return step % self.log_every_n_steps == 0
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validates, and saves after it, what is pruned, whatever the module's own hooks wrote after the last step."""
+        if run := self._active:
+            run.prune_again()
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the metric that is followed beside the sparsity."""
         if (run := self._active) and not trainer.sanity_checking:
@@ -300,6 +310,8 @@ class AutoPruneCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs figures of the run so far, at the interval asked for; those of its end come when fitting ends."""
         every, run = self.figures_every_n_epochs, self._active
+        if run:
+            run.prune_again()
         if run and not run.over and every and (trainer.current_epoch + 1) % every == 0:
             run.log_figures(trainer)
 

@@ -8,12 +8,19 @@ What a Trainer is refused for is here. Private members of Lightning and torch ar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
@@ -22,6 +29,7 @@ from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.monitored import HELD_OUT_LOSS
 from lightning_autoprune.shards import is_sharded
 
 __all__ = [
@@ -51,12 +59,16 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
         loss_fn: whether the user gave a loss function.
 
     Raises:
-        AutoPruneError: for two pruning callbacks, a strategy or another callback that does not go with pruning, and a
-            ``training_step`` that can't give a held-out loss.
+        AutoPruneError: for two pruning callbacks, a strategy or another callback that does not go with pruning, a
+            ``training_step`` that can't give a held-out loss, and a monitor of the held-out loss that can't be met.
     """
     module, callbacks = trainer.lightning_module, _callbacks(trainer)
     if sum(isinstance(callback, kind) for callback in callbacks) > 1:
         raise AutoPruneError("The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one.")
+    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+        raise AutoPruneError(
+            "The Trainer has Lightning's ModelPruning too, which puts masks of its own over the same weights: keep one."
+        )
     if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy):
         raise AutoPruneError(
             f"AutoPruneCallback does not work under {type(trainer.strategy).__name__} yet: use one device"
@@ -77,6 +89,26 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
             f"`training_step` of {type(module).__name__} takes a `dataloader_iter`, of which no batch can be held out:"
             ' take a `batch`, or pass `held_out="train"`.'
         )
+    _check_monitors(callbacks, held_out)
+
+
+def _check_monitors(callbacks: Sequence[Callback], held_out: bool) -> None:
+    """Raises for callbacks that stop a run where there is no held-out loss, or wait for one that never comes."""
+    for callback in callbacks:
+        if not isinstance(callback, (ModelCheckpoint, EarlyStopping)) or callback.monitor != HELD_OUT_LOSS:
+            continue
+        name = type(callback).__name__
+        if not held_out:
+            raise AutoPruneError(
+                f'{name} monitors {HELD_OUT_LOSS!r}, and with `held_out="train"` there is none: monitor a metric of'
+                " your own."
+            )
+        if isinstance(callback, ModelCheckpoint) or callback.strict:
+            also = "" if isinstance(callback, ModelCheckpoint) else ", or pass `strict=False`"
+            raise AutoPruneError(
+                f"{name} monitors {HELD_OUT_LOSS!r}, which there is only while M is trained, neither in the dense phase"
+                f" nor once the masks are final: monitor a metric of your own{also}."
+            )
 
 
 def check_sharding(trainer: Trainer, neurons: bool, artifact: bool) -> None:
@@ -167,6 +199,12 @@ def trained_weights(
             " first-order optimiser (SGD, Adam, AdamW, …)."
         )
     for optimizer in found:
+        if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
+            raise AutoPruneError(
+                f"{type(optimizer).__name__} evaluates the loss twice within one step (it has a `first_step()` and a"
+                " `second_step()`), and pruned weights would move in between: use a first-order optimiser that steps"
+                " once (SGD, Adam, AdamW, …)."
+            )
         if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
             raise AutoPruneError(
                 f"{type(optimizer).__name__} has weights of its own that it puts in place for evaluation (it has a"

@@ -6,7 +6,7 @@ a weight is kept and 0 where it is pruned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -79,10 +79,14 @@ class EffectiveWeights:
 
     # The weight step
 
-    def mask_gradients(self) -> None:
-        """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place."""
+    def mask_gradients(self, stepped: Container[int] | None = None) -> None:
+        """Turns each weight's gradient dL/dT into dL/dW = dL/dT ⊙ h(M), in place.
+
+        Args:
+            stepped: the ``id`` of each parameter that the coming step trains; None: of all.
+        """
         for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
-            if weight.grad is not None:
+            if weight.grad is not None and (stepped is None or id(weight) in stepped):
                 clear(part(weight.grad), mask)
 
     def after_weight_step(self) -> None:

@@ -17,8 +17,9 @@ from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.ranks import every_rank, mean_over_ranks
 from lightning_autoprune.report import Report
 from lightning_autoprune.shards import is_sharded, part
-from lightning_autoprune.shield import changed, held_out_gradients, versions
+from lightning_autoprune.shield import held_out_gradients
 from lightning_autoprune.sources import Source
+from lightning_autoprune.written import Written
 
 __all__ = ["MaskGradients"]
 
@@ -64,7 +65,8 @@ class MaskGradients:
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
         self._overflows = 0  # in a row
         self.last = -1
-        self._untrained = versions(p for p in module.parameters() if not p.requires_grad)
+        self._untrained = Written([p for p in module.parameters() if not p.requires_grad], values=True)
+        self._passes = 0  # of held-out batches, in this fit
         self._without = list(pruner.weights)  # the layers without a gradient so far, in the dense phase
 
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
@@ -101,10 +103,20 @@ class MaskGradients:
         tensors = list(weights.values())
         sharded = any(is_sharded(weight) for weight in tensors)  # the backward pass takes the mean over the ranks then
         seeds, factor = (self._seed, self._pruner.step), self._source.weight if sharded else 1.0
+        self._passes += 1
+        thorough = self._passes & (self._passes - 1) == 0  # at the 1st, 2nd, 4th, 8th, …
         # those that the user's own steps write to, such as a teacher's
-        kept = [p for p in changed(self._untrained) if not p.requires_grad]
+        kept = [p for p in self._untrained.now(values=thorough) if not p.requires_grad]
         result = held_out_gradients(
-            trainer, batch, tensors, self._loss_fn, *seeds, agree=agree, factor=factor, kept=kept
+            trainer,
+            batch,
+            tensors,
+            self._loss_fn,
+            *seeds,
+            agree=agree,
+            factor=factor,
+            kept=kept,
+            thorough=thorough,
         )
         if isinstance(result, str):
             self._bad_loss(f"the held-out loss is {result}")

@@ -155,7 +155,7 @@ class HeldOutBatches:
         for _ in range(2):  # the second time from the start of the next pass
             with isolated_random(self.seed, self.passes, self.position, generators=self.generators):
                 if self._iterator is None:
-                    self._iterator = own_iterator(self.loader)
+                    self._iterator = iter(own(self.loader))
                 batch = next(self._iterator, self)
             if batch is not self:
                 self.position += 1
@@ -178,12 +178,24 @@ class HeldOutBatches:
             next(self)
 
 
-def own_iterator(loader: Any) -> Iterator[Any]:
-    """An iterator over a loader that nobody else uses: with persistent workers a ``DataLoader`` has but one."""
+def own(loader: Any) -> Any:
+    """A loader whose iterator nobody else uses: with persistent workers a ``DataLoader`` has but one."""
     if isinstance(loader, DataLoader):
         loader = copy(loader)
         loader._iterator = None
-    return iter(loader)
+    return loader
+
+
+def generators_of(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """Those that loaders and their samplers draw from, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loader in loaders:
+        batches = getattr(loader, "batch_sampler", None)
+        for place in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            generator = getattr(place, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def empty_error() -> AutoPruneError:

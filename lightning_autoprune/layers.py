@@ -58,7 +58,8 @@ def prunable_weights(
     chosen = _choose(model, include, exclude)
     weights: dict[str, nn.Parameter] = {}
     embeddings = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
-    seen = {id(m.weight) for m in embeddings if not any(m is chosen_one for chosen_one, _ in chosen.values())}
+    left_out = [m for m in embeddings if not any(m is chosen_one for chosen_one, _ in chosen.values())]
+    seen = {id(m._parameters.get("weight")) for m in left_out}
     for name, (module, attribute) in chosen.items():
         if is_parametrized(module, attribute):
             raise AutoPruneError(
@@ -102,7 +103,8 @@ def _choose(
     found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
         for attribute in _attributes(module):
-            if getattr(module, attribute, None) is not None:
+            # a parametrization (spectral norm) would be computed, and moved on, by a look at the attribute
+            if is_parametrized(module, attribute) or getattr(module, attribute, None) is not None:
                 name = path if attribute == "weight" else f"{path}.{attribute}".lstrip(".")
                 if not isinstance(module, _EMBEDDINGS) or (include and _chosen(name, include, None)):
                     found[name or "weight"] = (module, attribute)

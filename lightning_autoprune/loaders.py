@@ -8,11 +8,12 @@ from typing import Any
 from lightning.fabric.utilities.data import _update_dataloader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.heldout import own_iterator
+from lightning_autoprune.heldout import own
 
 __all__ = [
     "Chain",
@@ -58,11 +59,16 @@ def training_loaders(trainer: Trainer) -> list[Any]:
     return _one_by_one(trainer.train_dataloader)
 
 
-def validation_loaders(trainer: Trainer) -> list[Any]:
-    """The validation loaders of a fit, one by one, which Lightning makes when it first validates."""
+def validation_loaders(trainer: Trainer) -> Chain | None:
+    """The validation loaders of a fit, which Lightning makes when it first validates; None if there are none."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
     if trainer.val_dataloaders is None and trainer.enable_validation:
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
-    return [loader for loader in _one_by_one(trainer.val_dataloaders) if loader is not None]
+        validation.setup_data()
+    loaders = [loader for loader in _one_by_one(trainer.val_dataloaders) if loader is not None]
+    combined = validation._combined_loader
+    if combined is not None and combined._mode != "sequential":
+        return SideBySide(combined)
+    return Chain(loaders) if loaders else None
 
 
 def _one_by_one(loaders: Any) -> list[Any]:
@@ -75,11 +81,25 @@ def length(loader: DataLoader[Any]) -> int | None:
 
 
 class Chain:
-    """Several loaders as one iterable."""
+    """Several loaders as one iterable, one after the other."""
 
     def __init__(self, loaders: list[Any]) -> None:
         self.loaders = loaders
 
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
-            yield from own_iterator(loader)
+            yield from own(loader)
+
+
+class SideBySide(Chain):
+    """Loaders from each of which a batch is taken at a time, as Lightning's ``CombinedLoader`` does."""
+
+    def __init__(self, combined: CombinedLoader) -> None:
+        super().__init__(combined.flattened)
+        self._combined = combined
+
+    def __iter__(self) -> Iterator[Any]:
+        combined = CombinedLoader(self._combined.iterables, self._combined._mode)
+        combined.flattened = [own(loader) for loader in combined.flattened]
+        for batch, *_ in combined:
+            yield batch

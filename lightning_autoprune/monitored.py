@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_autoprune.history import History
 
-__all__ = ["best_values", "followed_metric"]
+__all__ = ["HELD_OUT_LOSS", "best_values", "followed_metric"]
+
+HELD_OUT_LOSS = "autoprune/held_out_loss"
 
 
 def followed_metric(trainer: Trainer) -> tuple[str, float] | None:

@@ -247,11 +247,7 @@ class NeuronParameters(AuxiliaryParameters):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, on weights that hold the T of the same moment."""
-        if "alive" not in state:
-            raise AutoPruneError(
-                'The checkpoint\'s run pruned weights, and this callback has `granularity="neuron"`: resume with the'
-                " same granularity, or start from the checkpoint's weights alone."
-            )
+        self._check_granularity(state)
         if len(state["alive"]) != self.neurons.count:
             raise AutoPruneError(
                 f"The checkpoint's run pruned {len(state['alive'])} channels, and this one has {self.neurons.count}:"
@@ -259,6 +255,13 @@ class NeuronParameters(AuxiliaryParameters):
             )
         self.alive = state["alive"].to(self.alive.device)
         super().load_state_dict(state)
+
+    def _check_granularity(self, state: Mapping[str, Any]) -> None:
+        if "alive" not in state:
+            raise AutoPruneError(
+                'The checkpoint\'s run pruned weights, and this callback has `granularity="neuron"`: resume with the'
+                " same granularity, or start from the checkpoint's weights alone."
+            )
 
     # One entry a channel
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -254,10 +254,14 @@ class Pruner:
         pruning = self.auxiliary is not None and not self.auxiliary.frozen
         return pruning and (self.step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
-    def before_weight_step(self) -> None:
-        """Masks the gradients; before they are clipped, so that the norm is that of what trains."""
+    def before_weight_step(self, stepped: Container[int] | None = None) -> None:
+        """Masks the gradients; before they are clipped, so that the norm is that of what trains.
+
+        Args:
+            stepped: the ``id`` of each parameter that the coming step trains; None: of all.
+        """
         if self.auxiliary:
-            self.auxiliary.mask_gradients()
+            self.auxiliary.mask_gradients(stepped)
 
     def after_weight_step(self) -> None:
         """Sets pruned weights back to 0, after each optimiser step."""
@@ -324,6 +328,10 @@ class Pruner:
         sharded = any(is_sharded(weight) for weight in weights.values())
         return (ShardedParameters if sharded else AuxiliaryParameters)(weights, **options)
 
+    def described(self) -> dict[str, Any]:
+        """The settings, and the length of the run, by name."""
+        return {**asdict(self.settings), "steps": self.phases.total}
+
     def state_dict(self) -> dict[str, Any]:
         """All that resuming needs beside the weights."""
         auxiliary = self.auxiliary.state_dict() if self.auxiliary else None
@@ -336,7 +344,8 @@ class Pruner:
             AutoPruneError: if the state was made for other layers or shapes; names them.
         """
         self.step = state["step"]
-        self._controller.mu, self._controller.error = state["pressure"]
+        if self._target is not None:  # else the pressure is the setting's
+            self._controller.mu, self._controller.error = state["pressure"]
         self.auxiliary = None
         if state["auxiliary"] is not None:
             self.auxiliary = self._attached(self.weights, "constant")  # all kept, so that no weight is written

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_autoprune.compatibility import steps_done
 from lightning_autoprune.history import History
 from lightning_autoprune.masks import pack, unpack
-from lightning_autoprune.monitored import followed_metric
+from lightning_autoprune.monitored import HELD_OUT_LOSS, followed_metric
 
 __all__ = ["Report"]
 
@@ -23,7 +23,8 @@ class Report:
     Metrics (``monitor=`` of ModelCheckpoint and EarlyStopping takes them): ``autoprune/sparsity`` and
     ``autoprune/density`` in [0, 1], ``autoprune/compression`` (all weights per weight kept), ``autoprune/pressure``
     (μ), ``autoprune/flops`` (operations with the weights that are left, / all, in [0, 1]) of a module with an
-    ``example_input_array``, and from the first held-out batch on ``autoprune/held_out_loss`` (mean since the last log).
+    ``example_input_array``, and while M is trained on held-out batches ``autoprune/held_out_loss`` (mean since the last
+    log).
 
     The loggers also get ``autoprune/sparsity/<layer>``, and ``autoprune/pruned`` and ``autoprune/revived``: how many
     weights are pruned now that were not at the last log, and the other way round.
@@ -59,8 +60,18 @@ class Report:
         self._loss_sum += loss
         self._losses += 1
 
-    def publish(self, trainer: Trainer, density: float, mu: float, flops: float | None = None) -> dict[str, float]:
-        """Makes the metrics of this moment available to callbacks and the progress bar, and returns them."""
+    def publish(
+        self, trainer: Trainer, density: float, mu: float, flops: float | None = None, *, over: bool = False
+    ) -> dict[str, float]:
+        """Makes the metrics of this moment available to callbacks and the progress bar, and returns them.
+
+        Args:
+            trainer: the trainer.
+            density: fraction of the weights kept.
+            mu: the pressure.
+            flops: fraction of the operations left, if it is known.
+            over: whether M is trained no more, so that the last held-out loss is no news and is taken back.
+        """
         metrics = {
             "autoprune/sparsity": 1 - density,
             "autoprune/density": density,
@@ -70,7 +81,9 @@ class Report:
         if flops is not None:
             metrics["autoprune/flops"] = flops
         if self._losses:
-            metrics["autoprune/held_out_loss"] = self._loss_sum / self._losses
+            metrics[HELD_OUT_LOSS] = self._loss_sum / self._losses
+        elif over:
+            trainer._logger_connector._callback_metrics.pop(HELD_OUT_LOSS, None)
         _set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
         return metrics
 

@@ -21,6 +21,7 @@ from lightning_autoprune.monitored import best_values
 from lightning_autoprune.plan import plan
 from lightning_autoprune.pruner import Pruner, Settings
 from lightning_autoprune.report import Report
+from lightning_autoprune.resumed import warn_of_changes
 from lightning_autoprune.shards import reshard
 from lightning_autoprune.sources import Source
 from lightning_autoprune.summary import LayerSummary, summarise
@@ -69,14 +70,18 @@ class Run:
         if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
         self.module, self._source, self._optimizers = module, source, list(optimizers)
+        self._trainer = trainer
         self.report = Report(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         self.gradients = MaskGradients(
             module, self.pruner, source, self._optimizers, self.report, train_gradients, loss_fn, seed
         )
         self._handles: list[Any] = []
-        self._stepped: set[int] = set()  # the optimisers whose hook was called in the step under way
+        self._masked: set[int] = set()  # the optimisers whose gradients Lightning's hook has masked
+        self._stepping: set[int] = set()  # those whose step is under way, under manual optimisation
+        self._stepped: set[int] = set()  # those whose hook was called in the training step under way
         self._left_dense: list[str] = []  # of the layers that were thawed too late
+        self._no_neurons = [name for name in weights if name not in chosen]
 
     def start(self, trainer: Trainer) -> None:
         """Enters the phase that the run is in, and hooks into the optimisers."""
@@ -101,6 +106,8 @@ class Run:
             handle.remove()
         self._optimizers[:] = optimizers
         self._handles = [o.register_step_post_hook(self._after_weight_step) for o in optimizers]
+        if not self.module.automatic_optimization:  # a step past Lightning, by `optimizers(use_pl_optimizer=False)`
+            self._handles += [o.register_step_pre_hook(self._before_manual_step) for o in optimizers]
 
     def _follow(self, owned: Mapping[int, Optimizer]) -> None:
         """Hooks into the optimisers that train the weights now, where the user has made new ones."""
@@ -119,7 +126,7 @@ class Run:
         """
         owned = owners(trainer)
         self._follow(owned)
-        known = [*self.pruner.weights, *self._left_dense]
+        known = [*self.pruner.weights, *self._left_dense, *self._no_neurons]
         for name, weight in candidates.items():
             if name in known or not weight.requires_grad or id(weight) not in owned:
                 continue
@@ -164,10 +171,22 @@ class Run:
 
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
+        if id(optimizer) not in self._stepping:
+            self._masked.add(id(optimizer))
+            self._mask(trainer, optimizer)
+
+    def _before_manual_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepping.add(id(optimizer))
+        if id(optimizer) not in self._masked:
+            self._mask(self._trainer, optimizer)
+
+    def _mask(self, trainer: Trainer, optimizer: Optimizer) -> None:
         self.gradients.before_weight_step(trainer, optimizer)
-        self.pruner.before_weight_step()
+        self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
     def _after_weight_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepping.discard(id(optimizer))
+        self._masked.discard(id(optimizer))
         self._stepped.add(id(optimizer))
         self.pruner.after_weight_step()
 
@@ -181,6 +200,8 @@ class Run:
         if len(self._stepped) < len(self._optimizers):  # some optimisers call no hooks
             self.pruner.after_weight_step()
         self._stepped.clear()
+        self._masked.clear()
+        self._stepping.clear()
         self.gradients.after_weight_step(trainer)
         dense = self.pruner.auxiliary is None
         frozen_now = self.pruner.end_step(self.report.history.look_at)
@@ -190,7 +211,7 @@ class Run:
             self._finish_pruning(trainer)
         layers = self.pruner.layer_sparsity()
         flops = self._cost.flops_left(layers) if self._cost else None
-        metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops)
+        metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops, over=self.pruner.frozen)
         if frozen_now or log_is_due(self.pruner.step):
             masks = self.pruner.each_mask() if frozen_now or not self.pruner.frozen else ()  # they change no more
             self.report.log(trainer, metrics, layers, masks, remember=frozen_now)
@@ -234,6 +255,10 @@ class Run:
 
     # The end
 
+    def prune_again(self) -> None:
+        """Writes the zeros once more, which the module's own hooks may have overwritten."""
+        self.pruner.after_weight_step()
+
     def end(self) -> None:
         """Writes the zeros once more, which what other callbacks do when fitting ends may have overwritten."""
         prune_again(self.pruner)
@@ -251,6 +276,7 @@ class Run:
         """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
         return {
             "layers": list(self.pruner.weights),
+            "settings": self.pruner.described(),
             "left_dense": list(self._left_dense),
             "source": self._source.name,
             "gradients": self.gradients.state_dict(),
@@ -274,6 +300,8 @@ class Run:
                 f" {listed(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`, or"
                 " start from its weights alone."
             )
+        if self.pruner.auxiliary:
+            warn_of_changes(state["settings"], self.pruner.described(), self.pruner.frozen)
         self.report.load_state_dict(state["report"])
         self.gradients.load_state_dict(state["gradients"])
         if self.pruner.frozen:

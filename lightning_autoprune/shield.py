@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,12 +20,15 @@ from lightning_autoprune.compatibility import grad_scaler
 from lightning_autoprune.random_numbers import isolated_random
 from lightning_autoprune.rules import at_least_float32
 from lightning_autoprune.shards import gradients, part, running_apart
+from lightning_autoprune.written import Written
 
-__all__ = ["changed", "held_out_gradients", "shielded", "versions"]
+__all__ = ["held_out_gradients", "shielded"]
 
 
 @contextmanager
-def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -> Iterator[None]:
+def shielded(
+    model: LightningModule, *seeds: int, kept: Sequence[Tensor] = (), thorough: bool = False
+) -> Iterator[None]:
     """Runs a block in which a ``training_step`` can be called without effect on the run.
 
     ``nn.Dropout`` modules are off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all
@@ -38,8 +41,9 @@ def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -
         model: the module being trained, in training mode.
         seeds: integers that seed the random numbers inside.
         kept: other tensors that are put back, such as parameters that ``training_step`` writes to itself.
+        thorough: whether to see what is written to trained weights through ``.data`` too, which takes time.
     """
-    before = versions(p for p in model.parameters() if p.requires_grad)
+    written = Written([p for p in model.parameters() if p.requires_grad], values=thorough)
     with ExitStack() as stack:
         stack.enter_context(kept_values(kept))
         stack.enter_context(isolated_random(*seeds))
@@ -53,21 +57,11 @@ def shielded(model: LightningModule, *seeds: int, kept: Sequence[Tensor] = ()) -
             if module._buffers:
                 stack.enter_context(kept_buffers(module))
         yield
-    if changed(before):
+    if written.now(values=thorough):
         rank_zero_warn(
             "`training_step` writes to weights that are trained, and did so in the held-out pass too: pass a `loss_fn`"
             ' that only gives the loss, or `held_out="train"`.'
         )
-
-
-def versions(tensors: Iterable[Tensor]) -> list[tuple[Tensor, int]]:
-    """Tensors with the number of times that each has been written to; for :func:`changed`."""
-    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-
-
-def changed(before: Iterable[tuple[Tensor, int]]) -> list[Tensor]:
-    """Those that have been written to since :func:`versions`."""
-    return [tensor for tensor, version in before if tensor._version != version]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -110,6 +104,7 @@ def held_out_gradients(
     agree: Callable[[bool], bool] = bool,
     factor: float = 1.0,
     kept: Sequence[Tensor] = (),
+    thorough: bool = False,
 ) -> tuple[Tensor, list[Tensor]] | str:
     """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
@@ -123,13 +118,14 @@ def held_out_gradients(
             rank may wait for the others.
         factor: what the gradients are multiplied by.
         kept: tensors whose values are put back, beside what :func:`shielded` does.
+        thorough: as of :func:`shielded`.
 
     Returns:
         The loss and one gradient a weight (zeros where the loss does not depend on it; of sharded weights this rank's
         part of the mean over the ranks), or, where the loss is not a finite scalar, a text that says what it is.
     """
     module = trainer.lightning_module
-    with shielded(module, *seeds, kept=kept), running_apart(module, weights), torch.enable_grad():
+    with shielded(module, *seeds, kept=kept, thorough=thorough), running_apart(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
             output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output

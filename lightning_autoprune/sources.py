@@ -15,7 +15,14 @@ from typing_extensions import override
 
 from lightning_autoprune.batches import batch_rows, shard_batch, split_batch
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
-from lightning_autoprune.heldout import FixedSplitSampler, HeldOutBatches, empty_error, iterable_error, split_loader
+from lightning_autoprune.heldout import (
+    FixedSplitSampler,
+    HeldOutBatches,
+    empty_error,
+    generators_of,
+    iterable_error,
+    split_loader,
+)
 from lightning_autoprune.loaders import (
     Chain,
     length,
@@ -173,8 +180,7 @@ class LoaderSource(Source):
         loaders = self.loader.loaders if isinstance(self.loader, Chain) else [self.loader]
         if all(isinstance(loader, DataLoader) and length(loader) == 0 for loader in loaders):
             raise empty_error()
-        generators = {id(g): g for g in (getattr(loader, "generator", None) for loader in loaders) if g is not None}
-        self._stream = HeldOutBatches(self.loader, self.seed, list(generators.values()))
+        self._stream = HeldOutBatches(self.loader, self.seed, generators_of(loaders))
 
     @override
     def batch(self, trainer: Trainer) -> Any:
@@ -211,7 +217,7 @@ class LoaderSource(Source):
 
 
 class ValidationSource(LoaderSource):
-    """Takes batches from the user's own validation loaders, one loader after the other."""
+    """Takes batches from the user's own validation loaders, as validation runs through them."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(None, seed)
@@ -223,14 +229,13 @@ class ValidationSource(LoaderSource):
 
     @override
     def start(self, trainer: Trainer, due: Callable[[], int | None]) -> None:
-        loaders = validation_loaders(trainer)
-        if not loaders:
+        self.loader = validation_loaders(trainer)
+        if self.loader is None:
             raise AutoPruneError(
                 '`held_out="val"` needs validation data, and this fit has none: pass `val_dataloaders` to `fit`, or'
                 " choose a fraction of the training data."
             )
         rank_zero_warn('`held_out="val"` fits the masks on the data that is reported: its metrics will look too good.')
-        self.loader = Chain(loaders)
         super().start(trainer, due)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from helpers import Net, data, fit, loader
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler
 
 from lightning_autoprune import AutoPruneCallback
@@ -48,3 +49,24 @@ def test_validation_data_is_found_that_is_not_loaded_yet():
     callback = AutoPruneCallback(target_sparsity=0.8, held_out="val")
     fit(callback, val=loader(seed=3), num_sanity_val_steps=0, check_val_every_n_epoch=3)
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*fits the masks on the data")
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
+def test_validation_loaders_that_run_side_by_side_give_batches_of_all(mode):
+    class Both(Net):
+        def training_step(self, batch):
+            seen.append([len(x) for x, _ in batch.values()])
+            return sum(super(Both, self).training_step(part) for part in batch.values())
+
+        def validation_step(self, batch):
+            self.training_step(batch)
+
+    def combined(rows, batch):
+        return CombinedLoader({"a": loader(rows, batch), "b": loader(rows // 2, batch, shuffle=True)}, mode)
+
+    seen = []
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out="val")
+    fit(callback, model=Both(), train=combined(128, 16), val=combined(64, 8), num_sanity_val_steps=0)
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+    assert {tuple(sizes) for sizes in seen} == {(16, 16), (8, 8)}

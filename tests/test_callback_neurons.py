@@ -111,14 +111,17 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(at, tmp_path):
 
 def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
     def fit_with(callback, **options):
-        keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=12)
+        keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=12, enable_version_counter=False)
         fit([callback, keep], model=Example(), epochs=4, enable_checkpointing=True, **options)
 
-    fit_with(AutoPruneCallback(target_sparsity=0.5))
-    with pytest.raises(
-        AutoPruneError, match="The checkpoint's run pruned weights, and this callback has `granularity="
-    ):
-        fit_with(neurons(target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
+    both = {"weights": AutoPruneCallback, "neurons": neurons}
+    for there, here in (("weights", "neurons"), ("neurons", "weights")):
+        fit_with(both[there](target_sparsity=0.5))
+        message = (
+            f'The checkpoint\'s run pruned {there}, and this callback has `granularity="{here[:-1]}"`: resume with'
+        )
+        with pytest.raises(AutoPruneError, match=message):
+            fit_with(both[here](target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
 
 
 def test_pruned_neurons_are_not_read_in_any_checkpoint():
@@ -129,3 +132,18 @@ def test_pruned_neurons_are_not_read_in_any_checkpoint():
     weights = prunable_weights(model)
     assert not weights["last"][:, dead].any()
     assert not weights["first"][dead].any()
+
+
+def test_a_layer_that_has_no_neurons_is_not_taken_for_one_that_was_thawed(recwarn):
+    class Recurrent(Example):
+        def __init__(self):
+            super().__init__()
+            self.lstm = torch.nn.LSTM(12, 12)
+
+        def forward(self, x):
+            return super().forward(self.lstm(x)[0])
+
+    callback = neurons(target_sparsity=0.5)
+    fit(callback, model=Recurrent())
+    assert set(callback.layer_sparsity()) == {"first", "last"}
+    assert not [w for w in recwarn if "thawed" in str(w.message)]

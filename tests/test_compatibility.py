@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Net, data, fit, loader, trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from test_callback import Manual, TwoOptimizers
 from torch.distributed.tensor import Shard
@@ -17,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
 from lightning_autoprune.compatibility import check_shards
+from lightning_autoprune.monitored import HELD_OUT_LOSS
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,19 @@ class Averaging(torch.optim.Adam):
 class ScheduleFree(Net):
     def configure_optimizers(self):
         return Averaging(self.parameters())
+
+
+class Perturbing(torch.optim.SGD):
+    def first_step(self):
+        """Climbs."""
+
+    def second_step(self):
+        """Goes back, and descends."""
+
+
+class SharpnessAware(Net):
+    def configure_optimizers(self):
+        return Perturbing(self.parameters(), 0.1)
 
 
 class OwnLoader(DataLoader):
@@ -150,6 +165,27 @@ class Forgetful(Net):
             r"Averaging has weights of its own that it puts in place for evaluation \(it has a `train\(\)` and an",
         ),
         (
+            AutoPruneCallback(),
+            {"model": SharpnessAware()},
+            r"Perturbing evaluates the loss twice within one step \(it has a `first_step\(\)` and a `second_step\(\)",
+        ),
+        (
+            [AutoPruneCallback(), ModelCheckpoint(monitor=HELD_OUT_LOSS)],
+            {"enable_checkpointing": True},
+            "ModelCheckpoint monitors 'autoprune/held_out_loss', which there is only while M is trained, neither in the"
+            " dense phase nor once the masks are final: monitor a metric of your own.$",
+        ),
+        (
+            [AutoPruneCallback(), EarlyStopping(HELD_OUT_LOSS)],
+            {},
+            "EarlyStopping monitors .* nor once the masks are final: monitor a metric of your own, or pass `strict=F",
+        ),
+        (
+            [AutoPruneCallback(held_out="train"), EarlyStopping(HELD_OUT_LOSS, strict=False)],
+            {},
+            "EarlyStopping monitors 'autoprune/held_out_loss', and with `held_out=\"train\"` there is none: monitor a",
+        ),
+        (
             AutoPruneCallback(redraw_held_out=False),
             {"train": DataLoader(data(), batch_sampler=BatchSampler(SubsetRandomSampler(range(64)), 8, False))},
             "this one has the sampler SequentialSampler and the batch sampler BatchSampler",
@@ -213,6 +249,11 @@ class Forgetful(Net):
             "There are 2 training loaders, whose batches differ",
         ),
         (AutoPruneCallback(held_out="val"), {}, '`held_out="val"` needs validation data, and this fit has none'),
+        (
+            [AutoPruneCallback(), ModelPruning("l1_unstructured", [])],
+            {},
+            "The Trainer has Lightning's ModelPruning too, which puts masks of its own over the same weights: keep one",
+        ),
         ([AutoPruneCallback(), Other()], {}, "The Trainer has two AutoPrune callbacks, which would prune the same"),
         (AutoPruneCallback(), {"epochs": -1}, "whose length is not known: set `max_steps` of the Trainer"),
         (AutoPruneCallback(target_sparsity=0.999), {}, "Keeping 0 of 256 weights is not possible"),

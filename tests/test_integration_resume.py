@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Net, Resumable, csv_logger, data, fit, flat, loader, same, saving
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
@@ -139,6 +139,38 @@ def test_training_further_after_the_masks_were_frozen_keeps_them():
     assert not torch.equal(flat(model), flat(longer))
 
 
+def test_settings_that_come_too_late_for_final_masks_are_warned_about():
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    more = AutoPruneCallback(target_sparsity=0.95, pressure=1.0)
+    message = (
+        "The checkpoint's run had other settings: target_sparsity 0.8 (here 0.95), pressure 0.05 (here 1.0). Its masks"
+        " are final, so they stay: to prune anew, start a new fit from its weights alone."
+    )
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        fit(more, epochs=8, ckpt_path="done.ckpt")
+    assert more.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_run_goes_on_with_new_settings_and_says_so():
+    fit([AutoPruneCallback(), saving(every_n_train_steps=20)], epochs=6, enable_checkpointing=True)
+    message = (
+        "other settings: pressure 0.05 (here 5.0), steps 48 (here 64). The run goes on with the new ones, as far as"
+    )
+    path = "checkpoints/step=20.ckpt"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        fit(strong := AutoPruneCallback(pressure=5.0), epochs=8, ckpt_path=path)
+    fit(weak := AutoPruneCallback(), epochs=8, ckpt_path=path)
+    assert strong.sparsity > weak.sparsity + 0.1
+
+
+def test_the_same_settings_are_not_warned_about(recwarn):
+    _, t = fit(AutoPruneCallback(target_sparsity=0.8))
+    t.save_checkpoint("done.ckpt")
+    fit(AutoPruneCallback(target_sparsity=0.8), epochs=8, ckpt_path="done.ckpt")
+    assert not [w for w in recwarn if "other settings" in str(w.message)]
+
+
 def test_a_frozen_run_resumes_on_a_batch_too_small_to_split():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("done.ckpt")
@@ -249,9 +281,16 @@ def test_a_run_that_was_stopped_and_saved_afterwards_resumes_bit_equal(source):
     assert same(whole.state_dict(), resumed.state_dict())
 
 
-def test_a_loader_with_a_generator_of_its_own_resumes_bit_equal():
+@pytest.mark.parametrize("of", ["loader", "sampler", "batch sampler"])
+def test_a_loader_with_a_generator_of_its_own_resumes_bit_equal(of):
     def held_out():
-        return DataLoader(data(seed=9), 16, shuffle=True, generator=torch.Generator().manual_seed(3))
+        rows, generator = data(seed=9), torch.Generator().manual_seed(3)
+        if of == "loader":
+            return DataLoader(rows, 16, shuffle=True, generator=generator)
+        sampler = RandomSampler(rows, generator=generator)
+        if of == "sampler":
+            return DataLoader(rows, 16, sampler=sampler)
+        return DataLoader(rows, batch_sampler=BatchSampler(sampler, 16, drop_last=True))
 
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, held_out=held_out()), 21, every_n_train_steps=1)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Net, csv_logger, csv_rows, fit, loader, same
 from lightning.pytorch import Callback
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_autoprune import AutoPruneCallback
 
@@ -80,19 +81,38 @@ def test_the_comparison_can_fail():
 class Distilled(Net):
     """Has a teacher, which is the average of a layer and is kept by ``training_step`` itself."""
 
-    def __init__(self):
+    def __init__(self, average):
         super().__init__()
-        self.teacher = copy.deepcopy(self.first).requires_grad_(False)
+        self.teacher, self.average = copy.deepcopy(self.first).requires_grad_(False), average
+
+    @torch.no_grad()
+    def _average(self, teacher, weight):
+        if self.average == "counted":
+            teacher.lerp_(weight, 0.1)
+        elif self.average == "data":
+            teacher.data.mul_(0.9).add_(0.1 * weight)
+        else:
+            teacher.data = 0.9 * teacher.data + 0.1 * weight
 
     def training_step(self, batch):
-        with torch.no_grad():
-            self.teacher.weight.lerp_(self.first.weight, 0.1)
+        self._average(self.teacher.weight, self.first.weight)
         return super().training_step(batch)
 
 
-def test_a_teacher_is_averaged_once_a_step():
+@pytest.mark.parametrize("average", ["counted", "data", "another tensor"])
+def test_a_teacher_is_averaged_once_a_step(average):
     def trained(callback):
         torch.manual_seed(0)
-        return dict(fit(callback, Distilled(), val=loader())[0].state_dict())
+        return dict(fit(callback, Distilled(average), val=loader())[0].state_dict())
 
     assert same(trained(None), trained(AutoPruneCallback(**NEVER, held_out="val")))
+
+
+def test_a_parametrization_of_an_excluded_layer_is_not_computed_once_more():
+    def trained(callback):
+        torch.manual_seed(0)
+        model = Net()
+        spectral_norm(model.last)
+        return dict(fit(callback, model)[0].state_dict())
+
+    assert same(trained(None), trained(AutoPruneCallback(**NEVER, held_out="train", exclude=["last"])))

@@ -162,3 +162,17 @@ print(callback.sparsity)
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tests)!r})\n{code}"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("0.5")
+
+
+def test_the_held_out_loss_goes_when_the_masks_are_final_so_that_no_one_waits_for_it_to_fall():
+    seen = []
+
+    class Seen(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append("autoprune/held_out_loss" in trainer.callback_metrics)
+
+    stop = EarlyStopping("autoprune/held_out_loss", strict=False, patience=3)
+    callback = AutoPruneCallback(target_sparsity=0.5, warmup=0.1, finetune=0.6)
+    _, trainer = fit([callback, Seen(), stop], epochs=20, val=loader())
+    assert trainer.current_epoch == 20
+    assert seen == [False] * 2 + [True] * 6 + [False] * 12

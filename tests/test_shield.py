@@ -11,7 +11,8 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.shield import changed, held_out_gradients, shielded, versions
+from lightning_autoprune.shield import held_out_gradients, shielded
+from lightning_autoprune.written import Written
 
 
 def state(model: Net) -> dict:
@@ -189,10 +190,10 @@ def test_everything_is_put_back_after_an_error_inside():
 def test_other_tensors_are_put_back_where_asked():
     model = Net()
     model.last.requires_grad_(False)
-    before = versions(model.parameters())
+    written = Written(model.parameters())
     with torch.no_grad():
         model.last.weight += 1
-    (kept,) = changed(before)
+    (kept,) = written.now()
     assert kept is model.last.weight
     value = kept.clone()
     with shielded(model, 0, kept=[kept]), torch.no_grad():
@@ -205,6 +206,17 @@ def test_a_training_step_that_writes_to_trained_weights_is_warned_about():
         def training_step(self, batch):
             with torch.no_grad():
                 self.last.weight.clamp_(-1, 1)
+            return super().training_step(batch)
+
+    with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
+        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)
+
+
+def test_a_training_step_that_writes_to_trained_weights_through_data_is_warned_about():
+    class Clamped(Net):
+        def training_step(self, batch):
+            self.last.weight.data.clamp_(-0.1, 0.1)
+            self.last.weight.data.mul_(0.99)
             return super().training_step(batch)
 
     with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
