@@ -1,8 +1,12 @@
-"""The rows of a batch, whatever it is nested in: split at random, or shared out over ranks. Torch only."""
+"""The rows of a batch, whatever it is nested in: split at random, or shared out over ranks. Torch only.
+
+Where a container has its rows is one of three: each of its items is one (``[sample, sample, …]``), each item of each of
+its lists is one (``tuple(zip(*samples))``), or they are the rows of what is in it, as the default collation makes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from typing import Any
 
@@ -12,43 +16,60 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.random_numbers import mix
 
-__all__ = ["batch_rows", "shard_batch", "split_batch"]
+__all__ = ["UnclearRowsError", "batch_rows", "held_rows", "shard_batch", "split_batch"]
 
+Layouts = dict[str, str]  # by place in the batch, as "['boxes'][0]"
+
+_ITEMS, _LISTS, _COLUMNS = "items", "lists", "columns"
 _INSTEAD = 'pass `held_out=DataLoader(...)` or `held_out="train"`.'
 
 
-def split_batch(batch: Any, fraction: float, *seeds: int, least: int = 0) -> tuple[Any, Any]:
+class UnclearRowsError(AutoPruneError):
+    """A batch, and the batches before it, don't tell what is a row."""
+
+
+def split_batch(
+    batch: Any, fraction: float, *seeds: int, least: int = 0, layouts: Layouts | None = None
+) -> tuple[Any, Any]:
     """Splits the rows of a batch at random into a training part and a held-out part.
 
     Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
     other lists and tuples of as many items are split by item, such as the texts of the default collation, and so are
-    lists with an item for each row, as ``tuple(zip(*samples))`` makes them; scalars and strings go to both parts.
+    lists of samples, and lists with an item for each row, as ``tuple(zip(*samples))`` makes them; scalars and strings
+    go to both parts.
 
     Args:
         batch: what a data loader gives; all tensors have as many rows.
         fraction: share of the rows to hold out, in (0, 1), rounded to whole rows.
         seeds: integers that decide which rows.
         least: rows that each part has, whatever the fraction, where the batch is large enough; else half of it.
+        layouts: where earlier batches had their rows, for batches that don't tell; what this one tells is added.
 
     Returns:
         Training part and held-out part; the whole batch and None where one of them would be empty.
 
     Raises:
-        AutoPruneError: if the batch has no rows, parts with different numbers of rows, or lists of which it can't be
-            told whether an item is a row.
+        UnclearRowsError: if the batch has lists of which it can't be told whether an item is a row.
+        AutoPruneError: if it has no rows, or parts with different numbers of rows.
 
     Example:
         >>> train, held_out = split_batch((torch.arange(4), torch.ones(4, 2)), 0.25, 0)
         >>> [len(part) for part in train], [len(part) for part in held_out]
         ([3, 3], [1, 1])
     """
-    rows = batch_rows(batch)
-    least = min(least, rows // 2)
-    held = min(max(round(fraction * rows), least), rows - least)
+    layouts = {} if layouts is None else layouts
+    rows = batch_rows(batch, layouts)
+    held = held_rows(rows, fraction, least)
     if not 0 < held < rows:
         return batch, None
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
-    return _take(batch, order[held:], rows), _take(batch, order[:held], rows)
+    return _take(batch, order[held:], rows, layouts), _take(batch, order[:held], rows, layouts)
+
+
+def held_rows(rows: int, fraction: float, least: int = 0) -> int:
+    """How many of so many rows :func:`split_batch` holds out; 0 or all of them where it does not split."""
+    least = min(least, rows // 2)
+    return min(max(round(fraction * rows), least), rows - least)
 
 
 def shard_batch(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
@@ -67,59 +88,143 @@ def shard_batch(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
         >>> shard_batch(torch.arange(5), 1, 2)
         (tensor([1, 3]), 0.8)
     """
-    rows = batch_rows(batch)
+    layouts: Layouts = {}
+    rows = batch_rows(batch, layouts)
     if rows < 2 * ranks:
         return batch, 1.0
     index = torch.arange(rank, rows, ranks)
-    return _take(batch, index, rows), len(index) * ranks / rows
+    return _take(batch, index, rows, layouts), len(index) * ranks / rows
 
 
-def batch_rows(batch: Any) -> int:
-    """Number of rows of a batch: that of the first tensor in it.
+def batch_rows(batch: Any, layouts: Layouts | None = None) -> int:
+    """Number of rows of a batch: of the first tensor that is nested the least, or of items where they are the rows.
 
-    Raises:
-        AutoPruneError: if there is none.
-    """
-    rows = next(_rows(batch), None)
-    if rows is None:
-        raise AutoPruneError(f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: {_INSTEAD}")
-    return rows
-
-
-def _rows(batch: Any) -> Iterator[int]:
-    """Numbers of rows of the tensors in a batch, outermost first."""
-    if (listed := _listed_rows(batch)) is not None:
-        yield listed
-    elif isinstance(batch, Tensor):
-        if batch.dim() > 0:
-            yield batch.size(0)
-    else:
-        for value in _values(batch):
-            yield from _rows(value)
-
-
-def _listed_rows(batch: Any) -> int | None:
-    """The number of rows where they are the items of lists beside each other, as ``tuple(zip(*samples))`` makes them.
-
-    That is so if some hold tensors and others plain values (labels, texts), which the default collation never leaves,
-    or if the tensors have different numbers of rows, as images and boxes have.
+    Args:
+        batch: as of :func:`split_batch`.
+        layouts: as of :func:`split_batch`.
 
     Raises:
-        AutoPruneError: if all items hold tensors of as many rows, so that the lists may hold columns as well.
+        UnclearRowsError: as :func:`split_batch`.
+        AutoPruneError: if there are none.
     """
-    lists = [value for value in _values(batch) if _is_list(value)]
-    if len(lists) < 2 or len({len(items) for items in lists}) > 1:
+    layouts = {} if layouts is None else layouts
+    level = [("", batch)]
+    while level:
+        for _, value in level:
+            if isinstance(value, Tensor) and value.dim() > 0:
+                return value.size(0)
+        for place, value in level:
+            layout = _layout(value, place, layouts)
+            if layout != _COLUMNS:
+                return len(value if layout == _ITEMS else next(filter(_is_list, _values(value))))
+        level = [child for place, value in level for child in _children(value, place)]
+    raise AutoPruneError(f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: {_INSTEAD}")
+
+
+def _layout(batch: Any, place: str, layouts: Layouts, rows: int | None = None, beside: bool = False) -> str:
+    """Where a container has its rows.
+
+    Args:
+        batch: the container.
+        place: where it is in the batch.
+        layouts: as of :func:`split_batch`.
+        rows: how many there are, if that is known.
+        beside: whether a tensor stands beside it, or beside what it is in.
+
+    Raises:
+        UnclearRowsError: as :func:`split_batch`.
+    """
+    values, found = _values(batch), set(_rows(batch))
+    lists = [value for value in values if _is_list(value)]
+    side_by_side = len(lists) > 1 and len(set(map(len, lists))) == 1
+    may_be = {
+        _ITEMS: _is_list(batch) and rows in (None, len(batch)),
+        _LISTS: side_by_side and rows in (None, len(lists[0])),
+    }
+    if not found:
+        return _ITEMS if rows and may_be[_ITEMS] else _COLUMNS
+    if not any(may_be.values()):
+        if beside and _is_list(batch):
+            layouts.setdefault(place, _COLUMNS)
+        return _COLUMNS
+    told = _told_by_kinds(values) if _is_list(batch) else None
+    if not (told and may_be[told]):
+        known = layouts.get(place)
+        if known and may_be.get(known, True):
+            return known
+        if may_be[_LISTS] and (len(found) > 1 or any(all(map(_is_plain, items)) for items in lists)):
+            told = _LISTS  # the default collation leaves neither
+        elif rows and may_be[_ITEMS] and not _has_columns(batch, place, layouts, rows, beside):
+            told = _ITEMS
+        elif side_by_side and all(any(True for _ in _rows(item)) for items in lists for item in items):
+            raise UnclearRowsError(
+                f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it"
+                f" can't be told whether an item is a row or a column: stack the tensors, or {_INSTEAD}"
+            )
+        else:
+            alike = isinstance(values[0], Mapping) and len(set(map(_form, values))) == 1
+            return _ITEMS if beside and may_be[_ITEMS] and alike else _COLUMNS
+    layouts.setdefault(place, told)
+    return told
+
+
+def _told_by_kinds(values: list[Any]) -> str | None:
+    """Whether containers of one form are samples, or the fields of samples: by what is alike in them.
+
+    None where they may be columns: without plain values, with as many rows in all tensors. (What lists in a dict hold
+    is no sign: lists of boxes may stand beside the columns of each view.)
+    """
+    forms = {_form(value) for value in values}
+    if len(forms) > 1 or None in forms:
         return None
-    each = [set(_rows(item)) for items in lists for item in items]
-    found = set().union(*each)
-    if len(found) > 1 or (found and any(all(map(_is_plain, items)) for items in lists)):
-        return len(lists[0])
-    if found and all(each):
-        raise AutoPruneError(
-            f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it can't"
-            f" be told whether an item is a row or a column: stack the tensors, or {_INSTEAD}"
-        )
+    inner, fields = [_values(value) for value in values], _is_list(values[0])
+    items = [item for part in inner for item in part]
+    if len({n for item in items for n in _rows(item, lists=fields)}) < 2 and not any(map(_has_plain, items)):
+        return None
+    if not fields:
+        return _ITEMS
+    for exact in (False, True):
+        zipped, samples = _alike(inner, exact), _alike(zip(*inner, strict=True), exact)
+        if zipped != samples:
+            return _LISTS if zipped else _ITEMS
     return None
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return frozenset(value)
+    return (type(value), len(value)) if isinstance(value, (list, tuple)) else None
+
+
+def _alike(groups: Iterable[Iterable[Any]], exact: bool) -> bool:
+    """Whether the values of each group are of one kind; None, for what is missing, is of any."""
+    return all(len({_kind(value, exact) for value in group if value is not None}) < 2 for group in groups)
+
+
+def _kind(value: Any, exact: bool) -> Any:
+    if _is_plain(value):
+        return str if isinstance(value, (str, bytes)) else float
+    if isinstance(value, Tensor):
+        return (value.dim(), value.dtype) if exact else Tensor
+    if isinstance(value, Mapping):
+        return frozenset(value) if exact else Mapping
+    return list if isinstance(value, (list, tuple)) else type(value)
+
+
+def _rows(batch: Any, lists: bool = True) -> Iterator[int]:
+    """Numbers of rows of the tensors in a batch, with those in its lists or without."""
+    if isinstance(batch, Tensor) and batch.dim() > 0:
+        yield batch.size(0)
+    elif lists or not _is_list(batch):
+        for value in _values(batch):
+            yield from _rows(value, lists)
+
+
+def _children(batch: Any, place: str) -> list[tuple[str, Any]]:
+    """What is in a container, by its place in the batch."""
+    if isinstance(batch, Mapping):
+        return [(f"{place}[{key!r}]", value) for key, value in batch.items()]
+    return [(f"{place}[{i}]", value) for i, value in enumerate(_values(batch))]
 
 
 def _values(batch: Any) -> list[Any]:
@@ -136,7 +241,22 @@ def _is_plain(item: Any) -> bool:
     return isinstance(item, (str, bytes, int, float)) or (isinstance(item, Tensor) and item.dim() == 0)
 
 
-def _take(batch: Any, index: Tensor, rows: int) -> Any:
+def _has_plain(item: Any) -> bool:
+    """Whether it is a plain value, or has one outside of lists, where texts may be the rows of a column."""
+    return _is_plain(item) or (not _is_list(item) and any(map(_has_plain, _values(item))))
+
+
+def _has_columns(batch: Any, place: str, layouts: Layouts, rows: int, beside: bool) -> bool:
+    """Whether what is in a container has so many rows and can be split by them."""
+    try:
+        for at, value in _children(batch, place):
+            _take(value, torch.arange(0), rows, dict(layouts), at, beside)
+    except AutoPruneError:
+        return False
+    return True
+
+
+def _take(batch: Any, index: Tensor, rows: int, layouts: Layouts, place: str = "", beside: bool = False) -> Any:
     if isinstance(batch, Tensor):
         if batch.dim() == 0:
             return batch
@@ -153,42 +273,29 @@ def _take(batch: Any, index: Tensor, rows: int) -> Any:
                 f" be split: {_INSTEAD}"
             )
         return batch[index.to(batch.device)]
-    by_item = _listed_rows(batch) == rows
-
-    def part(value: Any) -> Any:
-        if by_item and _is_list(value):
-            return type(value)(_chosen(value, index))
-        return _take(value, index, rows)
-
-    if isinstance(batch, Mapping):
-        parts = {key: part(value) for key, value in batch.items()}
-        if isinstance(batch, dict):  # a defaultdict can't be made of its items alone
-            taken = copy(batch)
-            taken.update(parts)
-            return taken
-        return type(batch)(parts)  # type: ignore[call-arg]
-    if hasattr(batch, "_fields"):
-        return type(batch)(*map(part, batch))
-    if by_item:
-        return type(batch)(list(map(part, batch)))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_items(batch, index, rows))
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
         return batch
-    raise AutoPruneError(f"A batch holds a {type(batch).__name__}, whose rows can't be split: {_INSTEAD}")
+    if not isinstance(batch, (Mapping, list, tuple)):
+        raise AutoPruneError(f"A batch holds a {type(batch).__name__}, whose rows can't be split: {_INSTEAD}")
+    layout = _layout(batch, place, layouts, rows, beside)
+    if layout == _ITEMS:
+        return _chosen(batch, index)
+    beside = beside or any(isinstance(value, Tensor) and value.dim() > 0 for value in _values(batch))
+    parts = [
+        _chosen(value, index)
+        if layout == _LISTS and _is_list(value)
+        else _take(value, index, rows, layouts, at, beside)
+        for at, value in _children(batch, place)
+    ]
+    if isinstance(batch, Mapping):
+        items = dict(zip(batch, parts, strict=True))
+        if isinstance(batch, dict):  # a defaultdict can't be made of its items alone
+            taken = copy(batch)
+            taken.update(items)
+            return taken
+        return type(batch)(items)  # type: ignore[call-arg]
+    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
 
-def _items(batch: Sequence[Any], index: Tensor, rows: int) -> list[Any]:
-    """The chosen rows of each column, as the default collation makes them, or else the chosen items."""
-    try:
-        columns = [_take(value, index, rows) for value in batch]
-        if len(batch) != rows or next(_rows(batch), None) is not None:
-            return columns
-    except AutoPruneError:
-        if len(batch) != rows:
-            raise
-    return _chosen(batch, index)
-
-
-def _chosen(items: Sequence[Any], index: Tensor) -> list[Any]:
-    return [items[i] for i in index.tolist()]
+def _chosen(items: Any, index: Tensor) -> Any:
+    return type(items)([items[i] for i in index.tolist()])

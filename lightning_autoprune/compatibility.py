@@ -1,8 +1,8 @@
 """What a Trainer must be for the callback to work in it, and what the callback reads of its loops.
 
 What a Trainer is refused for is here. Private members of Lightning and torch are read by
-:func:`check_trainer`, :func:`steps_done`, :func:`has_stepped`, :func:`will_step`, :func:`total_steps` and
-:func:`scale_left`.
+:func:`check_trainer`, :func:`steps_done`, :func:`has_stepped`, :func:`moves_training_batch`, :func:`will_step`,
+:func:`total_steps` and :func:`scale_left`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ __all__ = [
     "check_trainer",
     "grad_scaler",
     "has_stepped",
+    "moves_training_batch",
     "owners",
     "scale_left",
     "steps_done",
@@ -280,6 +281,14 @@ def will_step(trainer: Trainer) -> bool:
         or ready == trainer.num_training_batches
         or progress.is_last_batch
     )
+
+
+def moves_training_batch(trainer: Trainer) -> bool:
+    """Whether it is Lightning that moves a batch now, to train on it, and not a hook of the user's that moves its own.
+
+    Lightning names the hook it is in; ``batch_progress`` does not tell this move from one when an epoch starts or ends.
+    """
+    return trainer.training and trainer.lightning_module._current_fx_name == "batch_to_device"
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

@@ -10,10 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
-from lightning_autoprune.batches import batch_rows, shard_batch, split_batch
+from lightning_autoprune.batches import UnclearRowsError, batch_rows, held_rows, shard_batch, split_batch
+from lightning_autoprune.compatibility import moves_training_batch
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.heldout import (
     FixedSplitSampler,
@@ -89,7 +91,8 @@ class RedrawnSource(Source):
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
     passed through the network. Each part has at least two rows (BatchNorm needs them); a batch of fewer than four (the
-    rest of an epoch) is trained on whole, unless the first batch was as small.
+    rest of an epoch) is trained on whole, unless the first batch was as small. So is a later batch that does not tell
+    what its rows are, if none before it did.
 
     Args:
         fraction: share of the rows of a batch, in (0, 1).
@@ -102,6 +105,7 @@ class RedrawnSource(Source):
         self.fraction, self.seed = fraction, seed
         self.name = f"{fraction} of each batch, seed {seed}"
         self._least = 0  # rows that each part must have; 0 until a batch has been seen
+        self._layouts: dict[str, str] = {}  # where batches so far had their rows
         self._held: Any = None
 
     @override
@@ -114,31 +118,47 @@ class RedrawnSource(Source):
                 f"There are {len(loaders)} training loaders, whose batches differ in size: no fraction can be held out."
                 ' Pass `held_out=DataLoader(...)` or `held_out="train"`.'
             )
-        original, self._least = trainer.strategy.batch_to_device, 0
+        original, self._least, self._layouts = trainer.strategy.batch_to_device, 0, {}
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
+            own = moves_training_batch(trainer)
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
-            return self._split(batch, due(), trainer.accumulate_grad_batches) if trainer.training else batch
+            return self._split(batch, due(), trainer) if own else batch
 
         trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
 
-    def _split(self, batch: Any, step: int | None, accumulated: int) -> Any:
+    def _split(self, batch: Any, step: int | None, trainer: Trainer) -> Any:
         self._held = None
         if batch is None or (self._least and step is None):  # Lightning skips a batch that is None
             return batch
-        rest, held = split_batch(batch, self.fraction, self.seed, step or 0, least=2)
-        rows = 0 if held is None else min(batch_rows(rest), batch_rows(held))
-        if not self._least:
-            if rows == 0:
-                raise AutoPruneError(
-                    f"`held_out={self.fraction}` of a training batch of {batch_rows(batch)} rows leaves one side empty:"
-                    ' use a larger batch, or `held_out="train"`.'
-                )
-            self._least = min(rows, 2)
-        if step is None or rows < self._least:
+        try:
+            rows = batch_rows(batch, self._layouts)
+            rest, held = split_batch(batch, self.fraction, self.seed, step or 0, least=2, layouts=self._layouts)
+        except UnclearRowsError:
+            if not self._least:
+                raise
             return batch
-        self._held, self.share = held, batch_rows(held) / (batch_rows(batch) * accumulated)
+        count = held_rows(rows, self.fraction, least=2)
+        smaller = min(count, rows - count)
+        if not self._least:
+            self._check(rows, smaller, trainer.lightning_module)
+            self._least = min(smaller, 2)
+        if step is None or smaller < self._least:
+            return batch
+        self._held, self.share = held, count / (rows * trainer.accumulate_grad_batches)
         return rest
+
+    def _check(self, rows: int, smaller: int, module: nn.Module) -> None:
+        """Raises for a first batch that is too small to be split."""
+        start = f"`held_out={self.fraction}` of a training batch of {rows} rows leaves one side"
+        if smaller == 0:
+            raise AutoPruneError(f'{start} empty: use a larger batch, or `held_out="train"`.')
+        for name, norm in module.named_modules() if smaller == 1 else ():
+            if isinstance(norm, nn.BatchNorm1d) and (norm.training or norm.running_mean is None):
+                raise AutoPruneError(
+                    f"{start} a single row, of which the BatchNorm1d {name!r} can't take statistics: use a batch of at"
+                    ' least four rows, `held_out="train"`, or `held_out=DataLoader(...)`.'
+                )
 
     @override
     def batch(self, trainer: Trainer) -> Any:
@@ -155,11 +175,11 @@ class RedrawnSource(Source):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"least": self._least}
+        return {"least": self._least, "layouts": dict(self._layouts)}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._least = state["least"]
+        self._least, self._layouts = state["least"], dict(state["layouts"])
 
 
 class LoaderSource(Source):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import default_collate
 
-from lightning_autoprune.batches import shard_batch, split_batch
+from lightning_autoprune.batches import UnclearRowsError, shard_batch, split_batch
 from lightning_autoprune.errors import AutoPruneError
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -147,6 +147,120 @@ def test_a_sparse_tensor_is_split_by_its_rows():
 def test_a_batch_that_has_no_rows_is_refused(batch, message):
     with pytest.raises(AutoPruneError, match=message):
         split_batch(batch, 0.5, 0)
+
+
+# Lists of samples
+
+
+def boxes(*counts: int) -> list[dict[str, torch.Tensor]]:
+    return [{"boxes": torch.full((n, 4), float(i))} for i, n in enumerate(counts)]
+
+
+IMAGES = [torch.full((3, 5, 5), float(i)) for i in range(6)]
+GREY = [image[0] if i % 2 else image for i, image in enumerate(IMAGES)]
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [(x, i) for i, x in enumerate(SEQUENCES)],
+        [[x, i + 0.5 * (i % 2)] for i, x in enumerate(SEQUENCES)],
+        [(x, torch.tensor(i)) for i, x in enumerate(SEQUENCES)],
+        [(x, "text") for x in SEQUENCES],
+        [{"x": x, "y": i} for i, x in enumerate(SEQUENCES)],
+        [Pair(x, i) for i, x in enumerate(SEQUENCES)],
+        [(x, torch.ones(len(x), dtype=torch.long)) for x in GROWING],
+        [{"x": x, "y": x[0]} for x in GROWING],
+        list(zip(IMAGES, boxes(1, 2, 1, 3, 4, 1), strict=True)),
+        list(zip(IMAGES, boxes(1, 2, 1, 3, 4, 1), strict=True))[:2],
+        list(zip(GREY, [None, *boxes(1, 2, 1, 3, 4)], strict=True)),
+        [(x, {"boxes": torch.ones(3, 4), "image": i}) for i, x in enumerate(IMAGES)],
+    ],
+)
+def test_lists_of_samples_are_split_by_sample(make, samples):
+    batch = make(samples)
+    rest, held = split_batch(batch, 0.25, 0, least=1)
+    assert len(rest) + len(held) == len(batch)
+    assert held
+    assert type(rest) is type(held) is make
+    assert {id(sample) for part in (rest, held) for sample in part} == set(map(id, batch))
+
+
+def test_views_of_a_batch_are_split_by_their_rows():
+    def view(sign):
+        return {"x": sign * torch.arange(4), "texts": ["a", "b", "c", "d"], "boxes": [torch.ones(i) for i in range(4)]}
+
+    for rows in ({"x": torch.arange(4)}, view(1)):
+        for held in split_batch([rows, rows], 0.25, 0)[1]:
+            assert {key: len(column) for key, column in held.items()} == dict.fromkeys(rows, 1)
+    (first, second), _ = split_batch(default_collate([({"x": i}, {"y": i}) for i in range(4)]), 0.25, 0)
+    assert torch.equal(first["x"], second["y"])
+    scaled = ([{"x": torch.arange(4), "scale": 2.0}, {"x": -torch.arange(4), "scale": 3.0}], torch.arange(4))
+    (first, second), row = split_batch(scaled, 0.25, 0)[1]
+    assert (first["x"], second["x"], first["scale"], second["scale"]) == (row, -row, 2.0, 3.0)
+
+
+# Batches that don't tell
+
+
+@pytest.mark.parametrize(
+    ("telling", "unclear"),
+    [
+        ((IMAGES, boxes(1, 2, 1, 3, 4, 1)), (IMAGES[:4], boxes(3, 3, 3, 3))),
+        (
+            list(zip(IMAGES, boxes(1, 2, 1, 3, 4, 1), strict=True)),
+            list(zip(IMAGES[:4], boxes(3, 3, 3, 3), strict=True)),
+        ),
+    ],
+)
+def test_a_batch_that_does_not_tell_is_split_as_the_one_before_it(telling, unclear):
+    with pytest.raises(UnclearRowsError, match="it can't be told whether an item is a row or a column"):
+        split_batch(unclear, 0.25, 0)
+    layouts = {}
+    split_batch(telling, 0.25, 0, layouts=layouts)
+    _, held = split_batch(unclear, 0.25, 0, layouts=layouts)
+    ((image, target),) = zip(*held, strict=True) if isinstance(held, tuple) else held
+    assert image.shape == (3, 5, 5)
+    assert target["boxes"].shape == (3, 4)
+    assert image[0, 0, 0] == target["boxes"][0, 0]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_dicts_beside_as_many_rows_go_by_item(order):
+    """Two images, with two boxes each."""
+    batch = dict([("x", torch.arange(2.0)), ("labels", boxes(2, 2))][::order])
+    for part in split_batch(batch, 0.25, 0, least=2):
+        assert torch.equal(part["labels"][0]["boxes"], part["x"].expand(2, 4))
+        assert len(part["labels"]) == len(part["x"]) == 1
+
+
+def test_lists_beside_as_many_rows_go_as_before():
+    def views(rows):
+        return torch.arange(rows), [{"x": torch.arange(rows)}, {"x": torch.arange(rows)}]
+
+    def masks(*counts):
+        return {"x": torch.arange(float(len(counts))), "masks": [item["boxes"] for item in boxes(*counts)]}
+
+    layouts = {}
+    split_batch(views(8), 0.25, 0, layouts=layouts)
+    for row, (first, second) in split_batch(views(2), 0.5, 0, layouts=layouts):
+        assert first["x"].tolist() == second["x"].tolist() == row.tolist()
+    layouts = {}
+    split_batch(masks(1, 2, 3), 0.25, 0, least=1, layouts=layouts)
+    for part in split_batch(masks(2, 2), 0.5, 0, layouts=layouts):
+        assert torch.equal(part["masks"][0], part["x"].expand(2, 4))
+
+
+def test_rows_are_those_of_the_tensor_that_is_nested_the_least():
+    rest, held = split_batch({"labels": boxes(3, 1, 2, 5), "x": torch.arange(4.0)}, 0.25, 0)
+    for part in (rest, held):
+        assert [item["boxes"][0, 0] for item in part["labels"]] == part["x"].tolist()
+
+
+def test_lists_of_another_length_than_the_rows_are_columns():
+    x, nested = split_batch(default_collate([(i, ((i, i), (i, i))) for i in range(4)]), 0.25, 0)[1]
+    assert [[column.tolist() for column in columns] for columns in nested] == [[x.tolist()] * 2] * 2
 
 
 # A part of the training set
