@@ -25,6 +25,7 @@ ModelPruning prunes at the ends of epochs, so it has all those of a run:
 
 from __future__ import annotations
 
+import argparse
 import json
 from typing import Any
 
@@ -72,17 +73,31 @@ SHORT_TRIALS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+def chosen(task: str, method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The settings to try: all, or those that did best in shorter trials at this compression."""
+    trials = (TRIALS if task.startswith("lenet") else SHORT_TRIALS).get(method, [])
+    if not args.best:
+        return trials
+    wanted, target = [json.dumps(options) for options in trials], f"{args.target:g}"
+    rows = [r for r in read(args.results) if (r["task"], r["method"], r["target"]) == (task, method, target)]
+    rows = [r for r in rows if r["options"] in wanted and int(r["epochs"]) < args.epochs]
+    found = means(rows, TASKS[task].metric, ("options",))
+    best = sorted(found, key=lambda key: found[key].mean)[: args.best]
+    return [json.loads(options) for (options,) in best]
+
+
 def main() -> None:
     parser = arguments(__doc__, RESULTS)
     parser.set_defaults(tasks=["lenet-300-100"], seeds=[10], epochs=12)
     parser.add_argument("--methods", nargs="+", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--target", type=float, default=80.0, help="compression")
+    parser.add_argument("--best", type=int, help="only so many settings: those that did best in shorter trials")
     args = parser.parse_args()
     runs = [
         Run(task, method, args.target, args.epochs, seed, json.dumps(options))
         for task in args.tasks
         for method in args.methods
-        for options in (TRIALS if task.startswith("lenet") else SHORT_TRIALS).get(method, [])
+        for options in chosen(task, method, args)
         for seed in args.seeds
     ]
     carry_out(runs, args.results, args.data_dir, validate=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import tuning
 from deploy import as_csr
 from harness.latency import side_by_side
 from harness.methods import LABELS, METHODS
@@ -82,6 +84,17 @@ def test_the_settings_of_each_peer_are_the_best_of_its_trials_at_the_nearest_com
     )  # too short
     monkeypatch.setattr("harness.methods.settings._trials", lambda: read(path))
     assert [settings("tabular", "spred", c)["strength"] for c in (10, 30, 50, 60, 200)] == [0.2, 0.2, 0.2, 0.1, 0.1]
+
+
+def test_longer_trials_are_of_the_settings_that_did_best_in_shorter_ones(tmp_path):
+    path = tmp_path / "tuning.csv"
+    for epochs, strength, error in ((12, 1e-5, 3.0), (12, 1e-4, 1.0), (12, 1e-3, 2.0), (38, 3e-5, 0.0)):
+        run = Run("lenet-300-100", "spred", 80.0, epochs, 10, json.dumps({"end": 0.55, "strength": strength}))
+        write_row(path, {**run.key(), "error": error})
+    asked = {"results": path, "target": 80.0, "epochs": 38}
+    best = tuning.chosen("lenet-300-100", "spred", argparse.Namespace(**asked, best=2))
+    assert best == [{"end": 0.55, "strength": 1e-4}, {"end": 0.55, "strength": 1e-3}]
+    assert tuning.chosen("lenet-300-100", "spred", argparse.Namespace(**asked, best=None)) == tuning.TRIALS["spred"]
 
 
 def test_each_peer_has_six_trials_at_least_and_ours_has_its_defaults():
