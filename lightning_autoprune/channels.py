@@ -200,6 +200,15 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
     ]
     handles += [module.register_forward_hook(lambda *_: running.pop() and None) for _, module in _leaves(model)]
     graph = torch_pruning.DependencyGraph()
+    build = graph._build_dependency
+
+    def with_widths(nodes: dict[Any, Any]) -> None:
+        build(nodes)  # the last step before widths are told from the nodes
+        for node in nodes.values():
+            if node.type.name == "CONCAT":
+                _add_gap(node)
+
+    graph._build_dependency = with_widths
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -222,6 +231,20 @@ def _trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
         for handle in handles:
             handle.remove()
     return graph, given
+
+
+def _add_gap(concatenation: Any) -> None:
+    """Says how wide the part of a concatenation is that torch-pruning leaves out, as it has no gradient: an input."""
+    step = concatenation.grad_fn
+    if not hasattr(step, "_saved_dim"):  # a function of the user's own
+        return
+    gaps = [place for place, (before, _) in enumerate(step.next_functions) if before is None]
+    together = bool(gaps) and gaps[-1] - gaps[0] == len(gaps) - 1  # otherwise their sum alone is known
+    if together and len(gaps) + len(concatenation.inputs) == len(step.next_functions):
+        dim = step._saved_dim - 2**64 if step._saved_dim >= 2**63 else step._saved_dim
+        known = sum(before._input_metadata[i].shape[dim] for before, i in step.next_functions if before)
+        width = step._input_metadata[0].shape[dim] - known
+        concatenation.inputs.insert(gaps[0], type(concatenation)(nn.Parameter(torch.empty(width)), None))
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.sparse:
         save_sparse(saved.state, args.sparse)
         _written(args.sparse, before)
-    if args.model:
+    if args.onnx or args.shrunk:
         model = _make(args.model, saved)
         example = _example(model, args.input_shape)
         if args.onnx:
@@ -188,7 +189,7 @@ def _make(name: str, saved: Saved) -> nn.Module:
     finally:
         sys.path.pop(0)
     try:
-        if isinstance(make, type) and issubclass(make, LightningModule):
+        if isinstance(make, type) and issubclass(make, LightningModule) and _is_lightnings(saved.path):
             return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
         model: nn.Module = make()
         model.load_state_dict(saved.state)
@@ -198,6 +199,13 @@ def _make(name: str, saved: Saved) -> nn.Module:
             " its hyper-parameters, or a function without arguments that makes the module."
         ) from error
     return model
+
+
+def _is_lightnings(path: Path) -> bool:
+    """Whether a checkpoint that can be read is Lightning's, which has the hyper-parameters that make the model."""
+    if not zipfile.is_zipfile(path):  # safetensors
+        return False
+    return "pytorch-lightning_version" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -126,7 +126,7 @@ def _constants(
     def look(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
         dim = _channel_dim(module)
-        rows = x.index_select(dim, _index(columns[name], x)).movedim(dim, 0).flatten(1)
+        rows = x.index_select(dim, _index(columns[name], x)).movedim(dim, 0).reshape(len(columns[name]), -1)
         for i, low, high in zip(columns[name], rows.amin(1).tolist(), rows.amax(1).tolist(), strict=True):
             seen[name, i] += [low, high]
 

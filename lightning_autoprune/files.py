@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +15,7 @@ __all__ = ["replacing"]
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in place of another, which it replaces if nothing is raised.
+    """A path to write to in place of another, which it replaces if nothing is raised. The mode of a file stays.
 
     Raises:
         OSError: if there is no such folder, it can't be written to, or the path is no file but a folder, a pipe or a
@@ -27,14 +29,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # others may write the same file
     try:
         try:
             temporary.touch()
         except OSError as error:
             error.filename = str(path)  # the name that the caller knows
             raise
-        mode = temporary.stat().st_mode
+        mode = (target if target.exists() else temporary).stat().st_mode
+        temporary.chmod(mode | stat.S_IWUSR)
         yield temporary
         temporary.chmod(mode)  # some libraries make files that no one else may read
         os.replace(temporary, target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,17 +45,25 @@ class ModelCost(LayerCost):
     Attributes:
         layers: the cost of each layer that has parameters of its own, by name. Operations between layers are in the
             sum alone.
+        tied: the names of all layers that have the same weight, by the name of each of them.
     """
 
     layers: dict[str, LayerCost]
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def flops_of(self, name: str) -> int:
+        """Operations with the weight of a layer: its own, and those of the layers that share the weight."""
+        return sum(self.layers[layer].flops for layer in self.tied.get(name, (name,)))
 
     def flops_left(self, sparsity: Mapping[str, float]) -> float:
         """Fraction of the operations, in [0, 1], that is left if layers have so many zeros.
 
         Args:
-            sparsity: fraction of zeros of each layer's weights, by name; layers that are not there have none.
+            sparsity: fraction of zeros of each layer's weights, by name; layers that are not there, and share no weight
+                with one that is, have none.
         """
-        gone = sum(self.layers[name].flops * zeros for name, zeros in sparsity.items() if name in self.layers)
+        of_each = {layer: zeros for name, zeros in sparsity.items() for layer in self.tied.get(name, (name,))}
+        gone = sum(self.layers[name].flops * zeros for name, zeros in of_each.items() if name in self.layers)
         return 1 - gone / self.flops if self.flops else 1.0
 
 
@@ -63,8 +71,9 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
     """Counts the operations of one forward, by torch's own counter, and how many of them are with zeros.
 
     Of linear layers (GPT-2's too) and convolutions the effective operations are the share of their weights that is not
-    0. Everything else (attention, products in the code of a ``forward``) counts as dense. Of a model from
-    :func:`shrink`, ``flops`` is what runs; of a masked one, ``effective_flops`` is what would, if zeros cost nothing.
+    0. Everything else (attention, computed weights, products in the code of a ``forward``) counts as dense. Of a model
+    from :func:`shrink`, ``flops`` is what runs; of a masked one, ``effective_flops`` is what would, if zeros cost
+    nothing.
 
     Args:
         model: a module; run once, in evaluation mode, and left as it was.
@@ -86,6 +95,7 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
     for name, module in model.named_modules(remove_duplicate=False):
         flops_of[module] += counts.get(name, 0)
     layers = {}
+    sharing: dict[nn.Parameter, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         if own:
@@ -93,6 +103,8 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
             flops = flops_of[module] if whole else 0
             kept = sum(int(p.count_nonzero()) for p in own)
             layers[name] = LayerCost(flops, round(flops * _density(module)), sum(p.numel() for p in own), kept)
+            if (weight := _weight(module)) is not None:
+                sharing[weight].append(name)
     parameters, total = list(model.parameters()), counter.get_total_flops()
     return ModelCost(
         flops=total,
@@ -100,6 +112,7 @@ def model_cost(model: nn.Module, example_input: Any) -> ModelCost:
         parameters=sum(p.numel() for p in parameters),
         kept=sum(int(p.count_nonzero()) for p in parameters),
         layers=layers,
+        tied={name: tuple(names) for names in sharing.values() if len(names) > 1 for name in names},
     )
 
 
@@ -121,8 +134,12 @@ def _separate_products() -> Iterator[None]:
             library.enabled = flag
 
 
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("weight")  # reading one that is computed may change it (spectral norm)
+
+
 def _density(module: nn.Module) -> float:
-    if isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module):
-        weight = module.get_parameter("weight")
+    weight = _weight(module)
+    if weight is not None and (isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module)):
         return float(weight.count_nonzero()) / max(weight.numel(), 1)
     return 1.0

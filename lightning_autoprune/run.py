@@ -251,7 +251,7 @@ class Run:
             log_artifact(trainer, self.pruner.weights, metadata)
 
     def _flops(self) -> dict[str, int] | None:
-        return {name: layer.flops for name, layer in self._cost.layers.items()} if self._cost else None
+        return {name: self._cost.flops_of(name) for name in self._cost.layers} if self._cost else None
 
     # The end
 

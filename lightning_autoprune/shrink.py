@@ -14,7 +14,7 @@ from lightning_autoprune.channels import Channel, find_channels
 from lightning_autoprune.dead import remove, silence
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.heads import with_heads
-from lightning_autoprune.inputs import all_vary, copied, disagreement, outputs, probes
+from lightning_autoprune.inputs import all_vary, by_rows, copied, disagreement, outputs, probes
 from lightning_autoprune.layers import being_pruned
 
 __all__ = ["shrink"]
@@ -84,6 +84,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
     tried = probes(model, example_input)
     inputs = [example for example, _ in tried]
     vary = all_vary(inputs)
+    inputs += [example for example, _ in by_rows(model, example_input)]  # a sum over rows is no constant
     layers = list(dict.fromkeys(name for channel in channels if not channel.fixed for name in channel.made))
 
     def attempt(names: set[str]) -> tuple[Model, str]:

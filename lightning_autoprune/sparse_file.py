@@ -26,6 +26,7 @@ from torch.nn.parameter import is_lazy
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.files import replacing
 from lightning_autoprune.indices import decode, encode
+from lightning_autoprune.shards import is_sharded
 
 __all__ = ["load_sparse", "load_sparse_into", "save_sparse", "sparse_metadata"]
 
@@ -82,7 +83,8 @@ def save_sparse(
         metrics: figures to keep in the metadata.
 
     Raises:
-        AutoPruneError: for an entry that is not a dense tensor of at most 64 dimensions, or has no shape yet; names it.
+        AutoPruneError: for an entry that is not a dense tensor of at most 64 dimensions, has no shape yet or is sharded
+            (FSDP2), and for a name that is no string; names it.
 
     Example:
         >>> import tempfile
@@ -97,6 +99,8 @@ def save_sparse(
     entries: dict[str, _Entry] = {}
     values, masks = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.uint8)]
     first: dict[tuple[Any, ...], tuple[str, Tensor]] = {}  # by place in memory, which the tensor keeps from reuse
+    for name in (*state, *(metrics or {})):
+        _check_name(name)
     for name, tensor in state.items():
         _check_dense(name, tensor)
         tensor = tensor.detach()
@@ -244,12 +248,25 @@ class _Opened:
             raise self._damaged(str(error)) from error
 
 
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):  # JSON has no others
+        raise AutoPruneError(
+            f"The name {name!r} is of the type {type(name).__name__}; tensors and metrics must be named by strings:"
+            f" {str(name)!r}."
+        )
+
+
 def _check_dense(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise AutoPruneError(
             f"{name!r} is a {type(tensor).__name__}, not a tensor: leave it out and keep it elsewhere."
         )
     _check_not_lazy(name, tensor)
+    if is_sharded(tensor):
+        raise AutoPruneError(
+            f"{name!r} is sharded, and this rank has a part of it only: save what `full_tensor()` gives, called on all"
+            " ranks, or the `state_dict` of a checkpoint that is one file (`save_distributed_checkpoint=False`)."
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = "on the meta device" if tensor.is_meta else f"of layout {tensor.layout}, dtype {tensor.dtype}"
         raise AutoPruneError(f"{name!r} is {kind}; only dense tensors with values can be stored: convert it first.")

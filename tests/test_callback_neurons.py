@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from helpers import FEATURES, Net, Resumable, csv_logger, fit, rows
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, model_cost, prunable_weights, shrink
 
@@ -147,3 +149,36 @@ def test_a_layer_that_has_no_neurons_is_not_taken_for_one_that_was_thawed(recwar
     fit(callback, model=Recurrent())
     assert set(callback.layer_sparsity()) == {"first", "last"}
     assert not [w for w in recwarn if "thawed" in str(w.message)]
+
+
+def test_a_layer_whose_weight_is_computed_may_be_left_out(tmp_path):
+    class Normed(Example):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))
+            self.head = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+
+        def forward(self, x):
+            return self.head(torch.relu(self.last(torch.relu(self.first(x)))))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*example_input_array")
+        callback = AutoPruneCallback(target_sparsity=0.5, exclude=["last"])
+        fit(callback, model=Normed(), logger=csv_logger(tmp_path))
+    assert 0.5 < rows(tmp_path)[-1]["autoprune/flops"] < 1
+    callback = neurons(target_sparsity=0.1, exclude=["last"])
+    fit(callback, model=Normed())
+    assert callback.sparsity >= 0.1
+
+
+def test_neurons_beside_a_concatenated_input_are_pruned():
+    class Dense(Example):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(FEATURES + 32, 4)
+
+        def forward(self, x):
+            return self.last(torch.cat([x, torch.relu(self.norm(self.first(x)))], -1))
+
+    model, _ = fit(neurons(target_sparsity=0.5), model=Dense())
+    assert shrink(model, model.example_input_array).first.out_features < 16

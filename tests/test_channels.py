@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from lightning_autoprune import AutoPruneError
 from lightning_autoprune.channels import Channel, find_channels, fix_entangled, is_depthwise
 from lightning_autoprune.demo.networks import lenet5
+from lightning_autoprune.shrink import shrink
 
 
 def channels_of(name):
@@ -245,3 +248,70 @@ def test_what_has_no_gradients_is_refused():
             find_channels(network, x)
     with pytest.raises(AutoPruneError, match="The channels of Linear are found by gradients"):
         find_channels(made, x)
+
+
+class Concatenated(nn.Module):
+    """What layers make beside inputs, as in a DenseNet."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.a, self.b, self.c = order, nn.Conv2d(3, 8, 1), nn.Conv2d(11, 6, 1), nn.Linear(17, 2)
+
+    def forward(self, x):
+        x = torch.cat(self.order([x, self.a(x).relu()]), 1)
+        x = torch.cat(self.order([x, self.b(x).relu()]), 1)
+        return self.c(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("order", "first", "second"), [(list, 3, 11), (lambda parts: parts[::-1], 0, 0)])
+def test_inputs_that_are_concatenated_move_the_columns_behind_them(order, first, second):
+    network, x = Concatenated(order), torch.randn(2, 3, 4, 4)
+    network.a.weight.data[:4] = network.b.weight.data[:3] = 0
+    channels = find_channels(network, x)
+    fix_entangled(network, channels, x)
+    of = {(name, i): c for c in channels for name, rows in c.made.items() for i in rows}
+    assert of["a", 1].read == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
+    assert of["b", 1].read == {"c": [second + 1]}
+    assert not any(c.fixed for c in channels if "c" not in c.made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = shrink(network, x)
+    assert (small.a.out_channels, small.b.out_channels) == (4, 3)
+    torch.testing.assert_close(small(x), network(x))
+
+
+@pytest.mark.parametrize("parts", ["xxh", "hxx", "hxh", "xhx"])
+def test_parts_without_gradients_are_told_apart_or_left(parts):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(sum({"x": 3, "h": 8}[part] for part in parts), 2)
+            self.a.weight.data[:4] = 0
+
+        def forward(self, x):
+            of = {"x": x, "h": self.a(x).relu()}
+            return self.b(torch.cat([of[part] for part in parts], -1).relu())
+
+    network, x = Parts(), torch.randn(4, 3)
+    apart = parts == "xhx"  # only the sum of the two widths is known
+    with pytest.warns(UserWarning, match="The dead channels of 'a' stay") if apart else nullcontext():
+        small = shrink(network, x)
+    assert small.a.out_features == (8 if apart else 4)
+    torch.testing.assert_close(small(x), network(x))
+
+
+def test_a_function_of_the_users_own_may_be_called_a_cat():
+    class MyCat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, grad
+
+    class Own(Twice):
+        def forward(self, x):
+            return self.c(MyCat.apply(self.a(x), torch.ones(())).relu())
+
+    assert [c.read for c in find_channels(Own(), torch.zeros(2, 5)) if "a" in c.made][1] == {"c": [1]}

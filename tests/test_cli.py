@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import Net, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
-from lightning_autoprune import AutoPruneCallback, load_sparse, sparsity
+from lightning_autoprune import AutoPruneCallback, load_sparse, save_sparse, sparsity
 from lightning_autoprune.cli import main
 
 
@@ -118,6 +119,19 @@ def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
     arguments = ["--model", "test_cli:make", "--input-shape", "1", "12", "--shrunk", str(program)]
     assert main(["export", checkpoints[3], *arguments]) == 0
     assert torch.export.load(program).module()(torch.zeros(3, 12)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file, save_sparse], ids=["torch", "safetensors", "sparse"])
+def test_a_lightning_module_takes_a_state_that_lightning_has_not_saved(save, checkpoints, tmp_path):
+    state, program = torch.load(checkpoints[3], weights_only=True)["state_dict"], tmp_path / "net.pt2"
+    save(state, tmp_path / "state")
+    assert main(["export", str(tmp_path / "state"), "--model", "test_cli:Example", "--shrunk", str(program)]) == 0
+    model, x = Example.load_from_checkpoint(checkpoints[3]).eval(), torch.randn(5, 12)
+    assert torch.allclose(torch.export.load(program).module()(x), model(x), atol=1e-5)
+
+
+def test_a_model_that_need_not_run_needs_no_input(checkpoints, tmp_path):
+    assert main(["export", checkpoints[3], "--sparse", str(tmp_path / "a"), "--model", "test_cli:make"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -213,3 +213,29 @@ def test_constants_that_the_input_reaches_through_weights_alone_go():
     small = shrink(network, (x, i))
     assert small.a.out_channels == small.b.in_features == 2
     torch.testing.assert_close(small.eval()(x, i), network.eval()(x, i))
+
+
+class Readout(nn.Module):
+    """Rows through a layer, over which another reads a sum or a mean."""
+
+    def __init__(self, over_rows):
+        super().__init__()
+        self.a, self.b, self.over_rows = nn.Linear(4, 8), nn.Linear(8, 2), over_rows
+        self.a.weight.data[:4] = 0
+
+    def forward(self, x):
+        return self.b(self.over_rows(self.a(x).sigmoid()))
+
+
+@pytest.mark.parametrize(("over_rows", "shape"), [(lambda y: y.mean(0), (5, 4)), (nn.Identity(), (4,))])
+def test_a_layer_may_read_a_vector(over_rows, shape):
+    network, x = Readout(over_rows), torch.randn(shape)
+    small = shrink(network, x)
+    assert (small.a.out_features, small.b.in_features) == (4, 4)
+    torch.testing.assert_close(small(2 * x), network(2 * x))
+
+
+def test_a_sum_over_rows_is_no_constant():
+    network = Readout(lambda y: y.sum(0, keepdim=True))
+    small, x = shrink(network, torch.randn(5, 4)), torch.randn(9, 4)
+    torch.testing.assert_close(small(x), network(x))

@@ -67,3 +67,35 @@ def test_what_is_no_file_is_left_alone(make, tmp_path):
         pass
     assert error.value.filename == str(path)
     assert path.stat().st_mode == before
+
+
+def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+    with replacing(tmp_path / "a") as first:
+        first.write_text("first")
+        with replacing(tmp_path / "a") as second:
+            second.write_text("second")
+        assert (tmp_path / "a").read_text() == "second"
+    assert (tmp_path / "a").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])
+def test_a_file_keeps_its_mode_and_no_one_else_can_read_it_meanwhile(mode, tmp_path):
+    path = tmp_path / "a"
+    path.touch()
+    path.chmod(mode)
+    with replacing(path) as temporary:
+        assert temporary.stat().st_mode & 0o777 == mode | 0o200
+        temporary.write_text("new")
+    assert path.stat().st_mode & 0o777 == mode
+    assert path.read_text() == "new"
+
+
+def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "a"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import DIFFICULT, EXACT, prune
+from helpers import FEATURES, Net, fit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_autoprune import shrink
+from lightning_autoprune import AutoPruneCallback, shrink
 from lightning_autoprune.demo.networks import lenet5
 from lightning_autoprune.flops import model_cost
 
@@ -102,3 +103,71 @@ def test_a_layer_under_two_names_is_counted():
     cost = model_cost(network, torch.zeros(1, 4))
     assert (cost.flops, cost.effective_flops) == (96, 80)
     assert cost.layers["net.2"].flops == 32
+
+
+class Tied(Net):
+    """Layers of one weight, one of them of half the operations."""
+
+    def __init__(self):
+        super().__init__(hidden=FEATURES)
+        self.second, self.third = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.second.weight = self.third.weight = self.first.weight
+        self.example_input_array = torch.zeros(2, FEATURES)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.last((x + self.third(x[:1])).relu())
+
+
+def test_operations_with_a_shared_weight_are_those_of_all_its_layers():
+    network = Tied()
+    network.first.weight.data[: FEATURES // 2] = 0
+    cost = model_cost(network, network.example_input_array)
+    one = 2 * 2 * FEATURES**2
+    assert [cost.layers[name].flops for name in ("first", "second", "third")] == [one, one, one / 2]
+    assert cost.flops_of("second") == cost.flops_of("first") == 2.5 * one
+    assert cost.flops_of("last") == cost.layers["last"].flops
+    for known in ({"first": 0.5}, {"third": 0.5}, {"first": 0.5, "second": 0.5}):
+        assert cost.flops_left(known) == cost.effective_flops / cost.flops
+
+
+def test_operations_with_a_shared_weight_are_logged_and_listed():
+    callback, network = AutoPruneCallback(target_sparsity=0.9, exclude=["last"]), Tied()
+    _, trainer = fit(callback, model=network)
+    cost = model_cost(network, network.example_input_array)
+    assert float(trainer.callback_metrics["autoprune/flops"]) == pytest.approx(cost.effective_flops / cost.flops)
+    [row] = callback.layers()
+    assert (row.name, row.flops) == ("first", cost.flops - cost.layers["last"].flops)
+
+
+def test_an_embedding_that_is_a_head_too_has_the_operations_of_the_head():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, i):
+            return self.head(self.embed(i))
+
+    cost = model_cost(Language(), torch.zeros(3, dtype=torch.int64))
+    assert (cost.layers["embed"].flops, cost.flops_of("embed")) == (0, 240)
+    assert cost.flops_left({"embed": 0.75}) == 0.25
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
+    ],
+)
+def test_a_weight_that_is_computed_counts_as_dense(compute):
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), compute(nn.Linear(6, 4)))
+    network[0].weight.data[:3] = 0
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    cost = model_cost(network, torch.zeros(1, 4))
+    assert (cost.layers["2"].effective_flops, cost.effective_flops) == (48, cost.flops - 24)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

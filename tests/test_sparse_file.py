@@ -4,8 +4,11 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import sparse
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_autoprune import AutoPruneError
 from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
@@ -238,3 +241,25 @@ def test_a_number_after_values_of_another_size_comes_back():
     save_sparse(tensors, "f.safetensors")
     back = load_sparse("f.safetensors")
     assert all(same_bits(back[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("state", "metrics", "name"), [({2: torch.ones(3), 10: torch.ones(3)}, None, "2"), ({}, {"a": 0.5, 7: 1.0}, "7")]
+)
+def test_names_that_are_no_strings_are_refused(state, metrics, name, path):
+    message = f"The name {name} is of the type int; tensors and metrics must be named by strings: '{name}'"
+    with pytest.raises(AutoPruneError, match=message):
+        save_sparse(state, path, metrics)
+    assert not path.exists()
+
+
+def test_a_sharded_tensor_is_refused_and_the_whole_is_written(path):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(sparse(8, 6), init_device_mesh("cpu", (1,)), [Shard(0)])
+        with pytest.raises(AutoPruneError, match=r"'a' is sharded, .* save what `full_tensor\(\)` gives"):
+            save_sparse({"a": weight}, path)
+        save_sparse({"a": weight.full_tensor()}, path)
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(load_sparse(path)["a"], sparse(8, 6))
