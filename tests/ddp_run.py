@@ -40,12 +40,14 @@ class Plain(Net):
 
 
 class Seen(Callback):
-    """The masks after each step."""
+    """The masks after each step, and the held-out loss where there is one."""
 
     def __init__(self, callback: AutoPruneCallback) -> None:
-        self.callback, self.masks = callback, []
+        self.callback, self.masks, self.losses = callback, [], []
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if (loss := trainer.callback_metrics.get("autoprune/held_out_loss")) is not None:
+            self.losses.append(float(loss))
         masks = self.callback._run.pruner.masks()
         self.masks.append(torch.cat([mask.flatten() for mask in masks]) if masks else torch.ones(1))
 
@@ -76,7 +78,13 @@ def run(
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {"devices": 1}
     model, trainer = fit(callbacks, model or Plain(), train, folder=folder, **{**strategy, **more})
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"masks": seen.masks, "state": model.state_dict(), "metrics": metrics, "sparsity": callback.sparsity}
+    return {
+        "masks": seen.masks,
+        "losses": seen.losses,
+        "state": model.state_dict(),
+        "metrics": metrics,
+        "sparsity": callback.sparsity,
+    }
 
 
 def held_out(rows: int = 44, batch: int = 11) -> DataLoader[Any]:

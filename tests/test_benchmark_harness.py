@@ -105,10 +105,11 @@ def test_each_peer_has_six_trials_at_least_and_ours_has_its_defaults():
             assert len(tried) >= 6
             assert json.dumps(settings(task, method, 30.0)) in tried
         assert settings(task, "autoprune", 30.0) == settings(task, "autoprune-train", 30.0) == {}
-    shared = [row for row in trials if row["task"] == "lenet-300-100" and row["target"] == "80" and row["epochs"] == "12"]
     for method in peers:
-        found = means([row for row in shared if row["method"] == method], "error", ("options",))
-        assert found[(json.dumps(settings("lenet-5", method, 310.0)),)].mean == min(mean.mean for mean in found.values())
+        key = "lenet-300-100", method, "80", "12"
+        shared = [row for row in trials if (row["task"], row["method"], row["target"], row["epochs"]) == key]
+        errors = {options: mean.mean for (options,), mean in means(shared, "error", ("options",)).items()}
+        assert errors[json.dumps(settings("lenet-5", method, 310.0))] == min(errors.values())
 
 
 def test_error_and_loss_are_over_all_labels():
