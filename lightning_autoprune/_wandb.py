@@ -17,6 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_autoprune.history import History
+from lightning_autoprune.masks import pack
+from lightning_autoprune.pruner import Pruner
 from lightning_autoprune.summary import LayerSummary, total
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = ["log_artifact", "log_figures"]
 
 def log_figures(
     logger: WandbLogger,
+    root: str,
     step: int,
     rows: Sequence[LayerSummary],
     history: History,
@@ -37,6 +40,7 @@ def log_figures(
 
     Args:
         logger: what to log to.
+        root: what all names begin with, before a slash.
         step: number of training steps that are over.
         rows: the layers.
         history: the run so far.
@@ -46,22 +50,22 @@ def log_figures(
     import wandb
 
     run = logger.experiment
-    figures: dict[str, Any] = {"autoprune/layers": _table(rows)}
+    figures: dict[str, Any] = {f"{root}/layers": _table(rows)}
     if heatmap is not None:
-        figures["autoprune/sparsity_map"] = wandb.Image(heatmap)
+        figures[f"{root}/sparsity_map"] = wandb.Image(heatmap)
     for name, (counts, edges) in history.histograms.items():
-        figures[f"autoprune/m/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        figures[f"{root}/m/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
     if history.metric and history.points:
         points = wandb.Table(["sparsity", history.metric], [[sparsity, value] for _, sparsity, value in history.points])
         title = f"{history.metric} against sparsity"
-        figures["autoprune/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
+        figures[f"{root}/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
     run.log({**figures, "trainer/global_step": step})
     if best is not None:
         whole = total(rows)
-        run.summary["autoprune/final_sparsity"] = whole.sparsity
-        run.summary["autoprune/final_compression"] = whole.weights / max(whole.kept, 1)
+        run.summary[f"{root}/final_sparsity"] = whole.sparsity
+        run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
         for name, value in best.items():
-            run.summary[f"autoprune/{name}"] = value
+            run.summary[f"{root}/{name}"] = value
 
 
 def _table(rows: Sequence[LayerSummary]) -> Any:
@@ -74,29 +78,33 @@ def _table(rows: Sequence[LayerSummary]) -> Any:
     return table
 
 
-def log_artifact(trainer: Trainer, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def log_artifact(trainer: Trainer, pruner: Pruner, metadata: Mapping[str, Any]) -> None:
     """Logs the best checkpoint that is pruned as an artifact of type ``model``, alias ``pruned``.
 
-    The best is that of a ``ModelCheckpoint`` with a ``monitor``, among its files that have all the zeros of the end of
-    the run; else the last such file; else the model as it is now. A failure is a warning: the training is over, and its
-    results are not to be lost for it.
+    The best is that of a ``ModelCheckpoint`` with a ``monitor``, among its files that have the final masks; else the
+    last such file; else the model as it is now. A failure is a warning: the training is over, and its results are not
+    to be lost for it.
 
     Args:
-        trainer: the trainer, when fitting has ended, on its first process.
-        weights: the pruned weights, by layer name.
+        trainer: the trainer, when fitting has ended, on all processes.
+        pruner: whose masks are final.
         metadata: figures to store with it; the monitored one is added.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     if not loggers:
         return
     try:
+        # on all ranks, as the module's own `on_save_checkpoint` may wait for the others; nothing else here may
+        now = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        if not trainer.is_global_zero:
+            return
         import wandb
 
         with tempfile.TemporaryDirectory() as directory:
-            path, monitored = _best(trainer, weights)
+            path, monitored = _best(trainer, pruner)
             if path is None:
                 path = Path(directory) / "pruned.ckpt"
-                trainer.save_checkpoint(path, weights_only=True)
+                torch.save(now, path)
             for logger in loggers:
                 run = logger.experiment
                 artifact = wandb.Artifact(f"pruned-{run.id}", type="model", metadata={**metadata, **monitored})
@@ -108,32 +116,49 @@ def log_artifact(trainer: Trainer, weights: Mapping[str, Tensor], metadata: Mapp
         rank_zero_warn(f"The pruned checkpoint was not logged to W&B: {type(error).__name__}: {error}")
 
 
-def _best(trainer: Trainer, weights: Mapping[str, Tensor]) -> tuple[Path | None, dict[str, float]]:
+def _best(trainer: Trainer, pruner: Pruner) -> tuple[Path | None, dict[str, float]]:
     """The file, and the figure that it was chosen by."""
     names = {id(p): name for name, p in trainer.lightning_module.named_parameters()}
-    zeros = {names[id(weight)]: (weight == 0).cpu() for weight in weights.values()}
+    zeros = {names[id(weight)]: (weight == 0).cpu() for weight in pruner.weights.values()}
+    masks = [pack(mask) for mask in pruner.each_mask()]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     checkpoints = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     for checkpoint in checkpoints:
         if checkpoint.monitor:
             sign = 1 if checkpoint.mode == "min" else -1
             for path, value in sorted(checkpoint.best_k_models.items(), key=lambda item: sign * float(item[1])):
-                if _is_pruned(path, zeros):
+                if _is_pruned(path, zeros, masks):
                     return Path(path), {checkpoint.monitor: float(value)}
     for checkpoint in checkpoints:
         for path in (checkpoint.last_model_path, checkpoint.best_model_path):
-            if path and _is_pruned(path, zeros):
+            if path and _is_pruned(path, zeros, masks):
                 return Path(path), {}
     return None, {}
 
 
-def _is_pruned(path: str, zeros: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint has the zeros that there are in the end: while pruning there may be as many elsewhere."""
+def _is_pruned(path: str, zeros: Mapping[str, Tensor], masks: Sequence[Tensor]) -> bool:
+    """Whether a checkpoint has the final masks: while pruning, zeros may be as many elsewhere, or these and more.
+
+    A file with a state of pruning has the masks themselves. Of one without, as ``save_weights_only`` makes, zeros tell.
+
+    Args:
+        path: of the checkpoint.
+        zeros: where the weights are 0 in the end, by parameter name.
+        masks: that are final, packed.
+    """
     if not Path(path).is_file():  # a folder, of a sharded strategy
         return False
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):  # the user's own objects are in it, or it is no archive
         return False
+    for ours in checkpoint.get("callbacks", {}).values():
+        if isinstance(ours, Mapping) and ours.keys() >= {"pruner", "report"}:
+            auxiliary = ours["pruner"]["auxiliary"]
+            return bool(auxiliary and auxiliary["frozen"]) and _equal(auxiliary["masks"], masks)
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
-    return all(name in state and not state[name][places].any() for name, places in zeros.items())
+    return zeros.keys() <= state.keys() and _equal([state[name] == 0 for name in zeros], list(zeros.values()))
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))

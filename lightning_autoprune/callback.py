@@ -272,10 +272,11 @@ class AutoPruneCallback(Callback):
     # Each step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Prunes layers too that a finetuning callback has thawed at the start of the epoch."""
+        """Takes what the last epoch's hooks logged; prunes layers too that have been thawed at the start of this."""
         if not (run := self._active):
             return
         if batch_idx == 0:
+            run.report.measure(trainer, run.pruner, late=True)
             run.take_in(trainer, self._candidates(pl_module))
         if is_overridden("on_train_batch_end", pl_module):
             run.prune_again()
@@ -305,12 +306,13 @@ class AutoPruneCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the metric that is followed beside the sparsity."""
         if (run := self._active) and not trainer.sanity_checking:
-            run.report.measure(trainer, run.pruner.sparsity)
+            run.report.measure(trainer, run.pruner)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs figures of the run so far, at the interval asked for; those of its end come when fitting ends."""
+        """Takes the metric too, and logs figures at the interval asked for; those of the end come when fitting ends."""
         every, run = self.figures_every_n_epochs, self._active
         if run:
+            run.report.measure(trainer, run.pruner)
             run.prune_again()
         if run and not run.over and every and (trainer.current_epoch + 1) % every == 0:
             run.log_figures(trainer)
@@ -319,7 +321,9 @@ class AutoPruneCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where training ended before pruning did, and lets go of the run."""
-        if (run := self._active) and not run.pruner.frozen:
+        if run := self._active:
+            run.report.measure(trainer, run.pruner, late=True)
+        if run and not run.pruner.frozen:
             rank_zero_warn(
                 f"Training ended after {run.pruner.step} of {run.pruner.phases.total} steps, before the masks were"
                 f" frozen: sparsity is {run.pruner.sparsity:.2%}. Resume to go on."

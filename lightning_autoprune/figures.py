@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import WarningCache, rank_zero_warn
 
 from lightning_autoprune.history import History
 from lightning_autoprune.plots import metric_path, sparsity_heatmap
@@ -21,16 +22,19 @@ if TYPE_CHECKING:
 
 __all__ = ["log_figures"]
 
+_once = WarningCache()
+
 
 def log_figures(
     trainer: Trainer, step: int, rows: Sequence[LayerSummary], history: History, best: Mapping[str, float] | None = None
 ) -> None:
     """Hands each logger what it can take: a ``WandbLogger`` and a ``TensorBoardLogger`` all, a ``CSVLogger`` the table.
 
-    These are, under ``autoprune/``: ``sparsity_map`` (layers × steps), ``layers`` (a table), ``m/<layer>`` (how M is
-    spread, of a few layers) and ``path`` (the metric that is followed against the sparsity). The summary of a W&B run
-    gets ``final_sparsity``, ``final_compression`` and the best values. The table of a ``CSVLogger`` is
-    ``autoprune_layers.csv`` beside its ``metrics.csv``. A failure is a warning.
+    These are, under ``autoprune/``, after the logger's own ``prefix``: ``sparsity_map`` (layers × steps), ``layers`` (a
+    table), ``m/<layer>`` (how M is spread, of a few layers) and ``path`` (the metric that is followed against the
+    sparsity). The summary of a W&B run gets ``final_sparsity``, ``final_compression`` and the best values. The table of
+    a ``CSVLogger`` is ``autoprune_layers.csv`` beside its ``metrics.csv``. A failure is a warning; so are pictures that
+    matplotlib is missing for.
 
     Args:
         trainer: the trainer, on its first process.
@@ -44,16 +48,21 @@ def log_figures(
             if isinstance(logger, WandbLogger):
                 from lightning_autoprune._wandb import log_figures as log_to_wandb
 
-                log_to_wandb(logger, step, rows, history, _heatmap(history), best)
+                log_to_wandb(logger, _root(logger), step, rows, history, _heatmap(history), best)
             elif isinstance(logger, TensorBoardLogger):
-                _log_to_tensorboard(logger.experiment, step, rows, history)
+                _log_to_tensorboard(logger.experiment, _root(logger), step, rows, history)
             elif isinstance(logger, CSVLogger):
-                _write_table(Path(logger.log_dir) / "autoprune_layers.csv", rows)
+                _write_table(logger.log_dir, rows)
         except Exception as error:
             rank_zero_warn(
                 f"The figures of the pruning were not logged by {type(logger).__name__}:"
                 f" {type(error).__name__}: {error}"
             )
+
+
+def _root(logger: WandbLogger | TensorBoardLogger) -> str:
+    """What names begin with: as Lightning's loggers have it for the scalars."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}autoprune" if logger._prefix else "autoprune"
 
 
 def _heatmap(history: History) -> Figure | None:
@@ -65,23 +74,27 @@ def _can_draw() -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
+        _once.warn(
+            "The loggers get the figures of the pruning without its pictures, which need matplotlib: pip install"
+            " 'lightning-autoprune[plots]'."
+        )
         return False
     return True
 
 
-def _log_to_tensorboard(writer: Any, step: int, rows: Sequence[LayerSummary], history: History) -> None:
+def _log_to_tensorboard(writer: Any, root: str, step: int, rows: Sequence[LayerSummary], history: History) -> None:
     if (heatmap := _heatmap(history)) is not None:
-        writer.add_figure("autoprune/sparsity_map", heatmap, step)
+        writer.add_figure(f"{root}/sparsity_map", heatmap, step)
     if history.metric and history.points and _can_draw():
         path = [(sparsity, value) for _, sparsity, value in history.points]
-        writer.add_figure("autoprune/path", metric_path(path, history.metric), step)
+        writer.add_figure(f"{root}/path", metric_path(path, history.metric), step)
     head, cells = as_table([*rows, total(rows)])
     lines = [head, ["---"] * len(head), *cells]
-    writer.add_text("autoprune/layers", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+    writer.add_text(f"{root}/layers", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
     for name, (counts, edges) in history.histograms.items():
         centres = [(a + b) / 2 for a, b in pairwise(edges)]
         writer.add_histogram_raw(
-            f"autoprune/m/{name}",
+            f"{root}/m/{name}",
             min=edges[0],
             max=edges[-1],
             num=sum(counts),
@@ -93,9 +106,10 @@ def _log_to_tensorboard(writer: Any, step: int, rows: Sequence[LayerSummary], hi
         )
 
 
-def _write_table(path: Path, rows: Sequence[LayerSummary]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+def _write_table(folder: str, rows: Sequence[LayerSummary]) -> None:
+    files = get_filesystem(folder)  # it may be a remote one
+    files.makedirs(folder, exist_ok=True)
+    with files.open(os.path.join(folder, "autoprune_layers.csv"), "w", newline="") as file:
         writer = csv.DictWriter(
             file, ["name", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"]
         )

@@ -24,6 +24,7 @@ class History:
     Attributes:
         metric: name of the metric that is followed; None before one is known.
         points: (step, sparsity, value) of that metric, in order.
+        final: step from which on the masks are final, or that of the first point that says so; infinite before.
         histograms: how the auxiliary parameters of a few layers were spread when last looked at, by layer name.
         revived: number of weights that came back, of each layer, from log to log.
 
@@ -39,6 +40,7 @@ class History:
         self.names = list(names)
         self.metric: str | None = None
         self.points: list[tuple[int, float, float]] = []
+        self.final = math.inf
         self.histograms: dict[str, Histogram] = {}
         self.revived = [0] * len(self.names)
         self._steps: list[int] = []
@@ -71,15 +73,29 @@ class History:
         self.revived = [0 if i is None else self.revived[i] for i in order]
         self.names = list(names)
 
-    def measure(self, metric: str, step: int, sparsity: float, value: float) -> None:
-        """Takes the value of the metric that is followed; every second one, the best aside, goes when too many."""
+    def measure(self, metric: str, step: int, sparsity: float, value: float, final: bool = False) -> None:
+        """Takes the value of the metric that is followed; every second one, the best aside, goes when too many.
+
+        Args:
+            metric: its name.
+            step: that Lightning's loggers have the value at.
+            sparsity: of all layers together.
+            value: of the metric.
+            final: whether the masks are final.
+        """
+        self.final = min(self.final, step) if final else math.inf
         if metric != self.metric:
             self.metric, self.points = metric, []
         if not self.points or self.points[-1][0] != step:
             self.points.append((step, sparsity, value))
         if len(self.points) > _ROWS:
-            best = best_points(self.points, "min") | best_points(self.points, "max")
-            last = len(self.points) - 1
+            last, since = len(self.points) - 1, sum(point[0] < self.final for point in self.points)
+            best = {
+                start + i
+                for start in (0, since)
+                for mode in ("min", "max")
+                for i in best_points(self.points[start:], mode)
+            }
             self.points = [p for i, p in enumerate(self.points) if i % 2 == 0 or i == last or i in best]
 
     def look_at(self, auxiliary: Mapping[str, Tensor]) -> None:
@@ -105,6 +121,7 @@ class History:
             "thinned": (self._stride, self._count),
             "metric": self.metric,
             "points": list(self.points),
+            "final": self.final,
             "histograms": dict(self.histograms),
             "revived": list(self.revived),
         }
@@ -116,6 +133,7 @@ class History:
         history._steps, history._rows = state["steps"].tolist(), state["rows"].tolist()
         history._stride, history._count = state["thinned"]
         history.metric, history.points = state["metric"], [tuple(point) for point in state["points"]]
+        history.final = state.get("final", math.inf)  # files of earlier versions have none
         history.histograms, history.revived = dict(state["histograms"]), list(state["revived"])
         return history
 

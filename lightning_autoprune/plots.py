@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,6 +85,7 @@ def sparsity_curves(curves: Curves) -> Figure:
     names = [name for name in curves if name != "all"] + ["all"] * ("all" in curves)
     layers = len(names) - ("all" in curves)
     alike = layers > len(COLOURS) * len(_DASHES)
+    entries: dict[str, Any] = {}  # of the legend, a line by what it says
     for i, name in enumerate(names):
         steps, values = zip(*curves[name], strict=True)
         marker = "o" if len(steps) == 1 else ""  # a single point has no line
@@ -94,16 +95,22 @@ def sparsity_curves(curves: Curves) -> Figure:
         if name == "all":
             line.set(color="black", linestyle="-", linewidth=2.6)
         elif alike:
-            line.set(color="0.6", linestyle="-", linewidth=0.8, label=f"_{name}" if i else f"each of {layers} layers")
+            label = f"each of {layers} layers"
+            line.set(color="0.6", linestyle="-", linewidth=0.8)
+        entries.setdefault(label, line)
     _style(axes, "Sparsity of each layer", "training step", "pruned weights (%)")
     axes.set_ylim(-2, 102)
+    lines, texts = list(entries.values()), list(map(str, range(len(entries))))
     if alike or len(names) <= 8:
-        axes.legend(frameon=False, title=None if alike else "at the end")
+        legend = axes.legend(lines, texts, frameon=False, title=None if alike else "at the end")
     else:
         columns = -(-len(names) // 24)
         letters = max(map(len, names)) + len(": 95.00%")
         figure.set_size_inches(6.8 + columns * (0.5 + 0.055 * letters), 4.2)
-        figure.legend(loc="outside right upper", frameon=False, title="at the end", fontsize=7, ncols=columns)
+        options: dict[str, Any] = {"frameon": False, "title": "at the end", "fontsize": 7, "ncols": columns}
+        legend = figure.legend(lines, texts, loc="outside right upper", **options)
+    for text, label in zip(legend.get_texts(), entries, strict=True):
+        text.set_text(label)  # where labels begin with an underscore, matplotlib may leave them out
     return figure
 
 

@@ -13,6 +13,7 @@ from lightning_autoprune.compatibility import steps_done
 from lightning_autoprune.history import History
 from lightning_autoprune.masks import pack, unpack
 from lightning_autoprune.monitored import HELD_OUT_LOSS, followed_metric
+from lightning_autoprune.pruner import Pruner
 
 __all__ = ["Report"]
 
@@ -87,11 +88,18 @@ class Report:
         _set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
         return metrics
 
-    def measure(self, trainer: Trainer, sparsity: float) -> None:
-        """Takes the metric that is followed, once it has been measured at this sparsity."""
-        found = followed_metric(trainer)
+    def measure(self, trainer: Trainer, pruner: Pruner, *, late: bool = False) -> None:
+        """Takes the metric that is followed, if it has just been measured.
+
+        Args:
+            trainer: the trainer, when a validation or a training epoch ends.
+            pruner: with the masks that it was measured with.
+            late: whether the epoch's hooks are over, which may have logged it.
+        """
+        found = followed_metric(trainer, self.history.metric, late=late)
         if found is not None:
-            self.history.measure(found[0], steps_done(trainer), sparsity, found[1])
+            step = steps_done(trainer) - (not trainer.validating)  # a validation comes before its step is counted
+            self.history.measure(found[0], step, pruner.sparsity, found[1], pruner.frozen)
 
     def log(
         self,

@@ -219,6 +219,7 @@ class Run:
     def _finish_pruning(self, trainer: Trainer) -> None:
         being_pruned.difference_update(self.module.modules())
         self._source.finetune()
+        self.report.history.final = steps_done(trainer)
         prune_averages(trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
@@ -236,19 +237,19 @@ class Run:
         if self.pruner.M:
             history.look_at(self.pruner.M)
         if trainer.is_global_zero:
-            best = best_values(trainer, history, self.pruner.sparsity) if ended else None
+            best = best_values(trainer, history) if ended else None
             log_figures(trainer, steps_done(trainer), self.layers(), history, best)
 
     def log_artifact(self, trainer: Trainer) -> None:
         """Hands W&B the best checkpoint that is pruned."""
-        if self.pruner.frozen and trainer.is_global_zero:
+        if self.pruner.frozen:
             from lightning_autoprune._wandb import log_artifact
 
             layers = self.pruner.layer_sparsity()
             metadata = {"sparsity": self.pruner.sparsity, "layer_sparsity": layers}
             if self._cost:
                 metadata["flops"] = self._cost.flops_left(layers)
-            log_artifact(trainer, self.pruner.weights, metadata)
+            log_artifact(trainer, self.pruner, metadata)
 
     def _flops(self) -> dict[str, int] | None:
         return {name: self._cost.flops_of(name) for name in self._cost.layers} if self._cost else None

@@ -14,6 +14,7 @@ import torch
 from helpers import BATCH, Net, csv_logger, data, fit, loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, Subset
@@ -122,6 +123,20 @@ def thawed(folder: Path) -> dict[str, Any]:
     return run(folder, model=Backbone(), callbacks=[BackboneFinetuning(2, verbose=False)], epochs=6)
 
 
+def logged(folder: Path) -> dict[str, Any]:
+    """The model goes to W&B, as no file of it is pruned; a hook of its own waits for the other rank."""
+    import wandb
+
+    class Waiting(Plain):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["ranks"] = int(self.all_gather(torch.ones(())).sum())
+
+    logger = WandbLogger(project="test", save_dir=str(folder / "wandb"))
+    found = run(folder, model=Waiting(), options={"log_artifact": True}, logger=logger)
+    wandb.finish()
+    return found
+
+
 def not_finite(module: Any, batch: Any) -> Any:
     """A loss that is NaN on rank 1 now and then."""
     loss = nn.functional.cross_entropy(module(batch[0]), batch[1])
@@ -184,6 +199,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "whole": lambda folder: resumed(folder, RANKS, None),
     "half": lambda folder: resumed(folder / "again", RANKS, folder / "saved" / "epoch=2.ckpt"),
     "thawed": thawed,
+    "logged": logged,
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
     "averaging": lambda folder: refused(folder, strategy=DDPStrategy(model_averaging_period=2)),
 }

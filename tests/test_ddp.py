@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import ddp_run
 import pytest
 import torch
 from helpers import rows, same
 from processes import finish, results, run_on_two_ranks, start
+from wandb_file import read_models
 
 PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "thawed")]
 
@@ -61,6 +64,14 @@ def test_only_rank_zero_logs(ranks, folder):
     assert len(logged) > 5
     assert len({row["step"] for row in logged}) == len(logged)
     assert logged[-1]["autoprune/sparsity"] == ranks[1]["redrawn"][0]["sparsity"]
+
+
+def test_rank_zero_logs_the_pruned_model_and_no_rank_waits_for_another(ranks, folder):
+    [artifact] = read_models(folder / "wandb")
+    assert json.loads(artifact.metadata)["sparsity"] == ranks[1]["logged"][0]["sparsity"]
+    saved = torch.load(artifact.manifest.contents[0].local_path, weights_only=True)
+    assert saved["ranks"] == ddp_run.RANKS
+    assert same(dict(saved["state_dict"]), dict(ranks[0]["logged"][0]["state"]))
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_neither(ranks):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Net, csv_logger, fit, loader, trainer
+from helpers import Net, csv_logger, fit, loader
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning_utilities.core.rank_zero import WarningCache
 from wandb_file import read_history, read_records
 
-from lightning_autoprune import AutoPruneCallback, sparsity
-from lightning_autoprune.history import History
-from lightning_autoprune.monitored import best_values
+from lightning_autoprune import AutoPruneCallback, figures, sparsity
 
 LAYERS = ["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"]
 
@@ -24,12 +25,12 @@ class Example(Net):
     example_input_array = torch.zeros(1, 12)
 
 
-def wandb_run(folder, callbacks=(), **options):
+def wandb_run(folder, callbacks=(), prefix="", **options):
     """Fits with a real offline run; returns the callback, the rows that have figures, the summary and the folder."""
     import wandb
 
     callback = AutoPruneCallback(target_sparsity=0.8, **options)
-    logger = WandbLogger(project="test", save_dir=str(folder))
+    logger = WandbLogger(project="test", save_dir=str(folder), prefix=prefix)
     fit(
         [callback, *callbacks], model=Example(), val=loader(seed=3), logger=logger, enable_checkpointing=bool(callbacks)
     )
@@ -79,14 +80,6 @@ def test_the_summary_holds_sparsity_compression_and_the_best_values(tmp_path):
     assert summary["autoprune/best_pruned_val_loss"] == min(pruned)
 
 
-def test_the_best_since_the_masks_are_final_is_not_one_from_before_that_was_sparser():
-    history = History()
-    for step, then, value in [(1, 0.0, 0.1), (2, 0.5, 0.2), (3, 0.6, 0.3), (4, 0.5, 0.5), (5, 0.5, 0.4)]:
-        history.measure("val_loss", step, then, value)
-    t = trainer(callbacks=[EarlyStopping("val_loss")])
-    assert best_values(t, history, 0.5) == {"best_val_loss": 0.1, "best_pruned_val_loss": 0.4}
-
-
 def test_what_early_stopping_monitors_is_followed_too(tmp_path):
     _, _, summary, _ = wandb_run(tmp_path, [EarlyStopping("val_loss", mode="max", patience=9)])
     assert summary["autoprune/best_val_loss"] >= summary["autoprune/best_pruned_val_loss"]
@@ -102,12 +95,16 @@ def test_figures_come_at_the_interval_asked_for_and_never_where_that_is_none(tmp
     assert (rows, "autoprune/final_sparsity" in summary) == ([], False)
 
 
-def test_tensorboard_gets_the_same(tmp_path):
+def tensorboard_events(folder, callback, **options):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    fit(callback, val=loader(seed=3), logger=TensorBoardLogger(str(folder), name="", version="", **options))
+    return EventAccumulator(str(folder), {"tensors": 0, "images": 0, "histograms": 0}).Reload()
+
+
+def test_tensorboard_gets_the_same(tmp_path):
     callback = AutoPruneCallback(target_sparsity=0.8)
-    fit(callback, val=loader(seed=3), logger=TensorBoardLogger(str(tmp_path), name="", version=""))
-    events = EventAccumulator(str(tmp_path), {"tensors": 0, "images": 0, "histograms": 0}).Reload()
+    events = tensorboard_events(tmp_path, callback)
     tags = events.Tags()
     assert set(tags["images"]) == {"autoprune/sparsity_map", "autoprune/path"}
     assert set(tags["histograms"]) == {"autoprune/m/first", "autoprune/m/last"}
@@ -116,6 +113,30 @@ def test_tensorboard_gets_the_same(tmp_path):
     first = callback.layers()[0]
     assert f"| first | 16×12 | 192 | {first.kept} | {first.sparsity:.2%} | {first.revived} |" in text
     assert "| all |  | 256 | 51 | 80.08% |" in text
+
+
+def test_a_loggers_prefix_is_that_of_the_figures_too(tmp_path):
+    saving = ModelCheckpoint(tmp_path / "c", monitor="val_loss")
+    _, [row], summary, _ = wandb_run(tmp_path / "w", [saving], prefix="exp")
+    names = {"layers", "sparsity_map", "m", "path"}
+    assert {key.split("/")[1].split("_table")[0] for key in row if key.startswith("exp-autoprune/")} >= names
+    ends = {"final_sparsity", "final_compression", "best_val_loss", "best_pruned_val_loss"}
+    assert {f"exp-autoprune/{name}" for name in ends} <= summary.keys()
+    tags = tensorboard_events(tmp_path / "t", AutoPruneCallback(target_sparsity=0.8), prefix="exp").Tags()
+    pictures = [name for kind in ("images", "histograms", "tensors") for name in tags[kind]]
+    names = {"path", "sparsity_map", "m/first", "layers/text_summary"}
+    assert {f"exp-autoprune/{name}" for name in names} <= {*pictures}
+    assert not [name for name in [*row, *summary, *pictures] if name.startswith("autoprune")]
+
+
+def test_the_table_of_a_remote_csv_logger_is_beside_its_metrics(tmp_path):
+    import fsspec
+
+    fit(AutoPruneCallback(target_sparsity=0.8), logger=CSVLogger(f"memory://{tmp_path.name}"))
+    files = fsspec.filesystem("memory").find(tmp_path.name)
+    assert {Path(path).name for path in files} >= {"metrics.csv", "autoprune_layers.csv"}
+    assert len({Path(path).parent for path in files}) == 1
+    assert not list(tmp_path.rglob("autoprune_layers.csv"))
 
 
 def test_a_csv_logger_gets_the_table_in_a_file_of_its_own():
@@ -127,11 +148,19 @@ def test_a_csv_logger_gets_the_table_in_a_file_of_its_own():
     assert int(first["kept"]) == callback.layers()[0].kept
 
 
-def test_without_matplotlib_the_rest_is_logged_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_autoprune.figures._can_draw", lambda: False)
-    _, [row], _, _ = wandb_run(tmp_path)
-    assert "autoprune/sparsity_map/path" not in row
-    assert "autoprune/layers/path" in row
+def test_without_matplotlib_the_rest_is_logged_all_the_same_and_a_warning_says_once_what_to_install(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setattr(figures, "_once", WarningCache(), raising=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, rows, _, _ = wandb_run(tmp_path, figures_every_n_epochs=1)
+    assert len(rows) == 4
+    assert "autoprune/sparsity_map/path" not in rows[-1]
+    assert "autoprune/layers/path" in rows[-1]
+    [text] = [str(w.message) for w in caught if "matplotlib" in str(w.message)]
+    assert text.endswith("which need matplotlib: pip install 'lightning-autoprune[plots]'.")
 
 
 def test_a_logger_that_fails_is_a_warning_and_training_ends_well(tmp_path):

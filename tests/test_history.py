@@ -60,6 +60,16 @@ def test_another_metric_starts_anew_and_a_step_counts_once():
     assert (history.metric, history.points) == ("val_error", [(4, 0.2, 1.0)])
 
 
+def test_the_best_with_final_masks_stays_where_earlier_ones_were_better_and_sparser():
+    history = History()
+    for step in range(1000):
+        value = 0.0 if step < 100 else 0.5 if step == 333 else 1.0
+        history.measure("val_loss", step, 0.6 if step < 100 else 0.5, value, final=step >= 100)
+    assert (333, 0.5, 0.5) in history.points
+    assert history.final == 100
+    assert History.of(history.state_dict()).final == 100
+
+
 def test_its_state_comes_back_through_a_file_and_goes_on_alike(tmp_path):
     history = History(["a", "b"])
     for step in range(700):

@@ -77,6 +77,18 @@ def test_more_layers_are_drawn_alike_with_one_entry_in_the_legend():
     pixels(figure)
 
 
+@pytest.mark.parametrize("layers", [3, 12])
+def test_layers_whose_names_begin_with_an_underscore_are_in_the_legend(layers):
+    names = [*(f"_layer{i}" for i in range(layers)), "all"]
+    figure = sparsity_curves({name: [(0, 0.0), (1, 0.5)] for name in names})
+    legend = figure.axes[0].get_legend() or figure.legends[0]
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == [f"{name}: 50.00%" for name in names]
+    drawn = [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()]
+    assert drawn == [(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines]
+    pixels(figure)
+
+
 def test_long_names_leave_the_curves_their_room():
     figure = sparsity_curves(
         {f"model.encoder.layers.{i}.attention.self.query": [(0, 0.0), (1, 0.5)] for i in range(25)}

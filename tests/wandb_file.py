@@ -42,6 +42,14 @@ def read_records(folder: Path, seconds: float = 30) -> list[Any]:
         time.sleep(0.1)
 
 
+def read_models(folder: Path) -> list[Any]:
+    """The artifacts that the only run below a folder logged and that are models; tables are some too."""
+    found = read_records(folder)
+    logged = [record.request.log_artifact.artifact for record in found if record.request.HasField("log_artifact")]
+    logged += [record.artifact for record in found if record.WhichOneof("record_type") == "artifact"]
+    return [artifact for artifact in logged if artifact.type == "model"]
+
+
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """The rows that the only run below a folder logged."""
     rows = []
