@@ -8,14 +8,19 @@ its defaults were chosen on runs of all networks:
     python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 30 --epochs 3
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 30 --epochs 60 --seeds 10 11 12
 
-How far L0, variational dropout, spred and NNCF get depends on a strength: they have trials at other compressions too,
-LeNet-300-100 at 200×, the others at 10× and, by the same commands, at 100×:
+How far L0, variational dropout, spred and NNCF get depends on a strength: they have trials at the other compressions
+too, LeNet-300-100 at 20×, 50×, 120× and 200×, the others at 10× and 100×, by commands such as:
 
     python benchmarks/tuning.py --data-dir DIR --target 200 --methods l0 vardrop spred nncf
     python benchmarks/tuning.py --data-dir DIR --tasks resnet transformer --target 10 --epochs 3 \\
         --methods l0 vardrop spred nncf
     python benchmarks/tuning.py --data-dir DIR --tasks tabular --target 10 --epochs 60 --seeds 10 11 12 \\
         --methods l0 vardrop spred nncf
+
+What a strength does depends on the length of a run, so on LeNet-300-100 at 80×, 120× and 200× the best three are tried
+once more with all epochs (L0 at 200×: all of them):
+
+    python benchmarks/tuning.py --data-dir DIR --target 80 --methods l0 vardrop spred --epochs 38 --best 3
 
 ModelPruning prunes at the ends of epochs, so it has all those of a run:
 
