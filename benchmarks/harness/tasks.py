@@ -114,7 +114,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("lenet-300-100", mnist, lenet_300_100, 38, 128, 1e-3, "error", (20, 50, 80, 120, 200)),
-        Task("lenet-5", mnist, lenet5, 38, 128, 1e-3, "error", (80, 310, 500)),
+        Task("lenet-5", mnist, lenet5, 38, 128, 1e-3, "error", (310, 500)),
         Task("resnet", mnist, small_resnet, 5, 128, 2e-3, "error", (10, 30, 100)),
         Task("transformer", python_help, CharTransformer, 6, 32, 2e-3, "loss", (10, 30, 100)),
         Task("tabular", breast_cancer, mlp, 60, 32, 1e-3, "loss", (10, 30, 100)),
