@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_autoprune.checkpoints import pruning_state
 from lightning_autoprune.history import History
 from lightning_autoprune.masks import pack
 from lightning_autoprune.pruner import Pruner
@@ -152,10 +153,9 @@ def _is_pruned(path: str, zeros: Mapping[str, Tensor], masks: Sequence[Tensor]) 
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):  # the user's own objects are in it, or it is no archive
         return False
-    for ours in checkpoint.get("callbacks", {}).values():
-        if isinstance(ours, Mapping) and ours.keys() >= {"pruner", "report"}:
-            auxiliary = ours["pruner"]["auxiliary"]
-            return bool(auxiliary and auxiliary["frozen"]) and _equal(auxiliary["masks"], masks)
+    if (ours := pruning_state(checkpoint)) is not None:
+        auxiliary = ours["pruner"]["auxiliary"]
+        return bool(auxiliary and auxiliary["frozen"]) and _equal(auxiliary["masks"], masks)
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
     return zeros.keys() <= state.keys() and _equal([state[name] == 0 for name in zeros], list(zeros.values()))
 

@@ -88,6 +88,7 @@ class AuxiliaryParameters(EffectiveWeights):
         (tensor([[ 0., -2.,  3.]]), 0.3333333333333333)
     """
 
+    granularity = "weight"  # of what has an m
     M: list[Tensor]
     squares: list[RunningSquares]
     _flat_M: list[Tensor]
@@ -309,10 +310,11 @@ class AuxiliaryParameters(EffectiveWeights):
             check_values(name, T, initial)
 
     def _check_granularity(self, state: Mapping[str, Any]) -> None:
-        if "alive" in state:
+        there = "neuron" if "alive" in state else "weight"
+        if there != self.granularity:
             raise AutoPruneError(
-                'The checkpoint\'s run pruned neurons, and this callback has `granularity="weight"`: resume with the'
-                " same granularity, or start from the checkpoint's weights alone."
+                f'The checkpoint\'s run pruned {there}s, and this callback has `granularity="{self.granularity}"`:'
+                " resume with the same granularity, or start from the checkpoint's weights alone."
             )
 
     def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.random_numbers import mix
 
-__all__ = ["UnclearRowsError", "batch_rows", "held_rows", "shard_batch", "split_batch"]
+__all__ = ["UnclearRowsError", "batch_rows", "held_rows", "hold_out", "shard_batch", "split_batch"]
 
 Layouts = dict[str, str]  # by place in the batch, as "['boxes'][0]"
 
@@ -59,7 +59,11 @@ def split_batch(
     """
     layouts = {} if layouts is None else layouts
     rows = batch_rows(batch, layouts)
-    held = held_rows(rows, fraction, least)
+    return hold_out(batch, rows, held_rows(rows, fraction, least), *seeds, layouts=layouts)
+
+
+def hold_out(batch: Any, rows: int, held: int, *seeds: int, layouts: Layouts) -> tuple[Any, Any]:
+    """What :func:`split_batch` gives for a batch of so many rows, with so many of them held out."""
     if not 0 < held < rows:
         return batch, None
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))

@@ -278,8 +278,8 @@ class AutoPruneCallback(Callback):
         if batch_idx == 0:
             run.report.measure(trainer, run.pruner, late=True)
             run.take_in(trainer, self._candidates(pl_module))
-        if is_overridden("on_train_batch_end", pl_module):
-            run.prune_again()
+        if is_overridden("on_train_batch_end", pl_module):  # which may have written to pruned weights
+            run.pruner.after_weight_step()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Masks the gradients before they are clipped; M may need them as they were."""
@@ -301,7 +301,7 @@ class AutoPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates, and saves after it, what is pruned, whatever the module's own hooks wrote after the last step."""
         if run := self._active:
-            run.prune_again()
+            run.pruner.after_weight_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the metric that is followed beside the sparsity."""
@@ -310,11 +310,12 @@ class AutoPruneCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the metric too, and logs figures at the interval asked for; those of the end come when fitting ends."""
-        every, run = self.figures_every_n_epochs, self._active
-        if run:
-            run.report.measure(trainer, run.pruner)
-            run.prune_again()
-        if run and not run.over and every and (trainer.current_epoch + 1) % every == 0:
+        if not (run := self._active):
+            return
+        run.report.measure(trainer, run.pruner)
+        run.pruner.after_weight_step()
+        every = self.figures_every_n_epochs
+        if not run.over and every and (trainer.current_epoch + 1) % every == 0:
             run.log_figures(trainer)
 
     # The end
@@ -323,11 +324,11 @@ class AutoPruneCallback(Callback):
         """Says so where training ended before pruning did, and lets go of the run."""
         if run := self._active:
             run.report.measure(trainer, run.pruner, late=True)
-        if run and not run.pruner.frozen:
-            rank_zero_warn(
-                f"Training ended after {run.pruner.step} of {run.pruner.phases.total} steps, before the masks were"
-                f" frozen: sparsity is {run.pruner.sparsity:.2%}. Resume to go on."
-            )
+            if not run.pruner.frozen:
+                rank_zero_warn(
+                    f"Training ended after {run.pruner.step} of {run.pruner.phases.total} steps, before the masks were"
+                    f" frozen: sparsity is {run.pruner.sparsity:.2%}. Resume to go on."
+                )
         self._release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

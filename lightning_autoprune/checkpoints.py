@@ -22,7 +22,9 @@ from lightning_autoprune.history import History
 from lightning_autoprune.sparse_file import load_sparse, sparse_metadata
 from lightning_autoprune.summary import LayerSummary, summarise, total
 
-__all__ = ["Saved", "read_checkpoint"]
+__all__ = ["Saved", "pruning_state", "read_checkpoint"]
+
+_LIGHTNINGS = "pytorch-lightning_version"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Saved:
         step: of a Lightning checkpoint.
         history: of the run; empty where there is none.
         flops: operations of the dense layers, by name, where the run knew them.
+        by_lightning: whether Lightning saved it, and with it the hyper-parameters that make the model.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Saved:
     step: int | None = None
     history: History = field(default_factory=History)
     flops: dict[str, int] = field(default_factory=dict)
+    by_lightning: bool = False
 
     def layers(self) -> list[LayerSummary]:
         """A row for each layer, whose zeros are counted."""
@@ -111,19 +115,31 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
     tensors = {str(name): _dense(path, str(name), x) for name, x in named if isinstance(x, Tensor)}
     if not tensors:
         raise AutoPruneError(f"{path} holds no tensors by name, so it is no checkpoint of a model.")
-    callbacks = content.get("callbacks")
-    states = callbacks.values() if isinstance(callbacks, Mapping) else []
-    found = [s for s in states if isinstance(s, Mapping) and s.keys() >= {"pruner", "report", "held_out"}]
-    if not found:
-        weights = {name.removesuffix(".weight"): _countable(x) for name, x in tensors.items() if x.dim() > 1}
-        return Saved(path, tensors, weights, epoch=_number(content, "epoch"), step=_number(content, "global_step"))
+    ours = pruning_state(content)
+    if ours is None:
+        return Saved(
+            path,
+            tensors,
+            {name.removesuffix(".weight"): _countable(x) for name, x in tensors.items() if x.dim() > 1},
+            epoch=_number(content, "epoch"),
+            step=_number(content, "global_step"),
+            by_lightning=_LIGHTNINGS in content,
+        )
     try:
-        return _with_pruning(path, tensors, content, found[0])
+        return _with_pruning(path, tensors, content, ours)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise AutoPruneError(
             f"The pruning state in {path} can't be read ({type(error).__name__}: {error}): another version of"
             " lightning-autoprune wrote it, or the file was changed."
         ) from error
+
+
+def pruning_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The state of ``AutoPruneCallback`` in what a checkpoint holds; None if there is none."""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    ours = (s for s in states if isinstance(s, Mapping) and s.keys() >= {"pruner", "report", "held_out"})
+    return next(ours, None)
 
 
 def _number(content: Mapping[str, Any], key: str) -> int | None:
@@ -146,6 +162,7 @@ def _with_pruning(
         _number(content, "global_step"),
         history,
         {str(name): int(count) for name, count in (state["flops"] or {}).items()},
+        _LIGHTNINGS in content,
     )
 
 

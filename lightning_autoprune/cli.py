@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import sys
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +188,7 @@ def _make(name: str, saved: Saved) -> nn.Module:
     finally:
         sys.path.pop(0)
     try:
-        if isinstance(make, type) and issubclass(make, LightningModule) and _is_lightnings(saved.path):
+        if isinstance(make, type) and issubclass(make, LightningModule) and saved.by_lightning:
             return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
         model: nn.Module = make()
         model.load_state_dict(saved.state)
@@ -199,13 +198,6 @@ def _make(name: str, saved: Saved) -> nn.Module:
             " its hyper-parameters, or a function without arguments that makes the module."
         ) from error
     return model
-
-
-def _is_lightnings(path: Path) -> bool:
-    """Whether a checkpoint that can be read is Lightning's, which has the hyper-parameters that make the model."""
-    if not zipfile.is_zipfile(path):  # safetensors
-        return False
-    return "pytorch-lightning_version" in torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -174,6 +174,8 @@ class NeuronParameters(AuxiliaryParameters):
         alive: whether each channel is kept, bool, of the same shape.
     """
 
+    granularity = "neuron"
+
     def __init__(self, weights: Mapping[str, Tensor], neurons: Neurons, **options: Any) -> None:
         self.neurons = neurons
         self.alive = torch.ones(neurons.count, dtype=torch.bool, device=neurons.groups[0].device)
@@ -255,13 +257,6 @@ class NeuronParameters(AuxiliaryParameters):
             )
         self.alive = state["alive"].to(self.alive.device)
         super().load_state_dict(state)
-
-    def _check_granularity(self, state: Mapping[str, Any]) -> None:
-        if "alive" not in state:
-            raise AutoPruneError(
-                'The checkpoint\'s run pruned weights, and this callback has `granularity="neuron"`: resume with the'
-                " same granularity, or start from the checkpoint's weights alone."
-            )
 
     # One entry a channel
 

@@ -256,10 +256,6 @@ class Run:
 
     # The end
 
-    def prune_again(self) -> None:
-        """Writes the zeros once more, which the module's own hooks may have overwritten."""
-        self.pruner.after_weight_step()
-
     def end(self) -> None:
         """Writes the zeros once more, which what other callbacks do when fitting ends may have overwritten."""
         prune_again(self.pruner)

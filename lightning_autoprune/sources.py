@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from typing_extensions import override
 
-from lightning_autoprune.batches import UnclearRowsError, batch_rows, held_rows, shard_batch, split_batch
+from lightning_autoprune.batches import UnclearRowsError, batch_rows, held_rows, hold_out, shard_batch
 from lightning_autoprune.compatibility import moves_training_batch
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.heldout import (
@@ -133,12 +133,12 @@ class RedrawnSource(Source):
             return batch
         try:
             rows = batch_rows(batch, self._layouts)
-            rest, held = split_batch(batch, self.fraction, self.seed, step or 0, least=2, layouts=self._layouts)
+            count = held_rows(rows, self.fraction, least=2)
+            rest, held = hold_out(batch, rows, count, self.seed, step or 0, layouts=self._layouts)
         except UnclearRowsError:
             if not self._least:
                 raise
             return batch
-        count = held_rows(rows, self.fraction, least=2)
         smaller = min(count, rows - count)
         if not self._least:
             self._check(rows, smaller, trainer.lightning_module)

@@ -42,8 +42,9 @@ class Written:
         Args:
             values: whether to look at the values of those that no count tells of; such a find is remembered.
         """
-        if values:
-            self._found |= {id(t) for t, _, bits in self._before if bits is not None and bits != _sum_of_bits(t)}
+        for t, version, bits in self._before if values else ():
+            if t._version == version and bits is not None and bits != _sum_of_bits(t):
+                self._found.add(id(t))
         return [t for t, version, _ in self._before if t._version != version or id(t) in self._found]
 
 
