@@ -89,7 +89,7 @@ def test_the_masks_in_a_checkpoint_say_whether_it_is_pruned_and_without_them_its
     def pruned(kept, **auxiliary):
         with torch.no_grad():
             model.first.weight[:, 7] = kept
-        ours = {"pruner": {"auxiliary": {"masks": [pack(mask)], **auxiliary}}, "report": {}}
+        ours = {"pruner": {"auxiliary": {"masks": [pack(mask)], **auxiliary}}, "report": {}, "held_out": {}}
         torch.save({"state_dict": model.state_dict(), "callbacks": {"ours": ours} if auxiliary else {}}, "c.ckpt")
         return _is_pruned("c.ckpt", {"first.weight": ~mask}, [pack(mask)])
 
