@@ -34,7 +34,7 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.demo.data import Split, loader
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 RESULTS = Path(__file__).parent / "results" / "cost.csv"
 PEAK_STEPS = 12  # of an epoch, where memory is measured; in ``frozen`` the masks are final after one

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.demo.data import Split, loader
 from lightning_autoprune.demo.networks import Classifier
-from lightning_autoprune.report import Report
+from lightning_autoprune.training.metrics import Report
 
 LOGGERS: dict[str, Callable[[str], Any]] = {
     "W&B, offline": lambda folder: WandbLogger(project="cost", save_dir=folder),

@@ -1,18 +1,18 @@
 """Prune a PyTorch Lightning model while it trains: one callback, every layer's curve, plain checkpoints."""
 
-from lightning_autoprune.auxiliary import AuxiliaryParameters
-from lightning_autoprune.callback import AutoPruneCallback
+from lightning_autoprune._version import __version__ as __version__
+from lightning_autoprune.deploy.onnx_export import export_onnx
+from lightning_autoprune.deploy.shrink import shrink
+from lightning_autoprune.deploy.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
+from lightning_autoprune.deploy.torch_export import export_program
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.flops import LayerCost, ModelCost, model_cost
-from lightning_autoprune.layers import prunable_weights
-from lightning_autoprune.onnx import export_onnx
-from lightning_autoprune.program import export_program
-from lightning_autoprune.pruner import Pruner, Settings
-from lightning_autoprune.shrink import shrink
-from lightning_autoprune.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
-from lightning_autoprune.sparsity import Sparsity, layer_sparsity, sparsity
-
-__version__ = "0.1.0"
+from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.method.pruner import Pruner
+from lightning_autoprune.method.settings import Settings
+from lightning_autoprune.model.cost import LayerCost, ModelCost, model_cost
+from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.sparsity import Sparsity, layer_sparsity, sparsity
+from lightning_autoprune.training.callback import AutoPruneCallback
 
 __all__ = [
     "AutoPruneCallback",

@@ -16,18 +16,18 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_autoprune import __version__
-from lightning_autoprune.checkpoints import Saved, read_checkpoint
-from lightning_autoprune.comparison import as_comparison_table, compare
 from lightning_autoprune.demo import run as demo
 from lightning_autoprune.demo.data import DataError
 from lightning_autoprune.demo.run import at_least_one
+from lightning_autoprune.deploy.atomic_write import replacing
+from lightning_autoprune.deploy.onnx_export import export_onnx
+from lightning_autoprune.deploy.sparse_file import save_sparse
+from lightning_autoprune.deploy.torch_export import export_program
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.files import replacing
-from lightning_autoprune.onnx import export_onnx
-from lightning_autoprune.page import headline, html_report
-from lightning_autoprune.program import export_program
-from lightning_autoprune.sparse_file import save_sparse
-from lightning_autoprune.summary import aligned, as_table, total
+from lightning_autoprune.reporting.checkpoint_reader import Saved, read_checkpoint
+from lightning_autoprune.reporting.html_report import headline, html_report
+from lightning_autoprune.reporting.layer_table import aligned, as_table, total
+from lightning_autoprune.reporting.mask_comparison import as_comparison_table, compare
 
 __all__ = ["main"]
 

@@ -34,10 +34,10 @@ from torch import nn
 from torch.nn.functional import linear, mse_loss
 
 from lightning_autoprune import AuxiliaryParameters, Pruner, Settings
-from lightning_autoprune.estimators import ESTIMATORS, straight_through
+from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
+from lightning_autoprune.method.schedule import target_path
+from lightning_autoprune.method.update_rules import RunningSquares, sensitivity
 from lightning_autoprune.plots import COLOURS
-from lightning_autoprune.pressure import target_path
-from lightning_autoprune.rules import RunningSquares, sensitivity
 
 torch.set_num_threads(1)
 BLUE, ORANGE, GREEN, _, _, RED, _ = COLOURS

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from .tasks import Task, batches
 

@@ -14,12 +14,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from lightning_autoprune.callback import AutoPruneCallback
 from lightning_autoprune.demo.data import Images, load_digits, load_mnist, loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.plots import read_curves, sparsity_curves
-from lightning_autoprune.summary import aligned, as_table, summarise, total
+from lightning_autoprune.reporting.layer_table import aligned, as_table, summarise, total
+from lightning_autoprune.training.callback import AutoPruneCallback
 
 __all__ = ["add_arguments", "run"]
 

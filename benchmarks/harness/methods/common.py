@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_autoprune.layers import prunable_weights
-from lightning_autoprune.pressure import target_path
+from lightning_autoprune.method.schedule import target_path
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from ..training import Method
 

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_autoprune.random_numbers import mix
+from lightning_autoprune.tensors.random_state import mix
 
 from .common import Masked, top_masks
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelPruning
 from torch import Tensor, nn
 
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from ..training import Method
 from .common import cubic, share_over

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from .regularised import Regularised
 

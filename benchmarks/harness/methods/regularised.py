@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_autoprune.layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from .common import Masked, top_masks
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_autoprune import pruner
-from lightning_autoprune.pressure import target_path
-from lightning_autoprune.rules import decay_for
+from lightning_autoprune.method import pruner
+from lightning_autoprune.method.schedule import target_path
+from lightning_autoprune.method.update_rules import decay_for
 
 from .autoprune import AutoPrune
 

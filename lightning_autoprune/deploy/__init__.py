@@ -1,0 +1,1 @@
+"""Smaller models and files: shrink, sparse files, exports."""

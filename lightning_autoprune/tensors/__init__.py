@@ -1,0 +1,1 @@
+"""Tools for tensors that know nothing of pruning: bits, buckets, shards, random state."""

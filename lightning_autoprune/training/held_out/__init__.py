@@ -1,0 +1,1 @@
+"""Where the data that trains M comes from."""

@@ -1,0 +1,116 @@
+"""What is read of Lightning's loops and optimisers; its private members are behind the functions here."""
+
+from __future__ import annotations
+
+import math
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from torch.amp import GradScaler
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = [
+    "grad_scaler",
+    "has_stepped",
+    "moves_training_batch",
+    "owners",
+    "scale_left",
+    "steps_done",
+    "total_steps",
+    "will_step",
+]
+
+
+def owners(trainer: Trainer) -> dict[int, Optimizer]:
+    """The optimiser of each parameter, by the parameter's ``id``."""
+    return {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Length of the run in training steps: batches that end in an optimiser step.
+
+    Raises:
+        AutoPruneError: if it can't be known before the run is over.
+    """
+    unknown = "`warmup` and `finetune` are fractions of the run, whose length is not known"
+    if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if len(trainer.optimizers) > 1:
+            raise AutoPruneError(
+                f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead."
+            )
+        if not trainer.lightning_module.automatic_optimization:
+            raise AutoPruneError(
+                f"{unknown}: with manual optimisation `max_steps` counts the steps of the optimiser, of which a batch"
+                " may have none or several. Set `max_epochs` instead."
+            )
+    total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
+    if epochs not in (None, -1) and trainer.num_training_batches < math.inf:
+        factors = [trainer.accumulate_grad_batches] * epochs
+        for callback in _callbacks(trainer):
+            if isinstance(callback, GradientAccumulationScheduler):
+                factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+        for callback in _callbacks(trainer):
+            if isinstance(callback, StochasticWeightAveraging):  # which may add an epoch without steps
+                factors = factors[: callback._max_epochs]
+        steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
+        total = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
+    if not 0 < total < math.inf:
+        raise AutoPruneError(
+            f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"
+            " (`max_time` may be set beside them)."
+        )
+    return int(total)
+
+
+def steps_done(trainer: Trainer) -> int:
+    """Number of training steps that are over, earlier fits included; what Lightning's loggers take for the step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def has_stepped(trainer: Trainer) -> bool:
+    """Whether the batch that ends took an optimiser step, rather than only adding to the gradients."""
+    return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
+
+
+def will_step(trainer: Trainer) -> bool:
+    """Whether the batch that is being loaded will end in an optimiser step, as the last of an epoch always does."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    ready = progress.current.ready + 1
+    return (
+        not trainer.lightning_module.automatic_optimization
+        or ready % trainer.accumulate_grad_batches == 0
+        or ready == trainer.num_training_batches
+        or progress.is_last_batch
+    )
+
+
+def moves_training_batch(trainer: Trainer) -> bool:
+    """Whether it is Lightning that moves a batch now, to train on it, and not a hook of the user's that moves its own.
+
+    Lightning names the hook it is in; ``batch_progress`` does not tell this move from one when an epoch starts or ends.
+    """
+    return trainer.training and trainer.lightning_module._current_fx_name == "batch_to_device"
+
+
+def grad_scaler(trainer: Trainer) -> GradScaler | None:
+    """What scales the loss in 16-bit precision, and skips steps whose gradients overflow; None if nothing does."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
+
+
+def scale_left(scaler: GradScaler, optimizer: Optimizer) -> float:
+    """What the gradients of an optimiser are multiplied by when its step begins.
+
+    Nothing, as a rule. Fused optimisers take the scale out themselves, and Lightning leaves it in where the last
+    ``training_step`` of an accumulation gave no loss.
+    """
+    stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
+    return 1.0 if stage is OptState.UNSCALED else scaler.get_scale()
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

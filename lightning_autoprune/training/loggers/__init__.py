@@ -1,0 +1,1 @@
+"""Figures for each kind of logger."""

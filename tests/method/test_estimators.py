@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
+
+M = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
+
+
+def test_linear_is_one_everywhere_and_costs_nothing():
+    assert straight_through("linear", M) is None
+
+
+def test_hard_sigmoid_is_a_half_inside_one_and_zero_outside():
+    assert straight_through("hard_sigmoid", M).tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0]
+
+
+def test_leaky_relu_has_its_slope_where_pruned():
+    expected = torch.tensor([0.2, 0.2, 0.2, 0.2, 1, 1, 1])
+    assert torch.equal(straight_through("leaky_relu", M, leaky_slope=0.2), expected)
+
+
+def test_softplus_is_the_derivative_of_softplus():
+    m = M.double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.softplus(m).sum(), m)
+    torch.testing.assert_close(straight_through("softplus", m.detach()), expected)
+
+
+@given(st.sampled_from(ESTIMATORS), st.floats(-50, 50))
+def test_every_estimator_is_between_zero_and_one(name, m):
+    value = straight_through(name, torch.tensor([m]))
+    assert value is None or 0 <= value.item() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ESTIMATORS[1:])
+def test_dtype_is_kept(name, dtype):
+    assert straight_through(name, M.to(dtype)).dtype == dtype
+
+
+def test_an_unknown_estimator_lists_those_there_are():
+    message = "`estimator` is 'relu'; allowed are 'linear', 'hard_sigmoid', 'leaky_relu', 'softplus'."
+    with pytest.raises(AutoPruneError, match=message):
+        straight_through("relu", M)

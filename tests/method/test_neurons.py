@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from architectures import DIFFICULT, EXACT
+from helpers import train
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_autoprune import AutoPruneError, Pruner, Settings, model_cost, prunable_weights, shrink
+from lightning_autoprune.demo.networks import lenet5
+from lightning_autoprune.method.neurons import NeuronParameters
+from lightning_autoprune.model.prunable_neurons import find_neurons
+
+CHANNELS = {name: EXACT[name] for name in ("lenet5", "resnet", "mobilenet", "dense", "signals", "volumes")}
+
+
+def neurons_of(name):
+    make, shape = {**EXACT, **DIFFICULT}[name]
+    network = make()
+    return network, find_neurons(network, prunable_weights(network), torch.zeros(2, *shape)), torch.zeros(2, *shape)
+
+
+def some_alive(neurons, seed):
+    """A random choice that leaves one of each group."""
+    generator = torch.Generator().manual_seed(seed)
+    alive = torch.rand(neurons.count, generator=generator) < torch.rand(1, generator=generator)
+    for group in neurons.groups:
+        alive[group[torch.randint(len(group), (1,), generator=generator)]] = True
+    return alive
+
+
+def auxiliary(network, neurons, **options):
+    weights = prunable_weights(network)
+    return NeuronParameters({name: weights[name] for name in neurons.rows}, neurons, **options)
+
+
+def test_the_channels_of_lenet_5_are_those_of_its_hidden_layers():
+    _, neurons, _ = neurons_of("lenet5")
+    assert [len(group) for group in neurons.groups] == [20, 50, 500]
+    assert neurons.rows["9"].tolist() == [570] * 10  # outputs belong to no channel
+    assert neurons.columns["0"].tolist() == [570]
+    assert neurons.columns["7"].tolist() == [20 + i // 16 for i in range(800)]
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_density_is_that_of_the_model_that_shrink_gives(name, seed):
+    network, neurons, inputs = neurons_of(name)
+    dense = model_cost(network, inputs)
+    size = sum(w.numel() for w in prunable_weights(network).values())
+    aux = auxiliary(network, neurons)
+    aux.M[0] = torch.where(some_alive(neurons, seed), 1.0, -1.0)
+    aux.update_masks()
+    aux.freeze()
+    small = shrink(network, inputs)
+    left = sum(w.numel() for w in prunable_weights(small).values())
+    assert left <= size * (1 - aux.sparsity) * (1 + 1e-6)  # less where a pruned channel makes others dead
+    flops = neurons.left(aux.alive, {name: float(layer.flops) for name, layer in dense.layers.items()})
+    assert model_cost(small, inputs).flops <= dense.flops * flops * (1 + 1e-6)
+    if name != "dense":
+        assert left == pytest.approx(size * (1 - aux.sparsity), rel=1e-6)
+        assert model_cost(small, inputs).flops == pytest.approx(dense.flops * flops, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_what_is_pruned_is_zero_and_freezing_changes_no_output(name):
+    network, neurons, inputs = neurons_of(name)
+    inputs = torch.randn_like(inputs)
+    aux = auxiliary(network, neurons)
+    aux.M[0] = torch.where(some_alive(neurons, 3), 1.0, -1.0)
+    aux.update_masks()
+    before = network.eval()(inputs)
+    aux.freeze()
+    torch.testing.assert_close(network(inputs), before, rtol=1e-5, atol=1e-6)
+    zeros = sum(int((w == 0).sum()) for w in prunable_weights(network).values())
+    size = sum(w.numel() for w in prunable_weights(network).values())
+    assert zeros / size == pytest.approx(aux.sparsity, abs=1e-6)
+    literal = {name: float((w == 0).float().mean()) for name, w in prunable_weights(network).items()}
+    assert aux.layer_sparsity() == pytest.approx(literal, abs=1e-6)
+
+
+@given(st.integers(0, 2**16))
+@settings(max_examples=20, deadline=None)
+def test_the_marginal_cost_is_what_one_channel_more_costs(seed):
+    _, neurons, _ = neurons_of("lenet5")
+    alive = some_alive(neurons, seed)
+    some = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))[:6].tolist()
+    found, differences = neurons.marginal(alive)[some], []
+    for i in some:
+        with_it, without = alive.clone(), alive.clone()
+        with_it[i], without[i] = True, False
+        differences.append(neurons.density(with_it) - neurons.density(without))
+    ratio = torch.tensor(differences) / found
+    assert torch.allclose(ratio, ratio.mean().expand(6), rtol=1e-3)
+
+
+def masked_forward(network, h, x):
+    """The slow way: each channel's activations times its own mask."""
+    x = torch.relu(network[0](x)) * h[:6]
+    x = torch.relu(network[2](x)) * h[6:11]
+    return network[4](x)
+
+
+def test_the_gradient_is_that_of_masks_on_the_activations():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    plain, x = copy.deepcopy(network), torch.randn(16, 4)
+    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x), rule="vanilla")
+    aux.M[0] = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, 1, -1, 1, 1])
+    aux.update_masks()
+    h = (aux.M[0] > 0).float().requires_grad_()
+    masked_forward(plain, h, x).square().sum().backward()
+    network(x).square().sum().backward()
+    [(g, *_)] = aux._sensitivities([weight.grad for weight in aux.weights.values()])
+    torch.testing.assert_close(g * aux._root_sizes, h.grad)  # pruned ones too: they can come back
+    assert h.grad[[1, 4]].abs().min() > 0
+
+
+@pytest.mark.parametrize("rule", ["autoprune", "vanilla", "adaptive"])
+def test_a_step_does_not_grow_with_the_number_of_weights_of_a_channel(rule):
+    """Sensitivity consistency over group size: channels of 8 and of 512 weights, gradients of equal size."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 8), nn.ReLU(), nn.Linear(8, 512))
+    aux = auxiliary(network, find_neurons(network, prunable_weights(network), torch.zeros(1, 4)), rule=rule)
+    for weight in aux.weights.values():
+        weight.data.normal_()
+    before = aux.M[0].clone()
+    for _ in range(20):
+        assert aux.step([torch.randn_like(w) for w in aux.weights.values()], lr=1.0, mu=0.0)
+    moved = (aux.M[0] - before).square()
+    narrow, wide = moved[:50].mean().sqrt(), moved[50:].mean().sqrt()
+    assert 0.4 < narrow / wide < 2.5
+
+
+def problem():
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)
+    network = nn.Sequential(*layers)
+    x = torch.randn(256, 8)
+    return network, x, x[:, :4].argmax(1)
+
+
+@pytest.mark.parametrize("target", [{"target_sparsity": 0.8}, {"target_flops": 0.2}])
+def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
+    network, x, y = problem()
+    neurons = find_neurons(network, prunable_weights(network), x)
+    pruner = Pruner(neurons_weights(network, neurons), Settings(granularity="neuron", **target), 300, neurons=neurons)
+    pruner.start()
+    list(train(pruner, network, x, y, 300))
+    assert pruner.frozen
+    assert 0.8 <= pruner.sparsity < 0.85
+    accuracy = (network.eval()(x).argmax(1) == y).float().mean()
+    assert accuracy > 0.9
+
+
+@pytest.mark.parametrize("kept", range(1, 11))
+@pytest.mark.parametrize("as_target", [lambda d: {"target_sparsity": 1 - d}, lambda d: {"target_flops": d}])
+def test_a_target_that_whole_neurons_meet_is_met(kept, as_target):
+    network = nn.Sequential(nn.Linear(8, 10, bias=False), nn.ReLU(), nn.Linear(10, 2, bias=False))
+    neurons, weights = find_neurons(network, prunable_weights(network), torch.zeros(2, 8)), prunable_weights(network)
+    options = as_target(kept / 10)  # the floor too, which is one neuron
+    pruner = Pruner(weights, Settings(granularity="neuron", warmup=0, **options), 1, neurons=neurons)
+    pruner.start()
+    pruner.end_step()
+    assert pruner.frozen
+    assert pruner.sparsity == pytest.approx(1 - kept / 10, abs=1e-12)
+
+
+def neurons_weights(network, neurons):
+    weights = prunable_weights(network)
+    return {name: weights[name] for name in neurons.rows}
+
+
+def test_neurons_come_back_during_pruning():
+    network, x, y = problem()
+    neurons = find_neurons(network, prunable_weights(network), x)
+    settings_ = Settings(granularity="neuron", target_sparsity=0.8, warmup=0.1, finetune=0.1)
+    pruner = Pruner(neurons_weights(network, neurons), settings_, 400, neurons=neurons)
+    pruner.start()
+    came_back, before = 0, None
+    for _ in train(pruner, network, x, y, 350):
+        now = pruner.auxiliary.alive if pruner.auxiliary else None
+        if before is not None:
+            came_back += int((now & ~before).sum())
+        before = now
+    assert came_back > 3
+
+
+def test_each_layer_keeps_a_neuron_whatever_the_pressure():
+    network, x, _ = problem()
+    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x))
+    aux.M[0].fill_(-1.0)
+    aux.update_masks()
+    assert [int(aux.alive[group].sum()) for group in aux.neurons.groups] == [1, 1]
+
+
+def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
+    network, x, _ = problem()
+    neurons = find_neurons(network, prunable_weights(network), x)
+    settings_ = Settings(granularity="neuron", target_flops=0.001)
+    with pytest.raises(AutoPruneError) as error:
+        Pruner(neurons_weights(network, neurons), settings_, 10, neurons=neurons)
+    assert str(error.value) == (
+        "Keeping 0.001 of the model is not possible by pruning neurons: with `layer_floor=0.001` 2 of 70 must stay,"
+        " which with what is no neuron's is 0.007927. Keep more, or lower `layer_floor`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_flops": 0.5}, '`target_flops` is 0.5, and single weights are pruned, .* use `granularity="neuron"`'),
+        ({"cost": "flops"}, "`cost` is 'flops', and single weights are pruned"),
+        ({"granularity": "filter"}, "`granularity` is 'filter'; allowed are 'weight', 'neuron'"),
+        ({"granularity": "neuron", "cost": "time"}, "`cost` is 'time'; allowed are 'parameters', 'flops'"),
+        ({"granularity": "neuron", "target_flops": 0.0}, r"`target_flops` is 0.0; it must be a number in \(0, 1\]"),
+        ({"granularity": "neuron", "target_flops": 0.5, "cost": "parameters"}, '`cost` must be "flops" or None'),
+        ({"granularity": "neuron", "target_flops": 0.5, "target_sparsity": 0.5}, "are both given: one target"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        Settings(**options)
+
+
+def test_a_model_without_a_free_channel_says_why():
+    network = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    with pytest.raises(AutoPruneError) as error:
+        find_neurons(network, prunable_weights(network), torch.zeros(2, 4))
+    assert str(error.value) == (
+        "`granularity=\"neuron\"` finds no channel to prune in Sequential: it goes through '1', a LayerNorm; it is an"
+        ' output of the model. Use `granularity="weight"`.'
+    )
+
+
+def test_layers_that_are_left_out_keep_their_channels():
+    network = lenet5()
+    neurons = find_neurons(network, prunable_weights(network, exclude=["3"]), torch.zeros(1, 1, 28, 28))
+    assert [len(group) for group in neurons.groups] == [500]  # "3" makes the others, or reads them
+
+
+def test_the_operations_of_the_rest_of_the_model_count():
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 200))
+    neurons = find_neurons(network, prunable_weights(network, exclude=["4"]), torch.zeros(2, 8))
+    neurons.costs = {"0": 128.0, "2": 128.0}
+    neurons.rest = 3200.0
+    alive = torch.zeros(8, dtype=torch.bool)
+    alive[0] = True
+    assert neurons.density(alive) == pytest.approx((16 + 16 + 3200) / 3456)

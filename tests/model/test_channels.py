@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import nullcontext
+
+import pytest
+import torch
+from architectures import DIFFICULT, EXACT, Twice, mobilenet, resnet
+from torch import nn
+
+from lightning_autoprune import AutoPruneError
+from lightning_autoprune.demo.networks import lenet5
+from lightning_autoprune.deploy.shrink import shrink
+from lightning_autoprune.model.channels import Channel, find_channels, fix_entangled, is_depthwise
+
+
+def channels_of(name):
+    make, shape = {**EXACT, **DIFFICULT}[name]
+    network = make()
+    return network, find_channels(network, torch.zeros(2, *shape))
+
+
+@pytest.mark.parametrize("name", [*EXACT, *DIFFICULT])
+def test_each_row_is_in_one_channel(name):
+    network, channels = channels_of(name)
+    rows = [(layer, i) for channel in channels for layer, indices in channel.made.items() for i in indices]
+    assert len(rows) == len(set(rows))
+    for layer, module in network.named_modules():
+        made = sorted(i for name, i in rows if name == layer)
+        if isinstance(module, nn.Linear) and made:
+            assert made == list(range(module.out_features))
+
+
+def test_a_channel_of_a_convolution_is_read_by_all_columns_that_flattening_makes_of_it():
+    channels = find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
+    assert len(channels) == 20 + 50 + 500 + 10
+    second = channels[20 + 3]
+    assert (second.made, second.read, second.fixed) == ({"3": [3]}, {"7": list(range(48, 64))}, "")
+
+
+def test_additions_tie_the_channels_of_several_layers():
+    channels = find_channels(resnet(), torch.zeros(2, 3, 16, 16))
+    tied = next(channel for channel in channels if "3.conv2" in channel.made)
+    assert tied.made == {"3.conv2": [0], "3.shortcut.0": [0]}
+    assert tied.passed == {"3.norm2": [0], "3.shortcut.1": [0]}
+    assert tied.read == {"4.conv1": [0], "4.shortcut.0": [0]}
+
+
+def test_a_depthwise_convolution_passes_channels_on():
+    network = mobilenet()
+    channels = find_channels(network, torch.zeros(2, 3, 16, 16))
+    wide = next(channel for channel in channels if "3.layers.0" in channel.made)
+    assert is_depthwise(network[3].layers[3])
+    assert not is_depthwise(network[3].layers[0])
+    assert wide.passed == {"3.layers.1": [0], "3.layers.3": [0], "3.layers.4": [0]}
+    assert wide.read == {"3.layers.6": [0]}
+
+
+def test_a_layer_that_is_used_twice_makes_and_reads_the_same_channels():
+    channels = find_channels(Twice(), torch.zeros(2, 5))
+    assert (channels[2].made, channels[2].read) == ({"a": [2], "b": [2]}, {"b": [2], "c": [2]})
+
+
+def test_a_gate_ties_the_channels_that_it_multiplies():
+    _, channels = channels_of("gated")
+    assert sorted(channels[1].made["a"]) == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "why"),
+    [
+        ("lenet5", "9", "it is an output of the model"),
+        ("encoder", "embed", "it goes through 'layers.layers.0.self_attn', a MultiheadAttention"),
+        ("normalised", "0", "it goes through '1', a GroupNorm"),
+        ("grouped", "0", "'2' is a grouped convolution"),
+        ("tied", "a", "'a' shares or computes its weight"),
+        ("attention", "down", "it is an output of the model"),
+    ],
+)
+def test_channels_that_must_stay_say_why(name, layer, why):
+    _, channels = channels_of(name)
+    fixed = {channel.fixed for channel in channels if layer in channel.made}
+    assert fixed == {why}
+
+
+def test_the_network_is_left_as_it_was():
+    network = resnet()
+    network[2].eval()
+    network[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    find_channels(network, torch.randn(2, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert [m.training for m in network] == [m is not network[2] for m in network]
+    assert [name for name, p in network.named_parameters() if not p.requires_grad] == ["0.weight"]
+    assert all(p.grad is None for p in network.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+def test_it_works_without_gradients_being_on():
+    with torch.no_grad():
+        assert len(find_channels(lenet5(), torch.zeros(1, 1, 28, 28))) == 580
+
+
+def test_without_torch_pruning_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(AutoPruneError, match=r"torch-pruning: pip install 'lightning-autoprune\[shrink\]'"):
+        find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
+
+
+def test_a_layer_that_fails_is_named_with_the_shape_of_the_example():
+    with pytest.raises(
+        AutoPruneError, match=r"could not be run on an example of shapes \[\(1, 20\)\]: layer '0' raised"
+    ):
+        find_channels(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2)), torch.zeros(1, 20))
+
+
+def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
+    found = {}
+    for name in (*EXACT, "shuffled", "softmax", "gated", "twice", "attention", "upsampler"):
+        network, channels = channels_of(name)
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        fixed = {id(channel) for channel in channels if channel.fixed}
+        fix_entangled(network, channels, torch.zeros(2, *{**EXACT, **DIFFICULT}[name][1]))
+        found[name] = {channel.fixed for channel in channels if channel.fixed and id(channel) not in fixed}
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert found["shuffled"] == {"'a' reaches the outputs in a way that can't be told"}
+    assert found["softmax"] == {"'0' reaches the outputs in a way that can't be told"}
+    assert found["attention"] == {"'qkv' reaches the outputs in a way that can't be told"}
+    assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
+
+
+def test_channels_that_others_hang_on_are_found_out_on_an_offset():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.b.bias.data.fill_(1e3)
+
+        def forward(self, x):
+            y = 0.1 * self.a(x).relu()
+            return self.b(y - y.mean(-1, keepdim=True))
+
+    network, x = Centred(), torch.randn(4, 5)
+    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(8)]
+    fix_entangled(network, channels, x)
+    assert all(channel.fixed for channel in channels)
+
+
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
+def test_no_permutation_of_the_channels_goes_unseen(order):
+    class Permuted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, len(order)), nn.Linear(len(order), 3)
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            return self.b(torch.stack([y[:, i] for i in order], 1))
+
+    network, x = Permuted(), torch.zeros(2, 5)
+    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(len(order))]
+    fix_entangled(network, channels, x)
+    assert all(channel.fixed for channel in channels)
+    right = [Channel(made={"a": [i]}, read={"b": [order.index(i)]}) for i in range(len(order))]
+    fix_entangled(network, right, x)
+    assert not any(channel.fixed for channel in right)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind, before, **options):
+        super().__init__()
+        self.before = nn.Linear(4, 6) if before else nn.Identity()
+        self.layer = kind(6 if before else 4, 5, batch_first=True, **options)
+        self.a, self.b = nn.LazyLinear(6), nn.Linear(6, 2)
+        self(torch.zeros(1, 2, 4))
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(self.layer(torch.relu(self.before(x)))[0])))
+
+
+def test_channels_that_a_recurrent_layer_reads_are_fixed_and_others_are_not():
+    channels = find_channels(Recurrent(nn.GRU, True), torch.zeros(2, 3, 4))
+    assert {c.fixed for c in channels if "before" in c.made} == {"where 'before' is read can't be told"}
+    assert [(c.made, c.read, c.fixed) for c in channels if "a" in c.made][1] == ({"a": [1]}, {"b": [1]}, "")
+    assert len(channels) == 6 + 6 + 2
+
+
+class Shifted(nn.Module):
+    """The differences of a sequence, whose slices torch-pruning takes for slices of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv1d(2, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 3, 1)
+
+    def forward(self, x):
+        h = self.second(self.first(x).relu())
+        return self.last(h[:, :, 1:] - h[:, :, :-1])
+
+
+def test_a_graph_without_an_end_is_left():
+    network = Shifted()
+    channels = {layer: channel for channel in find_channels(network, torch.randn(2, 2, 6)) for layer in channel.made}
+    assert channels["second"].fixed == "where 'second' is read can't be told"
+    assert not channels["first"].fixed
+    circular = nn.Sequential(
+        nn.Conv1d(2, 2, 3), nn.Conv1d(2, 4, 3, padding=2, padding_mode="circular"), nn.Conv1d(4, 3, 1)
+    )
+    assert find_channels(circular, torch.randn(2, 2, 12))
+
+
+def test_all_channels_are_fixed_with_a_warning_if_the_graph_of_a_model_that_runs_can_not_be_told():
+    network = Recurrent(nn.LSTM, False, bidirectional=True)
+    with pytest.warns(UserWarning, match="All channels of Recurrent stay: how its layers hang together can't be told"):
+        channels = find_channels(network, torch.zeros(2, 3, 4))
+    assert [channel.made for channel in channels] == [{n: [i]} for n, rows in (("a", 6), ("b", 2)) for i in range(rows)]
+    assert {channel.fixed for channel in channels} == {"its graph can't be told"}
+
+
+def test_a_compiled_network_has_the_channels_of_the_plain_one():
+    network, x = Twice(), torch.zeros(2, 5)
+    found = find_channels(network, x)
+    torch._dynamo.reset()
+    network.compile(backend="eager")
+    network(x)
+    assert [channel.made for channel in find_channels(network, x)] == [channel.made for channel in found]
+
+
+def test_a_network_that_keeps_an_activation_is_tried_on_a_copy():
+    class Keeps(Twice):
+        def forward(self, x):
+            self.features = self.a(x)
+            return self.c(torch.relu(self.features))
+
+    network, x = Keeps(), torch.zeros(2, 5)
+    channels = find_channels(network, x)
+    fix_entangled(network, channels, x)
+    assert not any(channel.fixed for channel in channels if "a" in channel.made)
+
+
+def test_what_has_no_gradients_is_refused():
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3)
+    with pytest.raises(AutoPruneError, match=r"RecursiveScriptModule is TorchScript.*give the module it was made of"):
+        find_channels(torch.jit.script(network), x)
+    with torch.inference_mode():
+        made = nn.Linear(3, 2)
+        with pytest.raises(AutoPruneError, match=r"Sequential.*outside of it \(`torch.no_grad\(\)` is allowed\)"):
+            find_channels(network, x)
+    with pytest.raises(AutoPruneError, match="The channels of Linear are found by gradients"):
+        find_channels(made, x)
+
+
+class Concatenated(nn.Module):
+    """What layers make beside inputs, as in a DenseNet."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.order, self.a, self.b, self.c = order, nn.Conv2d(3, 8, 1), nn.Conv2d(11, 6, 1), nn.Linear(17, 2)
+
+    def forward(self, x):
+        x = torch.cat(self.order([x, self.a(x).relu()]), 1)
+        x = torch.cat(self.order([x, self.b(x).relu()]), 1)
+        return self.c(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize(("order", "first", "second"), [(list, 3, 11), (lambda parts: parts[::-1], 0, 0)])
+def test_inputs_that_are_concatenated_move_the_columns_behind_them(order, first, second):
+    network, x = Concatenated(order), torch.randn(2, 3, 4, 4)
+    network.a.weight.data[:4] = network.b.weight.data[:3] = 0
+    channels = find_channels(network, x)
+    fix_entangled(network, channels, x)
+    of = {(name, i): c for c in channels for name, rows in c.made.items() for i in rows}
+    assert of["a", 1].read == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
+    assert of["b", 1].read == {"c": [second + 1]}
+    assert not any(c.fixed for c in channels if "c" not in c.made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = shrink(network, x)
+    assert (small.a.out_channels, small.b.out_channels) == (4, 3)
+    torch.testing.assert_close(small(x), network(x))
+
+
+@pytest.mark.parametrize("parts", ["xxh", "hxx", "hxh", "xhx"])
+def test_parts_without_gradients_are_told_apart_or_left(parts):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(sum({"x": 3, "h": 8}[part] for part in parts), 2)
+            self.a.weight.data[:4] = 0
+
+        def forward(self, x):
+            of = {"x": x, "h": self.a(x).relu()}
+            return self.b(torch.cat([of[part] for part in parts], -1).relu())
+
+    network, x = Parts(), torch.randn(4, 3)
+    apart = parts == "xhx"  # only the sum of the two widths is known
+    with pytest.warns(UserWarning, match="The dead channels of 'a' stay") if apart else nullcontext():
+        small = shrink(network, x)
+    assert small.a.out_features == (8 if apart else 4)
+    torch.testing.assert_close(small(x), network(x))
+
+
+def test_a_function_of_the_users_own_may_be_called_a_cat():
+    class MyCat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad, grad
+
+    class Own(Twice):
+        def forward(self, x):
+            return self.c(MyCat.apply(self.a(x), torch.ones(())).relu())
+
+    assert [c.read for c in find_channels(Own(), torch.zeros(2, 5)) if "a" in c.made][1] == {"c": [1]}

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.model.prunable_layers import prunable_weights
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.conv = nn.Conv2d(1, 4, 3)
+        self.up = nn.ConvTranspose1d(4, 4, 2)
+        self.norm = nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 10)
+
+
+def test_weights_of_linear_convolution_and_attention_are_found_and_nothing_else():
+    names = list(prunable_weights(Mixed()))
+    assert names == ["conv", "up", "attention.in_proj_weight", "attention.out_proj", "head"]
+
+
+def test_a_single_layer_has_a_name():
+    assert list(prunable_weights(nn.Linear(2, 2))) == ["weight"]
+
+
+def test_include_and_exclude_are_patterns():
+    assert list(prunable_weights(Mixed(), include=["attention.*", "head"])) == [
+        "attention.in_proj_weight",
+        "attention.out_proj",
+        "head",
+    ]
+    assert list(prunable_weights(Mixed(), exclude=["attention*", "up"])) == ["conv", "head"]
+
+
+def test_recurrent_layers_have_several_weights():
+    model = nn.ModuleDict({"lstm": nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2), "cell": nn.GRUCell(3, 4)})
+    names = list(prunable_weights(model))
+    assert names[:4] == ["lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.weight_hr_l0", "lstm.weight_ih_l0_reverse"]
+    assert names[-2:] == ["cell.weight_ih", "cell.weight_hh"]
+    assert len(names) == 14
+
+
+def test_an_embedding_is_pruned_if_a_pattern_names_it():
+    assert list(prunable_weights(Mixed(), include=["embed", "head"])) == ["embed", "head"]
+    assert next(iter(prunable_weights(Mixed(), include=["*"]))) == "embed"
+    model = Mixed()
+    model.head.weight = model.embed.weight
+    assert list(prunable_weights(model, include=["embed", "head"])) == ["embed"]
+    assert "head" not in prunable_weights(model, include=["conv", "head"])
+
+
+def test_a_tied_weight_is_listed_once():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    assert list(prunable_weights(model)) == ["0"]
+
+
+def test_a_weight_tied_to_an_embedding_is_an_embedding():
+    model = Mixed()
+    model.head.weight = model.embed.weight
+    assert "head" not in prunable_weights(model)
+
+
+def test_a_frozen_weight_is_left_out_unless_asked_for():
+    model = Mixed()
+    model.conv.weight.requires_grad_(False)
+    assert "conv" not in prunable_weights(model)
+    assert "conv" in prunable_weights(model, trained_only=False)
+
+
+def test_a_weight_without_entries_is_left_out():
+    assert list(prunable_weights(nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4), nn.Linear(4, 2)))) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            nn.LayerNorm(3),
+            {},
+            "LayerNorm has no layer to prune: there is no linear, convolution, recurrent or attention",
+        ),
+        (Mixed(), {"include": ["fc*"]}, r"`include` has 'fc\*', which matches no layer; there are 'conv', 'up', 'att"),
+        (Mixed(), {"exclude": ["bias"]}, "`exclude` has 'bias', which matches no layer; there are 'conv', 'up'"),
+        (Mixed(), {"exclude": ["*"]}, "`include` and `exclude` leave no layer to prune; there are 'conv'"),
+        (
+            nn.Embedding(3, 2, sparse=True),
+            {"include": ["*"]},
+            "Layer 'weight' has sparse gradients, which can't be masked: make it with `sparse=False`, or",
+        ),
+        (nn.LazyLinear(3), {}, "Layer 'weight' is lazy and has no shape yet: run one batch through the model"),
+        (weight_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight by a parametrization, .* remove it"),
+        (
+            nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
+            {},
+            "Layer 'weight_hh_l0' computes its weight_hh_l0 before each forward",
+        ),
+        (weight_norm(nn.LSTM(2, 2), "weight_hh_l0"), {}, "Layer 'weight_hh_l0' computes its weight_hh_l0 by a param"),
+        (
+            nn.utils.spectral_norm(nn.GRUCell(2, 2), "weight_hh"),
+            {},
+            "Layer 'weight_hh' computes its weight_hh before each forward",
+        ),
+        (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),
+        (nn.Linear(4, 0), {}, "None of the layers 'weight' has a trainable weight of its own: .* or it is empty"),
+        (nn.Linear(2, 2).requires_grad_(False), {}, "None of the layers 'weight' has a trainable weight of its own"),
+    ],
+)
+def test_what_can_not_be_pruned_is_refused_with_the_way_out(model, options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        prunable_weights(model, **options)
+
+
+def test_a_layer_that_can_not_be_pruned_may_be_excluded():
+    model = nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
+    assert list(prunable_weights(model, exclude=["0"])) == ["1"]
+
+
+def test_shapes_follow_the_model():
+    assert {name: weight.shape for name, weight in prunable_weights(nn.Sequential(nn.Conv3d(2, 4, 3))).items()} == {
+        "0": torch.Size([4, 2, 3, 3, 3])
+    }

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_autoprune.model.sparsity import Sparsity, layer_sparsity, sparsity
+
+tensors = st.lists(st.lists(st.sampled_from([0.0, -0.0, 1.0, -2.0]), max_size=20), min_size=1, max_size=4)
+
+
+def model() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    with torch.no_grad():
+        network[0].weight.fill_(1)[0] = 0
+        network[2].weight.fill_(3)
+    return network
+
+
+@given(tensors)
+def test_function_and_metric_give_the_fraction_of_zeros(lists):
+    weights = {str(i): torch.tensor(values) for i, values in enumerate(lists)}
+    entries = [x for values in lists for x in values]
+    expected = sum(x == 0 for x in entries) / len(entries) if entries else 0
+    metric = Sparsity()
+    for weight in weights.values():
+        metric.update(weight)
+    assert sparsity(weights) == expected
+    assert metric.compute().item() == pytest.approx(expected)
+
+
+def test_a_model_is_counted_over_its_prunable_weights():
+    assert sparsity(model()) == 4 / 10
+    assert layer_sparsity(model()) == {"0": 0.5, "2": 0.0}
+    metric = Sparsity()
+    metric.update(model())
+    assert metric.compute() == 0.4
+
+
+def test_a_frozen_model_is_counted_all_the_same():
+    assert sparsity(model().requires_grad_(False)) == 0.4
+
+
+def test_the_metric_starts_anew_after_reset():
+    metric = Sparsity()
+    metric.update(torch.zeros(3))
+    metric.reset()
+    metric.update(torch.ones(3))
+    assert metric.compute() == 0
+
+
+def test_no_weights_at_all_have_sparsity_zero():
+    assert sparsity({}) == 0
+    assert sparsity(torch.empty(0)) == 0
+
+
+def test_counts_of_two_processes_add_up():
+    a, b = Sparsity(), Sparsity()
+    a.update(torch.zeros(4))
+    b.update(torch.ones(12))
+    a.zeros, a.total = a.zeros + b.zeros, a.total + b.total  # what the sum over processes does
+    assert a.compute() == 0.25
+
+
+def test_plot_draws_a_value_and_a_curve():
+    metric = Sparsity()
+    metric.update(torch.tensor([0.0, 1.0]))
+    _, axes = metric.plot()
+    assert axes.get_ylim()[1] >= 1
+    values = [metric(torch.tensor([0.0, 1.0])), metric(torch.zeros(4))]
+    _, axes = metric.plot(values)
+    assert axes.lines[0].get_ydata().tolist() == [0.5, 1.0]
+    plt.close("all")

@@ -1,0 +1,217 @@
+"""What is read from a file of any kind, and in which words anything else is refused."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Net, csv_logger, fit, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_autoprune import AutoPruneCallback, AutoPruneError, save_sparse
+from lightning_autoprune.reporting.checkpoint_reader import read_checkpoint
+from lightning_autoprune.reporting.html_report import headline
+from lightning_autoprune.reporting.layer_table import as_table, total
+from lightning_autoprune.reporting.run_history import History
+
+
+class Example(Net):
+    example_input_array = torch.zeros(1, 12)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A run with a checkpoint of each epoch: dense, pruning, frozen, frozen."""
+    folder = tmp_path_factory.mktemp("run")
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")
+    fit(
+        [callback, saving],
+        model=Example(),
+        val=loader(seed=3),
+        enable_checkpointing=True,
+        logger=csv_logger(folder),
+        epochs=5,
+    )
+    return folder, callback
+
+
+@pytest.mark.parametrize(("epoch", "phase"), [(0, "dense"), (1, "pruning"), (4, "frozen")])
+def test_a_checkpoint_tells_its_phase_its_layers_and_its_course(pruned, epoch, phase):
+    folder, callback = pruned
+    saved = read_checkpoint(folder / f"epoch={epoch}.ckpt")
+    assert (saved.phase, saved.epoch, saved.step) == (phase, epoch, 8 * (epoch + 1))
+    state = torch.load(saved.path, weights_only=True)["state_dict"]
+    assert list(saved.weights) == ["first", "last"]
+    assert torch.equal(saved.weights["first"], state["first.weight"])
+    first, last = saved.layers()
+    assert first.kept == int(state["first.weight"].count_nonzero())
+    assert (first.flops, last.flops) == (2 * 192, 2 * 64)
+    assert (first.revived is None) == (phase == "dense")
+    assert len(saved.history.points) == epoch + (phase != "dense") or phase == "dense"
+    if phase == "frozen":
+        assert saved.layers() == callback.layers()
+        assert saved.history.curves["all"][-1][1] == pytest.approx(callback.sparsity)
+        assert [point[0] for point in saved.history.points] == [7, 15, 23, 31, 39]
+        figures = saved.as_dict()
+        assert figures["sparsity"] == pytest.approx(0.8, abs=0.01)
+        assert figures["compression"] == pytest.approx(5, abs=0.1)
+        assert figures["path"][-1]["sparsity"] == callback.sparsity
+
+
+def test_a_file_without_a_pruning_state_has_its_zeros_counted_all_the_same(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2))
+    model[0].weight.data[0] = 0
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    torch.save(model.state_dict(), tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    save_sparse(model, tmp_path / "sparse.safetensors")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    for path in tmp_path.iterdir():
+        saved = read_checkpoint(path)
+        assert saved.phase is None
+        assert [(row.name, row.kept, row.weights) for row in saved.layers()] == [("0", 4, 8)]
+        assert saved.history.curves == {}
+
+
+def test_a_model_whose_weights_are_all_gone_has_no_compression(tmp_path):
+    torch.save({"a": torch.zeros(2, 2)}, tmp_path / "zeros.pt")
+    assert read_checkpoint(tmp_path / "zeros.pt").as_dict()["compression"] is None
+
+
+# Files that it can't work with
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        read_checkpoint(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02", b"PK\x03\x04 and no more", bytes(range(256)) * 9])
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(
+        AutoPruneError, match=r"other.ckpt is not a checkpoint, or not a whole one: \w+Error.*\. Give a"
+    ):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_cut_anywhere_is_refused(pruned, tmp_path):
+    whole = (pruned[0] / "epoch=1.ckpt").read_bytes()
+    for share in (0.01, 0.3, 0.6, 0.9, 0.999):
+        path = tmp_path / "cut.ckpt"
+        path.write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(AutoPruneError, match=r"cut.ckpt is not a checkpoint, or not a whole one"):
+            read_checkpoint(path)
+
+
+def test_a_cut_safetensors_file_is_refused(tmp_path):
+    save_sparse({"a": torch.eye(30)}, tmp_path / "whole")
+    (tmp_path / "cut").write_bytes((tmp_path / "whole").read_bytes()[:-5])
+    with pytest.raises(AutoPruneError, match="cut is not a whole sparse file"):
+        read_checkpoint(tmp_path / "cut")
+
+
+class Opens:
+    """What a hostile pickle does."""
+
+    def __reduce__(self):
+        return (open, ("touched", "w"))
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
+    torch.save({"state_dict": {"a": torch.eye(2)}, "hyper_parameters": Opens()}, tmp_path / "hostile.ckpt")
+    with pytest.raises(AutoPruneError, match=r"holds a Python object \(\S*open\).*save_weights_only=True"):
+        read_checkpoint(tmp_path / "hostile.ckpt")
+    assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds list, no state dict or checkpoint"),
+        ({"a": 1}, "holds no tensors by name, so it is no checkpoint of a model"),
+        ({"state_dict": 3}, "holds no tensors by name"),
+    ],
+)
+def test_other_things_of_torch_save_are_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "things.pt")
+    with pytest.raises(AutoPruneError, match=message):
+        read_checkpoint(tmp_path / "things.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pruner": {}},
+        {"pruner": {"auxiliary": 3}},
+        {"report": None},
+        {"report": {"history": {**History(["gone"]).state_dict()}}},
+        {"flops": {"first": "many"}},
+    ],
+    ids=str,
+)
+def test_a_pruning_state_that_makes_no_sense_is_refused(pruned, tmp_path, change):
+    checkpoint = torch.load(pruned[0] / "epoch=1.ckpt", weights_only=True)
+    checkpoint["callbacks"]["AutoPruneCallback"].update(change)
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(AutoPruneError, match=r"state in \S*changed.ckpt can't be read \(\w+Error.*the file was"):
+        read_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_mutated_checkpoints_are_read_or_refused_in_words(pruned, tmp_path):
+    whole, moments = (pruned[0] / "epoch=4.ckpt").read_bytes(), random.Random(0)
+    path, refused = tmp_path / "mutated.ckpt", 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(moments.randint(1, 8)):
+            content[moments.randrange(len(content))] = moments.randrange(256)
+        path.write_bytes(content)
+        try:
+            read_checkpoint(path).as_dict()
+        except AutoPruneError:
+            refused += 1
+    assert refused > 10
+
+
+def test_weights_of_any_layout_and_dtype_are_counted_and_exported_exactly(tmp_path):
+    kinds = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.complex64]
+    state = {str(dtype): torch.eye(4).to(dtype) for dtype in kinds} | {"sparse": torch.eye(4).to_sparse()}
+    torch.save(state, tmp_path / "kinds.pt")
+    saved = read_checkpoint(tmp_path / "kinds.pt")
+    assert [row.kept for row in saved.layers()] == [4] * 5
+    assert saved.state["torch.float8_e4m3fn"].dtype == torch.float8_e4m3fn
+    assert torch.equal(saved.state["sparse"], torch.eye(4))
+
+
+def test_weights_without_values_are_refused_by_name(tmp_path):
+    torch.save({"a": torch.eye(2), "b": torch.zeros(3, 3, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(AutoPruneError, match=r"'b' in \S*meta.pt is on the meta device, without values: save"):
+        read_checkpoint(tmp_path / "meta.pt")
+
+
+def test_a_file_of_biases_alone_says_that_it_has_no_weights(tmp_path):
+    torch.save({"a.bias": torch.zeros(4)}, tmp_path / "biases.pt")
+    saved = read_checkpoint(tmp_path / "biases.pt")
+    assert headline(saved) == "It has no weights, that is, no tensors of two dimensions or more."
+    assert as_table([total(saved.layers())])[1] == [["all", "", "0", "0", "0.00%"]]
+
+
+def anonymous_memory() -> int:
+    """What this process holds in memory that is not mapped from a file, in MiB."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux shows it")
+def test_a_huge_file_is_mapped_rather_than_read(tmp_path):
+    path = tmp_path / "huge.pt"
+    torch.save({f"layer{i}.weight": torch.zeros(4096, 4096) for i in range(3)}, path)  # 192 MiB
+    before = anonymous_memory()
+    saved = read_checkpoint(path)
+    assert saved.as_dict()["sparsity"] == 1
+    assert anonymous_memory() - before < 96

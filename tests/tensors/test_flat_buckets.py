@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.tensors import flat_buckets as buckets
+from lightning_autoprune.tensors.flat_buckets import Bucket, fill, pieces
+
+
+def in_many_orders() -> list[torch.Tensor]:
+    """Contiguous, transposed, in channels-last order, and with gaps."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(3, 5),
+        torch.randn(4, 6).T,
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(5, 9)[:, ::2],
+        torch.randn(7),
+    ]
+
+
+@pytest.mark.parametrize("numbers", [[0], [1], [2], [3], [0, 1, 2, 3, 4], [4, 2]])
+def test_what_is_done_to_the_flat_tensor_is_done_to_the_tensors(numbers):
+    tensors = in_many_orders()
+    before = [t.clone() for t in tensors]
+    bucket = Bucket(numbers, tensors)
+    flat = bucket.flatten(tensors)
+    assert flat.shape == (bucket.total,)
+    bucket.write(flat.mul_(2), tensors)
+    for i, (tensor, old) in enumerate(zip(tensors, before, strict=True)):
+        assert torch.equal(tensor, old * 2 if i in numbers else old)
+
+
+@pytest.mark.parametrize("numbers", [[0], [1], [2], [3], [0, 1, 2, 3, 4]])
+def test_views_are_the_parts_of_the_flat_tensor_in_the_shapes_of_the_tensors(numbers):
+    tensors = in_many_orders()
+    bucket = Bucket(numbers, tensors)
+    flat = bucket.flatten(tensors)
+    for view, i in zip(bucket.views(flat), numbers, strict=True):
+        assert torch.equal(view, tensors[i])
+    bucket.views(flat)[0].zero_()
+    assert (flat[: bucket.sizes[0]] == 0).all()
+
+
+def test_a_dense_tensor_alone_is_not_copied_and_one_in_another_order_is():
+    tensors = in_many_orders()
+    bucket = Bucket([2], tensors)
+    assert bucket.flatten(tensors).data_ptr() == tensors[2].data_ptr()
+    other = [*tensors[:2], tensors[2].contiguous(), *tensors[3:]]  # a gradient, say
+    assert torch.equal(bucket.flatten(other), bucket.flatten(tensors))
+
+
+def test_sums_are_those_of_each_tensor():
+    tensors = in_many_orders()
+    bucket = Bucket([0, 3, 4], tensors)
+    bits = torch.randint(-1, 1, (bucket.total,), dtype=torch.int32)
+    assert bucket.sums(bits).tolist() == [int(view.sum()) for view in bucket.views(bits)]
+
+
+@given(st.lists(st.sampled_from([1, 50, 9_000, 16_384, 16_385, 200_000]), min_size=1, max_size=30), st.booleans())
+def test_every_tensor_is_in_one_bucket_with_its_like(sizes, mixed):
+    dtypes = [torch.float32, torch.bfloat16]
+    tensors = [torch.empty(n, dtype=dtypes[i % 2 if mixed else 0], device="meta") for i, n in enumerate(sizes)]
+    found = fill(tensors, sizes)
+    assert sorted(i for bucket in found for i in bucket.numbers) == list(range(len(sizes)))
+    for bucket in found:
+        assert len({tensors[i].dtype for i in bucket.numbers}) == 1
+        assert len(bucket.numbers) == 1 or bucket.total <= 2**16
+
+
+def test_pieces_put_together_are_the_whole():
+    x, y = torch.randn(200_000), torch.randn(200_000)
+    a, b = zip(*pieces(x, y), strict=True)
+    assert torch.equal(torch.cat(a), x)
+    assert torch.equal(torch.cat(b), y)
+    assert [len(part) for part in a] == [65536, 65536, 65536, 3392]
+
+
+@pytest.mark.parametrize("rule", ["adaptive", "autoprune"])
+def test_layers_in_one_bucket_are_pruned_as_each_alone(rule, monkeypatch):
+    def run() -> AuxiliaryParameters:
+        torch.manual_seed(0)
+        shapes = [(20, 30), (5, 1, 3, 3), (1000, 200), (40,)]
+        weights = {str(i): torch.nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes)}
+        weights["1"].data = torch.randn(5, 1, 3, 3).to(memory_format=torch.channels_last)
+        aux = AuxiliaryParameters(weights, rule=rule, layer_floor=0.2)
+        for _ in range(20):
+            aux.step([torch.randn_like(w) for w in weights.values()], 0.005, 0.6)
+            aux.update_masks()
+        return aux
+
+    together = run()
+    monkeypatch.setattr(buckets, "_SMALL", 0)
+    monkeypatch.setattr(buckets, "_PIECE", 997)
+    alone = run()
+    assert [len(bucket.numbers) for bucket in together._buckets] == [3, 1]
+    assert len(alone._buckets) == 4
+    for a, b in zip(together.M, alone.M, strict=True):
+        torch.testing.assert_close(a, b)
+    assert together.kept == pytest.approx(alone.kept, abs=2)
+    assert all(
+        floor < kept < total for floor, kept, total in zip(together.floors, together.kept, together.totals, strict=True)
+    )

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_autoprune.tensors.preserve import kept_buffers, kept_values
+
+
+def test_buffers_are_the_same_tensors_with_the_same_values_after_an_error_too():
+    module = nn.BatchNorm1d(2)
+    mean = module.running_mean
+
+    @kept_buffers(module)
+    def fail():
+        module.running_mean = torch.ones(3)
+        module.running_var.data.add_(5)
+        mean.add_(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert module.running_mean is mean
+    assert torch.equal(mean, torch.zeros(2))
+    assert torch.equal(module.running_var, torch.ones(2))
+
+
+def test_what_can_not_be_written_to_is_passed_over():
+    with torch.inference_mode():
+        inferred = torch.ones(3)
+    expanded = torch.ones(1).expand(4)
+    with kept_values([inferred, expanded, torch.ones(2).to_sparse()]):
+        pass
+    assert expanded.stride() == (0,)

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import Net, data, fit, same
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_autoprune import AutoPruneCallback
+from lightning_autoprune.tensors.write_detector import Written
+from lightning_autoprune.training.held_out_pass import held_out_gradients, shielded
+
+
+def state(model: Net) -> dict:
+    accuracy = model.accuracy
+    return {
+        "weights": {k: v.clone() for k, v in model.state_dict().items()},
+        "metric": {name: copy.deepcopy(getattr(accuracy, name)) for name in accuracy._defaults},
+        "updates": accuracy._update_count,
+        "training": [module.training for module in model.modules()],
+        "keys": [sorted(module.__dict__) for module in model.modules()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate()[1],
+    }
+
+
+class InTraining(Callback):
+    """Runs a function in the middle of training."""
+
+    def __init__(self, function) -> None:
+        self.function, self.result = function, None
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 3:
+            self.result = self.function(trainer, pl_module)
+
+
+def batch():
+    return data(16, seed=7)[:]
+
+
+def in_training(function, **options):
+    callback = InTraining(function)
+    fit(callback, epochs=1, model_options=options)
+    return callback.result
+
+
+def test_a_held_out_pass_leaves_no_trace():
+    def check(trainer, model):
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        before, logged = state(model), copy.deepcopy(trainer.callback_metrics)
+        identities = [id(b) for b in model.buffers()]
+        loss, _ = held_out_gradients(trainer, batch(), [model.first.weight], None, 1)
+        assert loss > 0
+        assert same(before, state(model))
+        assert same(logged, trainer.callback_metrics)
+        assert identities == [id(b) for b in model.buffers()]
+        return same(gradients, [None if p.grad is None else p.grad for p in model.parameters()])
+
+    assert in_training(check, noisy=True)
+
+
+def test_without_the_shield_the_same_pass_leaves_traces():
+    """So that the test above can fail."""
+
+    def check(trainer, model):
+        before = state(model)
+        model.training_step(batch())
+        after = state(model)
+        return [key for key in before if not same(before[key], after[key])]
+
+    assert in_training(check, noisy=True) == ["weights", "metric", "updates", "torch"]
+
+
+def test_gradients_are_those_of_the_loss_with_batch_statistics_and_no_dropout():
+    def check(trainer, model):
+        model.dropout.p = 0.5
+        weights = [model.first.weight, model.last.weight]
+        loss, gradients = held_out_gradients(trainer, batch(), weights, None, 1)
+        twin = copy.deepcopy(model)
+        twin.dropout.p = 0.0
+        x, y = batch()
+        expected = nn.functional.cross_entropy(twin(x), y)
+        assert loss == pytest.approx(expected.item())
+        return same(gradients, list(torch.autograd.grad(expected, [twin.first.weight, twin.last.weight])))
+
+    assert in_training(check)
+
+
+def test_a_loss_function_of_the_users_takes_the_place_of_training_step():
+    def check(trainer, model):
+        return held_out_gradients(trainer, batch(), [model.last.weight], lambda m, b: 3 * m.last.weight.sum(), 1)
+
+    _, gradients = in_training(check)
+    assert torch.equal(gradients[0], torch.full_like(gradients[0], 3))
+
+
+def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zero():
+    def check(trainer, model):
+        weights = [model.first.weight, model.last.weight]
+        return held_out_gradients(trainer, batch(), weights, lambda m, b: m.last.weight.sum(), 1)[1]
+
+    assert (in_training(check)[0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (None, "None, not a tensor"),
+        (1.0, "of type float, not a tensor"),
+        (torch.zeros(3, requires_grad=True), r"of shape \(3,\), not a scalar"),
+        (torch.tensor(float("nan"), requires_grad=True), "nan, not finite"),
+        (torch.tensor(float("inf"), requires_grad=True), "inf, not finite"),
+        (torch.tensor(1.0), "without a gradient"),
+    ],
+)
+def test_a_loss_that_is_no_finite_scalar_is_described(loss, text):
+    import re
+
+    result = in_training(lambda t, m: held_out_gradients(t, batch(), [m.last.weight], lambda *_: loss, 1))
+    assert re.match(text, result)
+
+
+def test_a_dict_with_a_loss_is_a_loss():
+    def check(trainer, model):
+        weights = [model.last.weight]
+        return held_out_gradients(trainer, batch(), weights, lambda m, b: {"loss": m.last.weight.sum()}, 1)
+
+    assert isinstance(in_training(check), tuple)
+
+
+class Odd(Net):
+    """Changes buffers in every way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("grown", torch.zeros(2))
+        self.register_buffer("absent", None)
+        self.metrics = nn.ModuleList([copy.deepcopy(self.accuracy)])
+
+
+def test_buffers_that_are_changed_or_replaced_are_put_back():
+    model = Odd()
+    replaced = model.replaced
+    with shielded(model, 0):
+        model.replaced = torch.ones(3)
+        model.grown += 5
+        model.metrics[0].update(torch.eye(4), torch.arange(4))
+    assert model.replaced is replaced
+    assert torch.equal(replaced, torch.zeros(2))
+    assert torch.equal(model.grown, torch.zeros(2))
+    assert model.metrics[0]._update_count == 0
+
+
+def test_buffers_that_can_not_be_written_to_do_not_stop_it():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            return x
+
+    model = Net()
+    model.register_buffer("expanded", torch.ones(1).expand(12))
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.ones(3))
+    model.scripted = torch.jit.script(Counts())
+    with shielded(model, 0):
+        model.scripted(torch.ones(2))
+    assert model.scripted.seen == 0
+    assert model.expanded.stride() == (0,)
+
+
+def test_everything_is_put_back_after_an_error_inside():
+    model = Net(noisy=True)
+    before = state(model)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), shielded(model, 0):
+        model.training_step((torch.randn(4, 12), torch.arange(4)))[model(torch.randn(4, 99))]
+    assert same(before, state(model))
+
+
+def test_other_tensors_are_put_back_where_asked():
+    model = Net()
+    model.last.requires_grad_(False)
+    written = Written(model.parameters())
+    with torch.no_grad():
+        model.last.weight += 1
+    (kept,) = written.now()
+    assert kept is model.last.weight
+    value = kept.clone()
+    with shielded(model, 0, kept=[kept]), torch.no_grad():
+        model.last.weight.zero_()
+    assert torch.equal(model.last.weight, value)
+
+
+def test_a_training_step_that_writes_to_trained_weights_is_warned_about():
+    class Clamped(Net):
+        def training_step(self, batch):
+            with torch.no_grad():
+                self.last.weight.clamp_(-1, 1)
+            return super().training_step(batch)
+
+    with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
+        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)
+
+
+def test_a_training_step_that_writes_to_trained_weights_through_data_is_warned_about():
+    class Clamped(Net):
+        def training_step(self, batch):
+            self.last.weight.data.clamp_(-0.1, 0.1)
+            self.last.weight.data.mul_(0.99)
+            return super().training_step(batch)
+
+    with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
+        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)

@@ -1,0 +1,105 @@
+"""Averages of the weights that other callbacks keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Net, Resumable, fit, loader, same
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+
+from lightning_autoprune import AutoPruneCallback, sparsity
+from lightning_autoprune.training.weight_averages import zero
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(0.01, swa_epoch_start=0.5),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_the_average_is_pruned_to_the_target(tmp_path, kind, first):
+    class Look(Callback):
+        def on_train_epoch_end(self, *_):
+            self.sparsity = sparsity(average._average_model)
+
+    callback, average, look = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), Look()
+    save = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
+    order = [callback, average, look, save] if first else [average, callback, look, save]
+    model, _ = fit(order, epochs=8, val=loader(32), enable_checkpointing=True)
+    assert sparsity(model) == pytest.approx(0.8, abs=0.005)
+    assert look.sparsity == pytest.approx(0.8, abs=0.005)
+    if kind != "swa":  # which writes the weights that are averaged, and the average beside them
+        state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+        other = Net()
+        other.load_state_dict(state)
+        assert sparsity(other) == pytest.approx(0.8, abs=0.005)
+
+
+@pytest.mark.parametrize("kind", ["ema", "mean"])
+def test_it_is_the_average_that_is_left(kind):
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weight = pl_module.first.weight.detach().clone()
+
+    last = Last()
+    model, _ = fit([AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), last], epochs=8)
+    kept = model.first.weight != 0
+    assert not same(model.first.weight[kept], last.weight[kept])
+
+
+@pytest.mark.parametrize("epoch", [2, 6])  # while pruning, and with frozen masks
+def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
+    def run(ckpt_path=None):
+        callbacks = [
+            AutoPruneCallback(target_sparsity=0.8),
+            EMAWeightAveraging(decay=0.9),
+            ModelCheckpoint(tmp_path / str(ckpt_path is None), "{epoch}", save_top_k=-1),
+        ]
+        model, _ = fit(callbacks, train=Resumable(), epochs=8, enable_checkpointing=True, ckpt_path=ckpt_path)
+        return dict(model.state_dict())
+
+    assert same(run(), run(tmp_path / "True" / f"epoch={epoch}.ckpt"))
+
+
+def test_an_average_of_a_run_that_ends_early_is_pruned_where_the_model_is():
+    class Stop(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            trainer.should_stop = trainer.current_epoch == 4
+
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, _ = fit([callback, EMAWeightAveraging(decay=0.9), Stop()], epochs=8)
+    assert callback.sparsity > 0.5
+    assert sparsity(model) == callback.sparsity
+
+
+def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count():
+    callback = AutoPruneCallback(target_sparsity=0.8, finetune=0.1)
+    fit([callback, StochasticWeightAveraging(0.01, swa_epoch_start=0.5)], epochs=6)
+    assert callback._run.pruner.phases.total == 6 * 8
+    assert callback._run.pruner.frozen
+
+
+def test_an_average_is_pruned_where_masks_are_final_from_the_start_of_a_resumed_run(tmp_path):
+    def callbacks(folder):
+        return [
+            AutoPruneCallback(target_sparsity=0.8),
+            EMAWeightAveraging(decay=0.9),
+            ModelCheckpoint(tmp_path / folder, "{epoch}", save_top_k=-1),
+        ]
+
+    options = {"train": Resumable(), "enable_checkpointing": True}
+    fit(callbacks("long"), epochs=8, **options)
+    shorter = callbacks("short")
+    fit(shorter, epochs=6, ckpt_path=tmp_path / "long" / "epoch=4.ckpt", **options)
+    other = Net()
+    other.load_state_dict(torch.load(tmp_path / "short" / "epoch=5.ckpt", weights_only=True)["state_dict"])
+    assert sparsity(other) == pytest.approx(0.8, abs=0.005)
+
+
+def test_weights_on_another_device_than_their_masks_are_pruned():
+    weight, mask = torch.ones(3), torch.tensor([True, False, True])
+    zero(weight, mask)
+    assert weight.tolist() == [1, 0, 1]
