@@ -1,4 +1,4 @@
-"""Error against compression of every method, at the same network, data, optimiser and epochs.
+"""Error against compression of every method, at the same network, data, optimizer and epochs.
 
 One row a run goes to ``results/accuracy.csv``; runs that are there are skipped, so it can be stopped at any time and
 several may run at once, on other tasks or seeds:

@@ -25,7 +25,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.demo.data import Split, loader
 from lightning_autoprune.demo.networks import Classifier
-from lightning_autoprune.training.metrics import Report
+from lightning_autoprune.training.metrics import MetricsReporter
 
 LOGGERS: dict[str, Callable[[str], Any]] = {
     "W&B, offline": lambda folder: WandbLogger(project="cost", save_dir=folder),
@@ -84,7 +84,7 @@ def main() -> None:
                     enable_model_summary=False,
                     enable_progress_bar=False,
                 )
-                parts = {"metrics": (Report, "publish"), "curves": (Report, "log")}
+                parts = {"metrics": (MetricsReporter, "publish"), "curves": (MetricsReporter, "log")}
                 with Timed(**parts, figures=(AutoPruneCallback, "on_fit_end")) as timed:
                     trainer.fit(Classifier(mlp(width, 48)), loader(images, 128))
             shares = [timed.seconds[part] / (2 * clock.seconds) for part in parts]

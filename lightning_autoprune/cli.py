@@ -19,15 +19,15 @@ from lightning_autoprune import __version__
 from lightning_autoprune.demo import run as demo
 from lightning_autoprune.demo.data import DataError
 from lightning_autoprune.demo.run import at_least_one
-from lightning_autoprune.deploy.atomic_write import replacing
+from lightning_autoprune.deploy.atomic_write import atomic_write
 from lightning_autoprune.deploy.onnx_export import export_onnx
 from lightning_autoprune.deploy.sparse_file import save_sparse
 from lightning_autoprune.deploy.torch_export import export_program
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.reporting.checkpoint_reader import Saved, read_checkpoint
+from lightning_autoprune.reporting.checkpoint_reader import SavedModel, read_checkpoint
 from lightning_autoprune.reporting.html_report import headline, html_report
-from lightning_autoprune.reporting.layer_table import aligned, as_table, total
-from lightning_autoprune.reporting.mask_comparison import as_comparison_table, compare
+from lightning_autoprune.reporting.layer_table import align_columns, table_cells, total_row
+from lightning_autoprune.reporting.mask_comparison import as_comparison_table, compare_masks
 
 __all__ = ["main"]
 
@@ -124,7 +124,7 @@ def _report(args: argparse.Namespace) -> int:
     saved = _read(args.checkpoint)
     if args.html:
         page = html_report(saved)
-        with replacing(args.html) as temporary:
+        with atomic_write(args.html) as temporary:
             temporary.write_text(page, encoding="utf-8")
         _progress(f"{args.html} is written")
     if args.json:
@@ -132,20 +132,20 @@ def _report(args: argparse.Namespace) -> int:
         return 0
     rows = saved.layers()
     print(f"{saved.path}: {headline(saved)}\n")
-    print(aligned(*as_table([*rows, total(rows)])))
+    print(align_columns(*table_cells([*rows, total_row(rows)])))
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
     first, second = _read(args.first), _read(args.second)
-    rows = compare(first.weights, second.weights)
+    rows = compare_masks(first.weights, second.weights)
     apart = sorted((first.weights.keys() ^ second.weights.keys()) | (first.weights.keys() - {row.name for row in rows}))
     if args.json:
         files = {"A": str(args.first), "B": str(args.second)}
         print(json.dumps({**files, "layers": [row.as_dict() for row in rows], "not_in_both": apart}, indent=2))
         return 0
     print(f"A: {args.first}: {headline(first)}\nB: {args.second}: {headline(second)}\n")
-    print(aligned(*as_comparison_table(rows)))
+    print(align_columns(*as_comparison_table(rows)))
     if apart:
         print(f"\nnot in both, or with another shape: {', '.join(apart)}")
     return 0
@@ -175,7 +175,7 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make(name: str, saved: Saved) -> nn.Module:
+def _make(name: str, saved: SavedModel) -> nn.Module:
     """The model of the checkpoint; its code is the user's own."""
     module_name, _, attribute = name.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -213,7 +213,7 @@ def _example(model: nn.Module, shape: Sequence[int] | None) -> Any:
     return example
 
 
-def _read(path: Path) -> Saved:
+def _read(path: Path) -> SavedModel:
     if sys.stderr.isatty():
         _progress(f"reading {path} …")
     return read_checkpoint(path)

@@ -19,7 +19,7 @@
 #
 # | symbol | what it is |
 # |---|---|
-# | W | latent weights, trained by an optimiser on training data |
+# | W | latent weights, trained by an optimizer on training data |
 # | M | auxiliary parameters, one m for each weight, trained on data held out from W |
 # | h(M) | the mask: h(m) = 1 where m > 0, else 0 |
 # | T = W ⊙ h(M) | what the layer computes with; this is what `layer.weight` holds |
@@ -37,10 +37,10 @@ from lightning_autoprune import AuxiliaryParameters, Pruner, Settings
 from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
 from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.update_rules import RunningSquares, sensitivity
-from lightning_autoprune.plots import COLOURS
+from lightning_autoprune.plots import COLORS
 
 torch.set_num_threads(1)
-BLUE, ORANGE, GREEN, _, _, RED, _ = COLOURS
+BLUE, ORANGE, GREEN, _, _, RED, _ = COLORS
 SHAPE = OUTPUTS, INPUTS = 8, 16
 random = torch.Generator()
 
@@ -78,7 +78,7 @@ def panels(*labels, width=4.2, height=3.2, rows=1):
 
 
 def show(figure):
-    """The figure as a picture of 128 colours, which keeps the notebook small."""
+    """The figure as a picture of 128 colors, which keeps the notebook small."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128)
@@ -146,9 +146,9 @@ for side in (m[m <= 0], m[m > 0]):
     left.plot(side, (side > 0).float(), color="black", lw=2)
 left.plot(0, 0, "o", color="black")
 left.plot(0, 1, "o", color="black", mfc="white")
-for name, colour, dashes in zip(ESTIMATORS, (BLUE, ORANGE, GREEN, RED), ("-", "--", "-.", ":"), strict=True):
+for name, color, dashes in zip(ESTIMATORS, (BLUE, ORANGE, GREEN, RED), ("-", "--", "-.", ":"), strict=True):
     slope = straight_through(name, m)
-    right.plot(m, torch.ones_like(m) if slope is None else slope, dashes, color=colour, lw=2, label=name)
+    right.plot(m, torch.ones_like(m) if slope is None else slope, dashes, color=color, lw=2, label=name)
 right.set_ylim(-0.05, 1.45)
 right.legend(frameon=False, ncols=2, fontsize=8)
 show(figure)
@@ -213,16 +213,16 @@ figure, (left, right) = panels(
     ("masks that follow", "|w|", "steps spent pruned (%)"),
 )
 spread = {}
-for rule, (colour, marker) in LOOKS.items():
+for rule, (color, marker) in LOOKS.items():
     path = auxiliary_steps(auxiliary(rule, A), rule, A, 200, masks_follow=False)
     size = (path.diff(dim=0) / 0.01).square().mean(0).sqrt().flatten()
     spread[rule] = float(size.max() / size.min())
     if rule == "without w":
         continue
-    left.loglog(magnitude, size, marker, color=colour, ms=4, label=rule)
+    left.loglog(magnitude, size, marker, color=color, ms=4, label=rule)
     pruned = (auxiliary_steps(auxiliary(rule, A), rule, A, 600) <= 0).float().mean(0).flatten()
     groups = by_magnitude.view(8, 16)  # 16 weights of like magnitude each
-    right.semilogx(magnitude[groups].mean(1), 100 * pruned[groups].mean(1), f"{marker}-", color=colour, label=rule)
+    right.semilogx(magnitude[groups].mean(1), 100 * pruned[groups].mean(1), f"{marker}-", color=color, label=rule)
 right.set_yscale("symlog", linthresh=0.1)
 right.set_yticks([0, 0.1, 1, 10], ["0", "0.1", "1", "10"])
 left.legend(frameon=False)
@@ -247,7 +247,7 @@ figure, (left, right) = panels(
     ("after pruning all weights but one", "auxiliary step", "weights kept (%)"),
 )
 agreement = {}
-for rule, (colour, marker) in LOOKS.items():
+for rule, (color, marker) in LOOKS.items():
     aux = auxiliary(rule, W)
     auxiliary_steps(aux, rule, A, 50, masks_follow=False)  # the default needs some for v
     random.manual_seed(3)
@@ -256,7 +256,7 @@ for rule, (colour, marker) in LOOKS.items():
     growth = (W - 0.001 * gradient(new_layer(W).weight, A)).abs() - W.abs()
     agreement[rule] = float((change.sign() == growth.sign()).float().mean())
     scaled = [(value / value.abs().max()).flatten() for value in (growth, change)]
-    left.plot(*scaled, marker, color=colour, ms=4, label=rule)
+    left.plot(*scaled, marker, color=color, ms=4, label=rule)
 left.axhline(0, color="black", lw=0.8)
 left.axvline(0, color="black", lw=0.8)
 left.set_xticks([-1, -0.5, 0, 0.5, 1])
@@ -303,7 +303,7 @@ def coarse_gradient(rule, M, estimator, squares):
     G = dL_dT if rule == "without w" else sensitivity(dL_dT, W, rule)
     if rule == "adaptive":
         squares.count()
-        squares.normalise(G, squares.v)
+        squares.normalize(G, squares.v)
     slope = straight_through(estimator, noisy)
     return G if slope is None else G * slope
 
@@ -314,20 +314,20 @@ figure, (left, right) = panels(
     ("M follows the coarse gradient", "step", "true objective"),
 )
 cosines = {}
-for rule, (colour, marker) in LOOKS.items():
+for rule, (color, marker) in LOOKS.items():
     for estimator in ESTIMATORS:
         squares = RunningSquares(M)
         coarse = sum(coarse_gradient(rule, M, estimator, squares) for _ in range(150)) / 150
         cosines[rule, estimator] = float((coarse * true).sum() / (coarse.norm() * true.norm()))
         if estimator == "linear":
             scaled = [(value / value.abs().max()).flatten() for value in (true, coarse)]
-            left.plot(*scaled, marker, color=colour, ms=3.5, label=rule)
+            left.plot(*scaled, marker, color=color, ms=3.5, label=rule)
     m, squares, objective = M, RunningSquares(M), [true_objective(M)]
     for _ in range(200):
         G = coarse_gradient(rule, m, "linear", squares)
         m = m - 0.2 * G / G.norm()
         objective.append(true_objective(m))
-    right.plot(objective, color=colour, lw=2, ls="--" if rule == "without w" else "-")
+    right.plot(objective, color=color, lw=2, ls="--" if rule == "without w" else "-")
 left.axhline(0, color="black", lw=0.8)
 left.axvline(0, color="black", lw=0.8)
 figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=4)
@@ -493,9 +493,9 @@ figure, axes = panels(
     ("the pressure on the way to the target", "training step", "μ"),
     width=3.7,
 )
-for mu, colour, dashes in ((0.01, BLUE, "-"), (0.1, ORANGE, "--"), (1.0, GREEN, "-.")):
+for mu, color, dashes in ((0.01, BLUE, "-"), (0.1, ORANGE, "--"), (1.0, GREEN, "-.")):
     _, seen = run(Settings(pressure=mu), 400, lambda step: A)
-    axes[0].plot([100 * s for s in seen["sparsity"]], dashes, color=colour, lw=2, label=f"μ = {mu:g}")
+    axes[0].plot([100 * s for s in seen["sparsity"]], dashes, color=color, lw=2, label=f"μ = {mu:g}")
 pruner, seen = run(Settings(target_sparsity=0.9), 1000, lambda step: A)
 path = [100 * (1 - target_path(pruner.phases.progress(step + 1), 1.0, 0.1)) for step in range(1000)]
 axes[1].plot([100 * s for s in seen["sparsity"]], color=BLUE, lw=2, label="sparsity")

@@ -44,7 +44,7 @@ def mlp() -> nn.Sequential:
 
 
 class AttentionBlock(nn.Module):
-    """Causal self-attention and a feed-forward part, normalised before each (Vaswani et al., 2017; pre-norm)."""
+    """Causal self-attention and a feed-forward part, normalized before each (Vaswani et al., 2017; pre-norm)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_autoprune.plots import COLOURS
+from lightning_autoprune.plots import COLORS
 
 from .results import Mean, means
 from .tasks import TASKS
@@ -99,15 +99,15 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
                     [mean.mean for _, mean in points],
                     [mean.spread for _, mean in points],
                     label=label,
-                    color="black" if method == "autoprune" else COLOURS[i % len(COLOURS)],
+                    color="black" if method == "autoprune" else COLORS[i % len(COLORS)],
                     marker=MARKERS[i % len(MARKERS)],
-                    ls="-" if ours or i < len(COLOURS) else "--",
+                    ls="-" if ours or i < len(COLORS) else "--",
                     lw=2.4 if ours else 1.2,
                     ms=5,
                     capsize=2,
                 )
         if ("dense", "") in found:
-            axes.axhline(found["dense", ""].mean, color="grey", ls=":", label="dense")
+            axes.axhline(found["dense", ""].mean, color="gray", ls=":", label="dense")
         _style(axes, task, "compression of the prunable weights", UNITS[figure])
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -130,11 +130,11 @@ def change_picture(rows: list[dict[str, str]], tasks: Sequence[str], names: Mapp
         found = means([row for row in rows if row["task"] == task], figure, ("options",))
         named = [(name, found[key,]) for key, name in names.items() if (key,) in found]
         for y, (name, mean) in enumerate(reversed(named)):
-            colour = "black" if name == "default" else COLOURS[0]
-            axes.plot(mean.values, [y] * len(mean.values), "o", color=colour, alpha=0.4, ms=4)
-            axes.plot(mean.mean, y, "|", color=colour, ms=16, mew=2.5)
+            color = "black" if name == "default" else COLORS[0]
+            axes.plot(mean.values, [y] * len(mean.values), "o", color=color, alpha=0.4, ms=4)
+            axes.plot(mean.mean, y, "|", color=color, ms=16, mew=2.5)
             if name == "default":
-                axes.axvline(mean.mean, color="grey", ls=":")
+                axes.axvline(mean.mean, color="gray", ls=":")
         axes.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
         _style(axes, task, UNITS[figure], "")
     return picture
@@ -150,7 +150,7 @@ def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], f
             [mean.mean for _, mean in points],
             [mean.spread for _, mean in points],
             label=f"{method}: {option}",
-            color=COLOURS[i % len(COLOURS)],
+            color=COLORS[i % len(COLORS)],
             marker=MARKERS[i],
             ls="-" if method == "autoprune" else "--",
             capsize=2,

@@ -41,7 +41,7 @@ class Split(Dataset[tuple[Tensor, Tensor]]):
     """Images and labels in memory, which a loader takes a batch at a time.
 
     Attributes:
-        images: float32, shape (rows, 1, height, width), normalised to mean 0 and standard deviation 1.
+        images: float32, shape (rows, 1, height, width), normalized to mean 0 and standard deviation 1.
         labels: int64, shape (rows,), 0 to 9.
     """
 
@@ -91,7 +91,7 @@ def load_digits() -> Images:
     labels = torch.tensor(target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:1437], order[1437:]
-    return _normalised("digits", images[train], labels[train], images[test], labels[test])
+    return _normalized("digits", images[train], labels[train], images[test], labels[test])
 
 
 class DigitsData(LightningDataModule):
@@ -131,7 +131,7 @@ def load_mnist(directory: str | Path) -> Images:
     folder = Path(directory)
     arrays = [_idx(_mnist_file(folder, name), name) for name in MNIST_FILES]
     images, labels, test_images, test_labels = (torch.from_numpy(array.copy()) for array in arrays)
-    return _normalised(
+    return _normalized(
         "mnist",
         images.float().unsqueeze(1),
         labels.long(),
@@ -144,7 +144,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _normalised(name: str, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Images:
+def _normalized(name: str, images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor) -> Images:
     mean, std = images.mean(), images.std()
     return Images(name, Split((images - mean) / std, labels), Split((test_images - mean) / std, test_labels))
 

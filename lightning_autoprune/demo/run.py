@@ -18,7 +18,7 @@ from lightning_autoprune.demo.data import Images, load_digits, load_mnist, loade
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.plots import read_curves, sparsity_curves
-from lightning_autoprune.reporting.layer_table import aligned, as_table, summarise, total
+from lightning_autoprune.reporting.layer_table import align_columns, summarize_layers, table_cells, total_row
 from lightning_autoprune.training.callback import AutoPruneCallback
 
 __all__ = ["add_arguments", "run"]
@@ -80,8 +80,8 @@ def _run(images: Images, args: argparse.Namespace, folder: Path) -> None:
 
     plain = Classifier(lenet_300_100(images.train.images[0].numel()))
     plain.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
-    rows = summarise(prunable_weights(plain), revived={row.name: row.revived or 0 for row in prune.layers()})
-    print("\n" + aligned(*as_table([*rows, total(rows)])))
+    rows = summarize_layers(prunable_weights(plain), revived={row.name: row.revived or 0 for row in prune.layers()})
+    print("\n" + align_columns(*table_cells([*rows, total_row(rows)])))
     kept = 1 - prune.sparsity
     print(f"\nerror on the test images   dense {dense_error:.2f}%   pruned {error:.2f}%")
     print(f"compression                {1 / kept:.1f}× ({prune.sparsity:.2%} of all weights are 0)")

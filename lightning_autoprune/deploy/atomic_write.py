@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in place of another, which it replaces if nothing is raised. The mode of a file stays.
 
     Raises:
@@ -23,7 +23,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory, replacing(f"{directory}/a") as temporary:
+        >>> with tempfile.TemporaryDirectory() as directory, atomic_write(f"{directory}/a") as temporary:
         ...     _ = temporary.write_text("whole")
     """
     target = Path(os.path.realpath(path))

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_autoprune.model.channel_removal import _index, clear
+from lightning_autoprune.model.channel_removal import _index, zero_slices
 from lightning_autoprune.model.channels import Channel, weight_dim
 from lightning_autoprune.model.example_inputs import outputs, unknown
 
-__all__ = ["silence"]
+__all__ = ["zero_dead_channels"]
 
 
-class _Used:
+class NonzeroWeights:
     """Which rows and columns of the layers have a weight that is not 0, as they are now."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,7 +61,9 @@ class _Used:
         return False
 
 
-def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], constants_too: bool) -> list[Channel]:
+def zero_dead_channels(
+    model: nn.Module, channels: list[Channel], inputs: list[Any], constants_too: bool
+) -> list[Channel]:
     """Finds the dead channels, moves what they add into biases, and zeroes the weights that make and read them.
 
     Args:
@@ -76,7 +78,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
     dead: list[Channel] = []
     left, found = list(channels), True
     while found:
-        used, found = _Used(model), False
+        used, found = NonzeroWeights(model), False
         places = {id(channel): used.readers(channel) for channel in left if not used.alive(channel)}
         places = {key: some for key, some in places.items() if constants_too or not some}
         read = [place for some in places.values() for place in some]
@@ -87,7 +89,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
                 for name, i in columns:
                     _fold(model.get_submodule(name), i, constants[name, i])
                 for name, indices in channel.made.items():
-                    clear(model.get_submodule(name), indices, 0)
+                    zero_slices(model.get_submodule(name), indices, 0)
                 dead.append(channel)
                 found = True
         gone = {id(channel) for channel in dead}
@@ -99,7 +101,7 @@ def silence(model: nn.Module, channels: list[Channel], inputs: list[Any], consta
 
 
 def _constants(
-    model: nn.Module, places: list[tuple[str, int]], inputs: list[Any], channels: list[Channel], used: _Used
+    model: nn.Module, places: list[tuple[str, int]], inputs: list[Any], channels: list[Channel], used: NonzeroWeights
 ) -> dict[tuple[str, int], float]:
     """The value that reaches each place (a layer and its column); NaN where it is not one value.
 
@@ -141,7 +143,7 @@ def _constants(
 
 
 @contextmanager
-def _weights_block(model: nn.Module, channels: list[Channel], used: _Used) -> Iterator[None]:
+def _weights_block(model: nn.Module, channels: list[Channel], used: NonzeroWeights) -> Iterator[None]:
     """What makes and passes channels blocks NaN where its weights are 0 (0 * NaN is NaN); embeddings give NaN."""
 
     def block(name: str, module: nn.Module, _: Any, y: Tensor) -> Tensor:
@@ -196,4 +198,4 @@ def _fold(layer: nn.Module, column: int, value: float) -> None:
         if isinstance(layer.bias, Tensor):
             added += layer.bias
         layer.bias = nn.Parameter(added, requires_grad=weight.requires_grad)
-    clear(layer, [column], 1)
+    zero_slices(layer, [column], 1)

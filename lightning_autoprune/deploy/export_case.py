@@ -13,10 +13,10 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.model.example_inputs import any_rows, as_arguments, by_rows, copied, outputs, probes, two_rows
 from lightning_autoprune.model.same_outputs import difference, disagreement, spreads
 
-__all__ = ["Exported"]
+__all__ = ["ExportCase"]
 
 
-class Exported:
+class ExportCase:
     """A model that is to be written for any number of rows, and the outputs that its file must give.
 
     Args:

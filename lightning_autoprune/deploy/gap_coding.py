@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode_mask", "encode_mask"]
 
 
-def encode(mask: Tensor) -> tuple[int, Tensor]:
+def encode_mask(mask: Tensor) -> tuple[int, Tensor]:
     """Codes the positions of a mask's kept entries.
 
     Args:
@@ -28,7 +28,7 @@ def encode(mask: Tensor) -> tuple[int, Tensor]:
         CPU), those bits first, then the unary parts.
 
     Example:
-        >>> encode(torch.tensor([False, True, False, False, True]))  # the bitmask, first entry in the lowest bit
+        >>> encode_mask(torch.tensor([False, True, False, False, True]))  # the bitmask, first entry in the lowest bit
         (0, tensor([18], dtype=torch.uint8))
     """
     kept = mask.flatten().nonzero().flatten().cpu()
@@ -42,8 +42,8 @@ def encode(mask: Tensor) -> tuple[int, Tensor]:
     return b, torch.cat([pack(low), pack(unary)])
 
 
-def decode(code: Tensor, n: int, k: int, b: int) -> Tensor:
-    """The positions that :func:`encode` coded, as int64 in rising order.
+def decode_mask(code: Tensor, n: int, k: int, b: int) -> Tensor:
+    """The positions that :func:`encode_mask` coded, as int64 in rising order.
 
     Args:
         code: bytes (uint8).
@@ -56,7 +56,7 @@ def decode(code: Tensor, n: int, k: int, b: int) -> Tensor:
             before that is known.
 
     Example:
-        >>> decode(torch.tensor([18], dtype=torch.uint8), n=5, k=2, b=0)
+        >>> decode_mask(torch.tensor([18], dtype=torch.uint8), n=5, k=2, b=0)
         tensor([1, 4])
     """
     lowest = -(-k * b // 8)

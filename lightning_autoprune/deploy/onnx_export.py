@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_autoprune.deploy.atomic_write import replacing
-from lightning_autoprune.deploy.export_case import Exported
+from lightning_autoprune.deploy.atomic_write import atomic_write
+from lightning_autoprune.deploy.export_case import ExportCase
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.model.example_inputs import as_arguments, tensors_in
 
@@ -55,8 +55,8 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise AutoPruneError(f"Export to ONNX needs {error.name}: pip install 'lightning-autoprune[onnx]'.") from error
-    exported = Exported(model, example_input, shrunk)
-    with replacing(path) as temporary:
+    exported = ExportCase(model, example_input, shrunk)
+    with atomic_write(path) as temporary:
         _write(exported, temporary)
         try:
             session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
@@ -78,7 +78,7 @@ def _arrays(inputs: Any) -> list[Any]:
     return [tensor.detach().cpu().numpy() for tensor in tensors_in(as_arguments(inputs))]
 
 
-def _write(exported: Exported, path: Path) -> None:
+def _write(exported: ExportCase, path: Path) -> None:
     log = logging.getLogger("torch.onnx")
     level = log.level
     try:

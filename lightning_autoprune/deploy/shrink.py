@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lightning_autoprune.deploy.dead_channels import silence
+from lightning_autoprune.deploy.dead_channels import zero_dead_channels
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.model.attention_heads import with_heads
-from lightning_autoprune.model.channel_removal import remove
+from lightning_autoprune.model.channel_removal import remove_channels
 from lightning_autoprune.model.channels import Channel, find_channels
 from lightning_autoprune.model.example_inputs import all_vary, by_rows, copied, outputs, probes
 from lightning_autoprune.model.prunable_layers import being_pruned
@@ -38,7 +38,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
     is seen for the inputs alone that are tried: of the example's size, and zeros, as padding has them.
 
     Channels stay where they can't be told apart or removed exactly: those of the model's outputs, of a stream that goes
-    through a normalisation over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants
+    through a normalization over channels (LayerNorm), of grouped convolutions that are not depthwise, and constants
     that a zero-padded convolution reads. Attention heads go as a whole, where the module has their number in an
     attribute (``num_heads``, ``n_heads``, ``heads``…) and a ``forward`` that runs with fewer; those of
     ``nn.MultiheadAttention`` stay.
@@ -51,7 +51,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
             times the resolution of the dtype.
 
     Returns:
-        A copy, shrunk. Its parameters are new: an optimiser of the original does not train them.
+        A copy, shrunk. Its parameters are new: an optimizer of the original does not train them.
 
     Raises:
         AutoPruneError: if the model does not run on the example, its graph can't be traced (TorchScript, inference
@@ -94,18 +94,18 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
         small = copied(model)
         with torch.no_grad():
             allowed = [channel for channel in channels if not channel.fixed and channel.made.keys() <= names]
-            remove(small, silence(small, allowed, inputs, vary))
+            remove_channels(small, zero_dead_channels(small, allowed, inputs, vary))
             return small, disagreement(partial(outputs, small), tried, tolerance)
 
     small, problem = attempt(set(layers))
     if problem:
-        spoilt = [name for name in layers if attempt(_tied(channels, name))[1]]
-        small, problem = attempt(set(layers) - {tied for name in spoilt for tied in _tied(channels, name)})
-        if problem or not spoilt:
+        spoiled = [name for name in layers if attempt(_tied(channels, name))[1]]
+        small, problem = attempt(set(layers) - {tied for name in spoiled for tied in _tied(channels, name)})
+        if problem or not spoiled:
             raise AutoPruneError(
                 f"{type(model).__name__} can't be shrunk: without the dead channels of {listed(layers)} {problem}."
             )
-        warnings.warn(f"The dead channels of {listed(spoilt)} stay: without them the outputs change.", stacklevel=2)
+        warnings.warn(f"The dead channels of {listed(spoiled)} stay: without them the outputs change.", stacklevel=2)
     return small
 
 

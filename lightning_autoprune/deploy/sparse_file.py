@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_autoprune._version import __version__
-from lightning_autoprune.deploy.atomic_write import replacing
+from lightning_autoprune.deploy.atomic_write import atomic_write
 from lightning_autoprune.deploy.sparse_format import (
     _FORMAT,
     _KEY,
@@ -93,7 +93,7 @@ def save_sparse(
         "metrics": {name: float(value) for name, value in (metrics or {}).items()},
     }
     layout["crc32"] = _checksum(layout, content)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(content, temporary, {_KEY: json.dumps(layout, separators=(",", ":"))})
 
 

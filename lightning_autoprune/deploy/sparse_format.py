@@ -14,17 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_autoprune.deploy.gap_coding import decode, encode
+from lightning_autoprune.deploy.gap_coding import decode_mask, encode_mask
 from lightning_autoprune.errors import AutoPruneError
 
 __all__ = [
     "_AS_INTEGER",
     "_BELOW",
     "_DTYPES",
-    "_Entry",
     "_FORMAT",
     "_KEY",
     "_MOST_DIMENSIONS",
+    "_Entry",
     "_Opened",
     "_as_rows",
     "_brief",
@@ -133,7 +133,7 @@ def _entry(tensor: Tensor) -> tuple[_Entry, Tensor, Tensor]:
     raw = _as_rows(tensor)
     mask = _not_zero(tensor, raw)
     kept = int(mask.sum())
-    bits, code = encode(mask)
+    bits, code = encode_mask(mask)
     if kept * raw.shape[1] + len(code) >= raw.numel():
         return _Entry(shape, dtype, len(raw), zeros=len(raw) - kept), raw.T.flatten(), code[:0]
     return _Entry(shape, dtype, kept, bits, len(code)), raw[mask].T.flatten(), code
@@ -184,7 +184,7 @@ def _restore(entries: Mapping[str, _Entry], stream: Tensor, masks: Tensor) -> di
         if entry.bits is None:
             raw = stored.clone(memory_format=torch.contiguous_format)  # a view may not start at a whole entry
         else:
-            kept = decode(masks[: entry.mask], n, entry.kept, entry.bits)
+            kept = decode_mask(masks[: entry.mask], n, entry.kept, entry.bits)
             masks = masks[entry.mask :]
             raw = torch.zeros(n, size, dtype=torch.uint8)
             raw[kept] = stored

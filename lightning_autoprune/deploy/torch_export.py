@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_autoprune.deploy.atomic_write import replacing
-from lightning_autoprune.deploy.export_case import Exported
+from lightning_autoprune.deploy.atomic_write import atomic_write
+from lightning_autoprune.deploy.export_case import ExportCase
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.model.example_inputs import as_arguments, tensors_in
 
@@ -50,8 +50,8 @@ def export_program(
         ...     torch.export.load(f"{directory}/pruned.pt2").module()(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
-    exported = Exported(model, example_input, shrunk)
-    with replacing(path) as temporary:
+    exported = ExportCase(model, example_input, shrunk)
+    with atomic_write(path) as temporary:
         try:
             program = torch.export.export(
                 exported.small, exported.args, exported.kwargs, dynamic_shapes=exported.dynamic_shapes

@@ -3,7 +3,7 @@ r"""The method: auxiliary parameters M beside weights whose storage holds T = W 
 ======== ================ ===========================================================================
 symbol   shape            meaning
 ======== ================ ===========================================================================
-W        as the weight    latent weights; what the user's optimiser trains
+W        as the weight    latent weights; what the user's optimizer trains
 M        as the weight    auxiliary parameters; m > 0 keeps a weight, m <= 0 prunes it
 h(M)     as the weight    the mask: 1 where m > 0, else 0; a hard step forward and backward
 T        as the weight    W ⊙ h(M): all that the network ever computes with
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.method.estimators import Estimator, straight_through
-from lightning_autoprune.method.exact_topk import check_count, floors, keep_best, lift
+from lightning_autoprune.method.exact_topk import check_count, keep_largest, lift_largest, minimum_counts
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM, check_values, initial_m
-from lightning_autoprune.method.masked_weights import EffectiveWeights, latent, numbers
+from lightning_autoprune.method.masked_weights import MaskedWeights, fetch_numbers, latent_weights
 from lightning_autoprune.method.update_rules import (
     UPDATE_RULES,
     GradientScale,
@@ -39,7 +39,7 @@ from lightning_autoprune.method.update_rules import (
     sensitivity,
 )
 from lightning_autoprune.tensors.bitmasks import pack, unpack
-from lightning_autoprune.tensors.flat_buckets import Bucket, pieces
+from lightning_autoprune.tensors.flat_buckets import Bucket, split_pieces
 
 __all__ = ["AuxiliaryParameters", "Part"]
 
@@ -48,11 +48,11 @@ Part = tuple[Tensor, Tensor, Tensor, RunningSquares | None]
 """Of some entries the sensitivities, M, and v with what it belongs to (M again, where there is none)."""
 
 
-class AuxiliaryParameters(EffectiveWeights):
+class AuxiliaryParameters(MaskedWeights):
     """Auxiliary parameters M for a set of weights, trained to decide which weights to keep.
 
     Creating it attaches: from then on each weight's storage holds T = W ⊙ h(M), in place, so that the
-    network, its ``state_dict`` and its optimiser see plain parameters. Each training step is then::
+    network, its ``state_dict`` and its optimizer see plain parameters. Each training step is then::
 
         aux.mask_gradients()          # after backward, before clipping
         optimizer.step()
@@ -123,7 +123,7 @@ class AuxiliaryParameters(EffectiveWeights):
         self.scale = GradientScale(decay)
         super().__init__(weights)
         self._check_values(initial)
-        self.floors = floors(self.totals, layer_floor)
+        self.floors = minimum_counts(self.totals, layer_floor)
         self._layer_floor = layer_floor
         for M, m in zip(self.M, self._initial_M(initial, scale), strict=True):
             M.copy_(m)
@@ -146,7 +146,7 @@ class AuxiliaryParameters(EffectiveWeights):
         parts = list(self._sensitivities(dL_dT))
         if not parts:
             return True
-        norms = numbers([torch.linalg.vector_norm(G) for G, *_ in parts])
+        norms = fetch_numbers([torch.linalg.vector_norm(G) for G, *_ in parts])
         square, entries = self._over_ranks([math.fsum(n * n for n in norms), float(sum(G.numel() for G, *_ in parts))])
         if not math.isfinite(square):
             return False
@@ -156,7 +156,7 @@ class AuxiliaryParameters(EffectiveWeights):
         for G, M, v, squares in parts:
             self._press(G.div_(s), mu)
             if squares:
-                squares.normalise(G, v)
+                squares.normalize(G, v)
             slope = straight_through(self.estimator, M, self.leaky_slope)
             M.sub_(G if slope is None else G.mul_(slope), alpha=lr)
         return True
@@ -307,10 +307,10 @@ class AuxiliaryParameters(EffectiveWeights):
     # What differs where M is not one entry a weight, or where weights are sharded
 
     def _lift(self, i: int) -> None:
-        lift(self.M[i], self.floors[i])
+        lift_largest(self.M[i], self.floors[i])
 
     def _keep_best(self, count: int) -> None:
-        keep_best(self.M, self.floors, count)
+        keep_largest(self.M, self.floors, count)
 
     def _check_values(self, initial: InitialM) -> None:
         for name, T in zip(self.weights, self._effective(), strict=True):
@@ -344,8 +344,8 @@ class AuxiliaryParameters(EffectiveWeights):
         for k in which:
             bucket, M, squares = self._buckets[k], self._flat_M[k], self.squares[k] if self.squares else None
             flat = bucket.flatten(dL_dT), bucket.flatten(effective), self._flat_bits[k], self._flat_dormant[k]  # type: ignore[arg-type]
-            for g, t, bits, dormant, m, v in pieces(*flat, M, squares.v if squares else M):
-                yield sensitivity(g, latent(t, bits, dormant), self.rule), m, v, squares
+            for g, t, bits, dormant, m, v in split_pieces(*flat, M, squares.v if squares else M):
+                yield sensitivity(g, latent_weights(t, bits, dormant), self.rule), m, v, squares
 
     def _press(self, G: Tensor, mu: float) -> None:
         G.add_(mu)

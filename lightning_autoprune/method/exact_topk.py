@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_count", "floors", "keep_best", "lift"]
+__all__ = ["check_count", "keep_largest", "lift_largest", "minimum_counts"]
 
 
-def floors(totals: Sequence[int], layer_floor: float) -> list[int]:
+def minimum_counts(totals: Sequence[int], layer_floor: float) -> list[int]:
     """Number of weights that each layer keeps whatever happens: a share of them, at least one."""
     return [max(1, math.ceil(layer_floor * total * (1 - 1e-12))) for total in totals]  # 0.07 · 100 is above 7
 
@@ -31,7 +31,7 @@ def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
     Raises:
         AutoPruneError: naming the numbers, and what to change.
     """
-    least, total = sum(floors(totals, layer_floor)), sum(totals)
+    least, total = sum(minimum_counts(totals, layer_floor)), sum(totals)
     if not least <= count <= total:
         most = (total - least) * 10**6 // total / 10**6  # rounded down, so that it is possible
         raise AutoPruneError(
@@ -44,7 +44,7 @@ def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
 _BARELY_KEPT = 1e-8  # what m is lifted to where it must be kept: the first to go again
 
 
-def keep_best(
+def keep_largest(
     M: Sequence[Tensor],
     floors: Sequence[int],
     count: int,
@@ -67,7 +67,7 @@ def keep_best(
 
     Example:
         >>> M = [torch.tensor([0.3, 0.2]), torch.tensor([-5.0, -4.0])]
-        >>> keep_best(M, floors=[1, 1], count=2)
+        >>> keep_largest(M, floors=[1, 1], count=2)
         >>> [(m > 0).tolist() for m in M]
         [[True, False], [False, True]]
     """
@@ -86,7 +86,7 @@ def keep_best(
     layers = list(zip(M, floors, counts(torch.ge, t), counts(torch.gt, t), strict=True))
     for m, floor, n, above in reversed(layers):
         if n < floor:
-            keep_best([m], [0], floor, prune=prune, over_ranks=over_ranks, before=before)
+            keep_largest([m], [0], floor, prune=prune, over_ranks=over_ranks, before=before)
             continue
         dropped = min(spare, n - max(above, floor))
         spare -= dropped
@@ -98,14 +98,14 @@ def keep_best(
         m.copy_(torch.where(chosen, m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
 
 
-def lift(m: Tensor, count: int) -> None:
+def lift_largest(m: Tensor, count: int) -> None:
     """Moves the ``count`` largest entries of a tensor just above 0, in place, where they are not above it.
 
     NaN becomes -inf.
 
     Example:
         >>> m = torch.tensor([-3.0, -1.0, -2.0])
-        >>> lift(m, 1)
+        >>> lift_largest(m, 1)
         >>> (m > 0).tolist()
         [False, True, False]
     """

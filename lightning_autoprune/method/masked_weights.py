@@ -11,14 +11,14 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_autoprune.tensors.bitmasks import PackedMask, as_bits, clear, packed_if_large
-from lightning_autoprune.tensors.flat_buckets import Bucket, fill, pieces
-from lightning_autoprune.tensors.sharding import part
+from lightning_autoprune.tensors.bitmasks import PackedMask, as_bits, pack_if_large, zero_pruned
+from lightning_autoprune.tensors.flat_buckets import Bucket, fill_buckets, split_pieces
+from lightning_autoprune.tensors.sharding import local_shard
 
-__all__ = ["EffectiveWeights", "latent", "numbers"]
+__all__ = ["MaskedWeights", "fetch_numbers", "latent_weights"]
 
 
-class EffectiveWeights:
+class MaskedWeights:
     """Weights with masks: creating it attaches, with all weights kept.
 
     Args:
@@ -44,13 +44,13 @@ class EffectiveWeights:
         self.kept = list(self.totals)
         self.frozen = False
         self._final: list[Tensor | PackedMask] = []  # what the bits become once they are frozen
-        self._lay_out(fill(self._effective(), self.totals))
+        self._lay_out(fill_buckets(self._effective(), self.totals))
 
     @property
     def W(self) -> list[Tensor]:  # noqa: N802
         """Latent weights, new tensors: kept ones as they are now, pruned ones as they went. Empty once frozen."""
         parts = zip(self._effective(), self._bits, self.dormant, strict=False)
-        return [latent(T, bits, dormant) for T, bits, dormant in parts]
+        return [latent_weights(T, bits, dormant) for T, bits, dormant in parts]
 
     # Sizes
 
@@ -87,12 +87,12 @@ class EffectiveWeights:
         """
         for weight, mask in zip(self.weights.values(), self._final or self._bits, strict=True):
             if weight.grad is not None and (stepped is None or id(weight) in stepped):
-                clear(part(weight.grad), mask)
+                zero_pruned(local_shard(weight.grad), mask)
 
     def after_weight_step(self) -> None:
         """Sets pruned entries of T back to 0, which momentum and decay may have moved."""
         for T, mask in zip(self._effective(), self._final or self._bits, strict=True):
-            clear(T, mask)
+            zero_pruned(T, mask)
 
     # Masks
 
@@ -104,7 +104,7 @@ class EffectiveWeights:
             scores: a flat tensor for each of all buckets.
         """
         which, effective = list(which), self._effective()
-        counts = self._over_ranks(numbers([self._write(k, scores[k], effective) for k in which]))
+        counts = self._over_ranks(fetch_numbers([self._write(k, scores[k], effective) for k in which]))
         for i, count in zip((i for k in which for i in self._buckets[k].numbers), counts, strict=True):
             self.kept[i] = round(count)
 
@@ -112,7 +112,9 @@ class EffectiveWeights:
         """Decides and writes one bucket; gives the numbers of weights kept of its layers."""
         bucket, kept = self._buckets[k], []
         T, alone = bucket.flatten(effective), len(bucket.sizes) == 1
-        for t, bits, dormant, score in pieces(as_bits(T), self._flat_bits[k], as_bits(self._flat_dormant[k]), scores):
+        for t, bits, dormant, score in split_pieces(
+            as_bits(T), self._flat_bits[k], as_bits(self._flat_dormant[k]), scores
+        ):
             W = (t & bits).bitwise_or_(dormant)
             torch.gt(score, 0, out=bits).neg_()
             torch.bitwise_and(W, bits, out=t)
@@ -129,7 +131,7 @@ class EffectiveWeights:
     def freeze(self) -> None:
         """Makes the masks final and forgets dormant values: pruned weights stay 0, kept ones train on."""
         if not self.frozen:
-            self._final, self.frozen = [packed_if_large(bits) for bits in self._bits], True
+            self._final, self.frozen = [pack_if_large(bits) for bits in self._bits], True
         self.dormant, self._bits, self._flat_dormant, self._flat_bits, self._buckets = [], [], [], [], []
 
     # The layout of the state
@@ -168,14 +170,14 @@ class EffectiveWeights:
         return [found[i] for i in range(len(found))]
 
     def _effective(self) -> list[Tensor]:
-        return [part(weight) for weight in self.weights.values()]
+        return [local_shard(weight) for weight in self.weights.values()]
 
 
-def latent(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
+def latent_weights(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
     """W as a new tensor: T where kept (whoever wrote it), the dormant value where pruned."""
     return (as_bits(T) & bits).bitwise_or_(as_bits(dormant)).view(T.dtype)
 
 
-def numbers(tensors: Sequence[Tensor]) -> list[float]:
+def fetch_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """The entries of small tensors, fetched from their device at once."""
     return torch.cat([tensor.view(-1).to(tensors[0].device, torch.float64) for tensor in tensors]).tolist()

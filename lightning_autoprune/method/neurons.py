@@ -5,7 +5,7 @@ for all the weights that read the channel, and it is done so, in place. The deri
 
     dL/dm = Σ dL/dT · w · h'(m),   over the weights that read the channel,
 
-under the paper's rule Σ dL/dT · sgn(w). (For a neuron without normalisation it is the sum over the weights, and the
+under the paper's rule Σ dL/dT · sgn(w). (For a neuron without normalization it is the sum over the weights, and the
 bias, that make it. Were those masked instead, a ReLU would be at 0 and pass no gradient, and no neuron ever came back.)
 When the masks are frozen, the rows that make pruned channels are zeroed too, which changes nothing.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters, Part
-from lightning_autoprune.method.exact_topk import floors, keep_best, lift
+from lightning_autoprune.method.exact_topk import keep_largest, lift_largest, minimum_counts
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.update_rules import RunningSquares, sensitivity
 
@@ -87,7 +87,7 @@ class Neurons:
 
     def floors(self, layer_floor: float) -> list[int]:
         """Number of channels that each group keeps whatever happens."""
-        return floors([len(group) for group in self.groups], layer_floor)
+        return minimum_counts([len(group) for group in self.groups], layer_floor)
 
     def check_density(self, density: float, layer_floor: float) -> None:
         """Raises unless the density can be met with what the layers keep whatever happens.
@@ -158,7 +158,7 @@ class NeuronParameters(AuxiliaryParameters):
         for group, floor in zip(self.neurons.groups, self.neurons.floors(self._layer_floor), strict=True):
             part = m[group]
             if int((part > 0).sum()) < floor:
-                lift(part, floor)
+                lift_largest(part, floor)
                 m[group] = part
         self.alive = m > 0
         self._write_channels(rows=False)
@@ -187,7 +187,7 @@ class NeuronParameters(AuxiliaryParameters):
         """M moved so that exactly ``count`` channels are kept."""
         m, groups = self.M[0].clone(), self.neurons.groups
         parts = [m[group] for group in groups]
-        keep_best(parts, self.neurons.floors(self._layer_floor), count)
+        keep_largest(parts, self.neurons.floors(self._layer_floor), count)
         for group, part in zip(groups, parts, strict=True):
             m[group] = part
         return m

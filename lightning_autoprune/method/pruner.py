@@ -17,7 +17,7 @@ from lightning_autoprune.method.schedule import Phases, target_path
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.method.sharded_auxiliary import ShardedParameters
 from lightning_autoprune.method.update_rules import decay_for
-from lightning_autoprune.tensors.sharding import Wholes, is_sharded, whole
+from lightning_autoprune.tensors.sharding import WholeTensors, gather_whole, is_sharded
 
 __all__ = ["Pruner"]
 
@@ -26,7 +26,7 @@ class Pruner:
     """Drives :class:`~lightning_autoprune.method.auxiliary.AuxiliaryParameters` through the phases of a run.
 
     Call ``start`` first, after ``load_state_dict`` where a run is resumed. Then, in each training step:
-    ``before_weight_step``, the optimiser's step, ``after_weight_step``, ``auxiliary_step`` where it is ``due`` and
+    ``before_weight_step``, the optimizer's step, ``after_weight_step``, ``auxiliary_step`` where it is ``due`` and
     there are gradients (or before the weight step, on its own), ``end_step``.
 
     Args:
@@ -138,7 +138,7 @@ class Pruner:
         """The same one after the other, so that no more than one of them is gathered at a time."""
         masks = self.auxiliary.masks() if self.auxiliary else []
         for mask, weight in zip(masks, self.weights.values(), strict=False):
-            yield whole(mask, weight)
+            yield gather_whole(mask, weight)
 
     @property
     def M(self) -> Mapping[str, Tensor]:  # noqa: N802
@@ -147,7 +147,7 @@ class Pruner:
             return {}
         if self.neurons is not None:
             return {"neurons": self.auxiliary.M[0]}
-        return Wholes(self.auxiliary.M, self.weights)
+        return WholeTensors(self.auxiliary.M, self.weights)
 
     @property
     def due(self) -> bool:
@@ -165,7 +165,7 @@ class Pruner:
             self.auxiliary.mask_gradients(stepped)
 
     def after_weight_step(self) -> None:
-        """Sets pruned weights back to 0, after each optimiser step."""
+        """Sets pruned weights back to 0, after each optimizer step."""
         if self.auxiliary:
             self.auxiliary.after_weight_step()
 

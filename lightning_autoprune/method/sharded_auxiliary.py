@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
-from lightning_autoprune.method.exact_topk import keep_best
+from lightning_autoprune.method.exact_topk import keep_largest
 from lightning_autoprune.method.initialization import InitialM, check_values, initial_m
 from lightning_autoprune.tensors.bitmasks import pack, unpack
-from lightning_autoprune.tensors.sharding import part_of, sum_over_lower_ranks, sum_over_ranks, whole
+from lightning_autoprune.tensors.sharding import gather_whole, shard_like, sum_over_lower_ranks, sum_over_ranks
 
 __all__ = ["ShardedParameters"]
 
@@ -31,11 +31,11 @@ class ShardedParameters(AuxiliaryParameters):
 
     def _check_values(self, initial: InitialM) -> None:
         for name, T, weight in zip(self.weights, self._effective(), self.weights.values(), strict=True):
-            check_values(name, whole(T, weight), initial)
+            check_values(name, gather_whole(T, weight), initial)
 
     def _initial_M(self, initial: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         parts = zip(self._effective(), self.weights.values(), strict=True)
-        return [part_of(initial_m(whole(T, weight), initial, scale), weight) for T, weight in parts]
+        return [shard_like(initial_m(gather_whole(T, weight), initial, scale), weight) for T, weight in parts]
 
     def _over_ranks(self, sums: list[float]) -> list[float]:
         device = next(iter(self.weights.values())).device
@@ -49,7 +49,7 @@ class ShardedParameters(AuxiliaryParameters):
 
     def _select(self, which: Sequence[int], floors: Sequence[int], count: int, *, prune: bool = True) -> None:
         M = [self.M[i] for i in which]
-        keep_best(M, floors, count, prune=prune, over_ranks=self._over_ranks, before=sum_over_lower_ranks)
+        keep_largest(M, floors, count, prune=prune, over_ranks=self._over_ranks, before=sum_over_lower_ranks)
 
     def _to_save(self, state: dict[str, Any]) -> dict[str, Any]:
         masks = self._wholes(self.masks())
@@ -76,7 +76,7 @@ class ShardedParameters(AuxiliaryParameters):
 
     def _wholes(self, parts: Sequence[Tensor]) -> list[Tensor]:
         # one after the other to the CPU: a device may have no room for all of them
-        return [whole(x, weight).cpu() for x, weight in zip(parts, self.weights.values(), strict=False)]
+        return [gather_whole(x, weight).cpu() for x, weight in zip(parts, self.weights.values(), strict=False)]
 
     def _parts(self, wholes: Sequence[Tensor]) -> list[Tensor]:
-        return [part_of(x, weight) for x, weight in zip(wholes, self.weights.values(), strict=False)]
+        return [shard_like(x, weight) for x, weight in zip(wholes, self.weights.values(), strict=False)]

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "UPDATE_RULES",
     "GradientScale",
     "RunningSquares",
-    "UPDATE_RULES",
     "UpdateRule",
     "at_least_float32",
     "decay_for",
@@ -93,13 +93,13 @@ class RunningSquares:
         decay: weight of the past at each update, in [0, 1).
 
     Attributes:
-        v: the average so far, biased towards 0.
+        v: the average so far, biased toward 0.
         updates: number of updates so far.
 
     Example:
         >>> squares = RunningSquares(torch.zeros(2))
         >>> squares.count()
-        >>> squares.normalise(torch.tensor([-0.5, 40.0]), squares.v)  # the first is its own root mean square
+        >>> squares.normalize(torch.tensor([-0.5, 40.0]), squares.v)  # the first is its own root mean square
         tensor([-1.,  1.])
     """
 
@@ -108,10 +108,10 @@ class RunningSquares:
         self.v = torch.zeros_like(like)
 
     def count(self) -> None:
-        """Begins an update; :meth:`normalise` takes its values."""
+        """Begins an update; :meth:`normalize` takes its values."""
         self.updates += 1
 
-    def normalise(self, G: Tensor, v: Tensor) -> Tensor:
+    def normalize(self, G: Tensor, v: Tensor) -> Tensor:
         """Takes one more value of each entry, and divides it by the root mean square so far, in place.
 
         Args:
@@ -134,7 +134,7 @@ class GradientScale:
 
     Attributes:
         decay: weight of the past at each update, in [0, 1).
-        mean_square: the average so far, biased towards 0.
+        mean_square: the average so far, biased toward 0.
         updates: number of updates so far.
 
     Example:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_autoprune.model.channel_removal import clear, remove
+from lightning_autoprune.model.channel_removal import remove_channels, zero_slices
 from lightning_autoprune.model.channels import Channel, fix_entangled
 from lightning_autoprune.model.example_inputs import copied, outputs, probes
 from lightning_autoprune.model.same_outputs import disagreement
@@ -106,7 +106,7 @@ def _can_go(model: nn.Module, head: Channel, example_input: Any) -> bool:
     """Whether a model without a head, whose columns are 0, is the same function."""
     small = copied(model)
     for name, columns in head.read.items():
-        clear(small.get_submodule(name), columns, 1)
+        zero_slices(small.get_submodule(name), columns, 1)
     tried = probes(small, example_input)
-    remove(small, [head])
+    remove_channels(small, [head])
     return not disagreement(partial(outputs, small), tried, 1e-4)

@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_autoprune.model.channels import Channel, is_depthwise, weight_dim
 
-__all__ = ["clear", "remove"]
+__all__ = ["remove_channels", "zero_slices"]
 
 
-def clear(module: nn.Module, indices: list[int], dim: int) -> None:
+def zero_slices(module: nn.Module, indices: list[int], dim: int) -> None:
     """Zeroes rows (0) or columns (1) of a layer."""
     assert isinstance(module.weight, Tensor)
     module.weight.index_fill_(weight_dim(module, dim), _index(indices, module.weight), 0)
@@ -26,7 +26,7 @@ def _index(indices: list[int], like: Tensor) -> Tensor:
 # Removing
 
 
-def remove(model: nn.Module, dead: list[Channel]) -> None:
+def remove_channels(model: nn.Module, dead: list[Channel]) -> None:
     """Cuts channels out of the layers of a model, but for one where a layer would lose all."""
     while full := [key for key, indices in _gone(dead).items() if len(indices) == _count(model, *key)]:
         stays = next(channel for channel in dead if _has(channel, *full[0], 0))

@@ -1,6 +1,6 @@
 """Which parts of which layers make up a channel: what can only be removed, or pruned, as one.
 
-A channel is made by rows of linear layers and filters of convolutions, passes through normalisations, depthwise
+A channel is made by rows of linear layers and filters of convolutions, passes through normalizations, depthwise
 convolutions and functions, and is read by columns of other layers. Additions tie the channels of several layers
 together. The dependency graph is that of the package torch-pruning (Fang et al., "DepGraph", CVPR 2023), which needs
 one example input; what it can't follow is ``fixed`` here, and what it may follow wrongly is for the caller to check.

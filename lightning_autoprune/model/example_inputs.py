@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_autoprune.tensors.preserve import kept_buffers
+from lightning_autoprune.tensors.preserve import preserve_buffers
 
 __all__ = [
     "all_vary",
@@ -202,7 +202,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]), eager, ExitStack() as stack:
             for module in modes:
-                stack.enter_context(kept_buffers(module))
+                stack.enter_context(preserve_buffers(module))
             model.eval()
             yield
     finally:

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from lightning_autoprune.deploy.sparse_file import load_sparse, sparse_metadata
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.reporting.layer_table import LayerSummary, summarise, total
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers, total_row
+from lightning_autoprune.reporting.run_history import RunHistory
 
-__all__ = ["Saved", "pruning_state", "read_checkpoint"]
+__all__ = ["SavedModel", "pruning_state", "read_checkpoint"]
 
 _LIGHTNINGS = "pytorch-lightning_version"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedModel:
     """A model as it was saved.
 
     Attributes:
@@ -49,7 +49,7 @@ class Saved:
     phase: str | None = None
     epoch: int | None = None
     step: int | None = None
-    history: History = field(default_factory=History)
+    history: RunHistory = field(default_factory=RunHistory)
     flops: dict[str, int] = field(default_factory=dict)
     by_lightning: bool = False
 
@@ -57,12 +57,12 @@ class Saved:
         """A row for each layer, whose zeros are counted."""
         known = bool(self.history.names) and self.phase != "dense"
         revived = dict(zip(self.history.names, self.history.revived, strict=True)) if known else None
-        return summarise(self.weights, self.flops, revived)
+        return summarize_layers(self.weights, self.flops, revived)
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, in types that JSON has."""
         rows = self.layers()
-        whole = total(rows)
+        whole = total_row(rows)
         return {
             "file": str(self.path),
             "phase": self.phase,
@@ -80,7 +80,7 @@ class Saved:
         }
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
+def read_checkpoint(path: str | os.PathLike[str]) -> SavedModel:
     """Reads a Lightning checkpoint, a file of ``torch.save(model.state_dict())``, or a safetensors file.
 
     Tensors are mapped from the file where its format allows that, and read as they are counted. Nothing in a file is
@@ -117,7 +117,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Saved:
         raise AutoPruneError(f"{path} holds no tensors by name, so it is no checkpoint of a model.")
     ours = pruning_state(content)
     if ours is None:
-        return Saved(
+        return SavedModel(
             path,
             tensors,
             {name.removesuffix(".weight"): _countable(x) for name, x in tensors.items() if x.dim() > 1},
@@ -149,11 +149,11 @@ def _number(content: Mapping[str, Any], key: str) -> int | None:
 
 def _with_pruning(
     path: Path, tensors: dict[str, Tensor], content: Mapping[str, Any], state: Mapping[str, Any]
-) -> Saved:
-    history = History.of(state["report"]["history"])
+) -> SavedModel:
+    history = RunHistory.of(state["report"]["history"])
     auxiliary = state["pruner"]["auxiliary"]
     keys = {name: f"{name}.weight" if f"{name}.weight" in tensors else name for name in history.names}
-    return Saved(
+    return SavedModel(
         path,
         tensors,
         {name: _countable(tensors[key]) for name, key in keys.items()},
@@ -202,7 +202,7 @@ def _read_torch(path: Path) -> Any:
 def _dense(path: Path, name: str, tensor: Tensor) -> Tensor:
     """The tensor, as one that has all its entries."""
     if tensor.is_meta or tensor.is_quantized:
-        kind = "on the meta device, without values" if tensor.is_meta else f"quantised ({tensor.dtype})"
+        kind = "on the meta device, without values" if tensor.is_meta else f"quantized ({tensor.dtype})"
         raise AutoPruneError(
             f"{name!r} in {path} is {kind}: save the model with its values, as floating-point numbers."
         )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from lightning_autoprune.reporting.checkpoint_reader import Saved
-from lightning_autoprune.reporting.layer_table import as_table, total
+from lightning_autoprune.reporting.checkpoint_reader import SavedModel
+from lightning_autoprune.reporting.layer_table import table_cells, total_row
 from lightning_autoprune.reporting.plots import (
     auxiliary_histograms,
     input_survivors,
@@ -36,9 +36,9 @@ figure { margin: 1rem 0 } img { max-width: 100% } figcaption, .note { color: #55
 _MAP_FROM = 4  # layers, from which on a map shows more than curves do
 
 
-def headline(saved: Saved) -> str:
+def headline(saved: SavedModel) -> str:
     """What the file is, in a sentence."""
-    whole = total(saved.layers())
+    whole = total_row(saved.layers())
     words = {
         None: "It has no state of a pruning: the layers below are all tensors of two dimensions or more.",
         "dense": "Saved in the dense phase, before pruning began.",
@@ -53,16 +53,16 @@ def headline(saved: Saved) -> str:
     return f"{whole.sparsity:.2%} of {whole.weights:,} weights are 0 ({compression}).{when} {words[saved.phase]}"
 
 
-def html_report(saved: Saved) -> str:
+def html_report(saved: SavedModel) -> str:
     """The page, as text: a table of the layers and what pictures the file has the figures for.
 
     Raises:
         AutoPruneError: if matplotlib is not installed.
     """
     rows = saved.layers()
-    head, cells = as_table([*rows, total(rows)])
+    head, cells = table_cells([*rows, total_row(rows)])
     lines = ["<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + '<th class="left">share kept</th></tr>']
-    for row, line in zip([*rows, total(rows)], cells, strict=True):
+    for row, line in zip([*rows, total_row(rows)], cells, strict=True):
         bar = f'<td class="left"><div style="width:{100 * (1 - row.sparsity):.2f}%"></div></td>'
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + bar + "</tr>")
     pictures = "\n".join(_figure(title, figure, caption) for title, figure, caption in _pictures(saved))
@@ -86,7 +86,7 @@ def html_report(saved: Saved) -> str:
 """
 
 
-def _pictures(saved: Saved) -> Iterator[tuple[str, Figure, str]]:
+def _pictures(saved: SavedModel) -> Iterator[tuple[str, Figure, str]]:
     history = saved.history
     if history.curves:
         yield "Sparsity over the run", sparsity_curves(history.curves), "The share of each layer's weights that are 0."

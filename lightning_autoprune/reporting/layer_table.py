@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_autoprune.tensors.sharding import is_sharded
 
-__all__ = ["LayerSummary", "aligned", "as_table", "summarise", "total"]
+__all__ = ["LayerSummary", "align_columns", "summarize_layers", "table_cells", "total_row"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerSummary:
         return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity, "flops_kept": self.flops_kept}
 
 
-def summarise(
+def summarize_layers(
     weights: Mapping[str, Tensor],
     flops: Mapping[str, int] | None = None,
     revived: Mapping[str, int] | None = None,
@@ -64,7 +64,7 @@ def summarise(
 
     Example:
         >>> import torch
-        >>> summarise({"first": torch.tensor([[0.0, 1.0], [0.0, 0.0]])})
+        >>> summarize_layers({"first": torch.tensor([[0.0, 1.0], [0.0, 0.0]])})
         [LayerSummary(name='first', shape=(2, 2), weights=4, kept=1, flops=None, revived=None)]
     """
     return [
@@ -80,7 +80,7 @@ def summarise(
     ]
 
 
-def total(rows: Sequence[LayerSummary]) -> LayerSummary:
+def total_row(rows: Sequence[LayerSummary]) -> LayerSummary:
     """All layers as one, under the name ``"all"``; what some of them don't know, it does not know."""
     flops, revived = [row.flops for row in rows], [row.revived for row in rows]
     return LayerSummary(
@@ -93,7 +93,7 @@ def total(rows: Sequence[LayerSummary]) -> LayerSummary:
     )
 
 
-def as_table(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
+def table_cells(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells, as text; columns that no layer knows anything of are left out."""
     rows = list(rows)
     columns = {
@@ -109,11 +109,11 @@ def as_table(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
-def aligned(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def align_columns(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table for a terminal: the first column to the left, the others to the right.
 
     Example:
-        >>> print(aligned(["layer", "kept"], [["first", "1,000"]]))
+        >>> print(align_columns(["layer", "kept"], [["first", "1,000"]]))
         layer   kept
         first  1,000
     """

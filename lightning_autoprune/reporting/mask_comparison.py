@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["LayerComparison", "as_comparison_table", "compare"]
+__all__ = ["LayerComparison", "as_comparison_table", "compare_masks"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class LayerComparison:
         return {**asdict(self), "pruned": self.pruned, "revived": self.revived, "overlap": self.overlap}
 
 
-def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[LayerComparison]:
+def compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[LayerComparison]:
     """Compares the masks of the layers that two models share, by name and shape.
 
     Args:
@@ -67,7 +67,7 @@ def compare(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[L
 
     Example:
         >>> import torch
-        >>> row, _ = compare({"a": torch.tensor([1.0, 1.0, 0.0])}, {"a": torch.tensor([2.0, 0.0, 3.0])})
+        >>> row, _ = compare_masks({"a": torch.tensor([1.0, 1.0, 0.0])}, {"a": torch.tensor([2.0, 0.0, 3.0])})
         >>> row.both, row.pruned, row.revived, round(row.overlap, 3)
         (1, 1, 1, 0.333)
     """

@@ -1,4 +1,4 @@
-"""Pictures of a pruned run, as matplotlib figures. Colours that colour-blind people can tell apart."""
+"""Pictures of a pruned run, as matplotlib figures. Colors that color-blind people can tell apart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.reporting.run_history import Histogram, best_points, histogram
 
 __all__ = [
-    "COLOURS",
+    "COLORS",
     "Curves",
     "auxiliary_histograms",
     "input_survivors",
@@ -35,7 +35,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 """By layer name, and ``"all"`` for all layers together, the pairs (training step, sparsity in [0, 1])."""
 
 # Okabe and Ito, "Color universal design", 2008
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 
 _DASHES = ("-", "--", ":", "-.")
 
@@ -85,14 +85,14 @@ def sparsity_curves(curves: Curves) -> Figure:
     figure, axes = _figure(7.5, 4.2)
     names = [name for name in curves if name != "all"] + ["all"] * ("all" in curves)
     layers = len(names) - ("all" in curves)
-    alike = layers > len(COLOURS) * len(_DASHES)
+    alike = layers > len(COLORS) * len(_DASHES)
     entries: dict[str, Any] = {}  # of the legend, a line by what it says
     for i, name in enumerate(names):
         steps, values = zip(*curves[name], strict=True)
         marker = "o" if len(steps) == 1 else ""  # a single point has no line
         label = f"{name}: {values[-1]:.2%}"
         (line,) = axes.plot(steps, [100 * v for v in values], lw=1.8, marker=marker, label=label)
-        line.set(color=COLOURS[i % len(COLOURS)], linestyle=_DASHES[i // len(COLOURS) % len(_DASHES)])
+        line.set(color=COLORS[i % len(COLORS)], linestyle=_DASHES[i // len(COLORS) % len(_DASHES)])
         if name == "all":
             line.set(color="black", linestyle="-", linewidth=2.6)
         elif alike:
@@ -206,8 +206,8 @@ def auxiliary_histograms(auxiliary: Mapping[str, Tensor | Histogram]) -> Figure:
         axes = figure.add_subplot(rows, columns, i + 1)
         counts, edges = histogram(M) if isinstance(M, Tensor) else M
         kept = [left >= 0 for left in edges[:-1]]
-        colours = [COLOURS[0] if k else COLOURS[1] for k in kept]
-        axes.bar(edges[:-1], counts, [b - a for a, b in pairwise(edges)], align="edge", color=colours)
+        colors = [COLORS[0] if k else COLORS[1] for k in kept]
+        axes.bar(edges[:-1], counts, [b - a for a, b in pairwise(edges)], align="edge", color=colors)
         axes.axvline(0, color="black", lw=1)
         share = sum(n for n, k in zip(counts, kept, strict=True) if k) / max(sum(counts), 1)
         shown = name if len(name) <= 34 else f"…{name[-33:]}"
@@ -234,8 +234,8 @@ def metric_path(points: Sequence[tuple[float, float]], metric: str) -> Figure:
         raise AutoPruneError(f"There is no point to draw: {metric!r} has not been measured.")
     figure, axes = _figure(6, 4)
     x, y = [100 * sparsity for sparsity, _ in points], [value for _, value in points]
-    axes.plot(x, y, "o-", color=COLOURS[0], ms=4, lw=1.2, label="validations, in order")
-    axes.plot(x[-1], y[-1], "D", color=COLOURS[5], ms=8, label=f"the last: {y[-1]:.4g} at {x[-1] / 100:.2%}")
+    axes.plot(x, y, "o-", color=COLORS[0], ms=4, lw=1.2, label="validations, in order")
+    axes.plot(x[-1], y[-1], "D", color=COLORS[5], ms=8, label=f"the last: {y[-1]:.4g} at {x[-1] / 100:.2%}")
     _style(axes, f"{metric} on the way", "pruned weights (%)", metric)
     axes.legend(frameon=False)
     return figure
@@ -266,9 +266,9 @@ def pareto(runs: Mapping[str, tuple[float, float]], metric: str = "error", *, lo
     best = best_points([(0, *run) for run in runs.values()], "min" if lower_is_better else "max")
     front = sorted((points[i] for i in best), reverse=True)
     for name, (x, value) in zip(runs, points, strict=True):
-        axes.plot(x, value, "o", color=COLOURS[0] if (x, value) in front else "0.6", ms=7)
+        axes.plot(x, value, "o", color=COLORS[0] if (x, value) in front else "0.6", ms=7)
         axes.annotate(name, (x, value), xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.plot(*zip(*front, strict=True), color=COLOURS[5], lw=1.5, zorder=0, label="Pareto front")
+    axes.plot(*zip(*front, strict=True), color=COLORS[5], lw=1.5, zorder=0, label="Pareto front")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter(lambda x, _: f"{x:g}×" if f"{x:.0e}"[0] in "235" else "")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Histogram", "History", "best_points", "histogram"]
+__all__ = ["Histogram", "RunHistory", "best_points", "histogram"]
 
 _ROWS = 256  # at most so many steps are kept
 
@@ -20,7 +20,7 @@ Histogram = tuple[list[int], list[float]]
 """Counts, and the edges between them, one more."""
 
 
-class History:
+class RunHistory:
     """Remembers what the pictures of a run need, thinned out as the run gets longer.
 
     Attributes:
@@ -31,7 +31,7 @@ class History:
         revived: number of weights that came back, of each layer, from log to log.
 
     Example:
-        >>> history = History(["first", "last"])
+        >>> history = RunHistory(["first", "last"])
         >>> history.add(0, [0.0, 0.0], 0.0)
         >>> history.add(50, [0.9, 0.5], 0.8)
         >>> history.curves["last"], history.curves["all"]
@@ -129,7 +129,7 @@ class History:
         }
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> History:
+    def of(cls, state: Mapping[str, Any]) -> RunHistory:
         """What :meth:`state_dict` gave."""
         history = cls(state["names"])
         history._steps, history._rows = state["steps"].tolist(), state["rows"].tolist()

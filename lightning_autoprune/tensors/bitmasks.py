@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["PackedMask", "as_bits", "clear", "pack", "packed_if_large", "unpack"]
+__all__ = ["PackedMask", "as_bits", "pack", "pack_if_large", "unpack", "zero_pruned"]
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -36,7 +36,7 @@ class PackedMask:
     Example:
         >>> mask = PackedMask(torch.tensor([-1, 0, -1], dtype=torch.int32))
         >>> x = torch.tensor([1.0, 2.0, 3.0])
-        >>> mask.clear_(x)
+        >>> mask.zero_pruned_(x)
         >>> x, mask.bool()
         (tensor([1., 0., 3.]), tensor([ True, False,  True]))
     """
@@ -51,7 +51,7 @@ class PackedMask:
         """True where an entry is kept."""
         return unpack(self.packed.cpu(), self.shape).to(self.packed.device)
 
-    def clear_(self, x: Tensor) -> None:
+    def zero_pruned_(self, x: Tensor) -> None:
         """Sets the pruned entries of a tensor of this shape to 0.0."""
         bits = as_bits(x)
         if not x.is_contiguous():
@@ -64,15 +64,15 @@ class PackedMask:
         return self._table.index_select(0, packed.int()).view(-1)
 
 
-def packed_if_large(bits: Tensor) -> Tensor | PackedMask:
+def pack_if_large(bits: Tensor) -> Tensor | PackedMask:
     """A mask that no longer changes, in as little memory as is worth its time."""
     return PackedMask(bits) if bits.numel() >= _LARGE else bits
 
 
-def clear(x: Tensor, mask: Tensor | PackedMask) -> None:
+def zero_pruned(x: Tensor, mask: Tensor | PackedMask) -> None:
     """Sets the pruned entries of a tensor to 0.0, in place."""
     if isinstance(mask, PackedMask):
-        mask.clear_(x)
+        mask.zero_pruned_(x)
     else:
         as_bits(x).bitwise_and_(mask)
 

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["every_rank", "mean_over_ranks"]
+__all__ = ["all_ranks_agree", "mean_over_ranks"]
 
 
-def every_rank(decision: bool, ranks: int, device: torch.device | None = None) -> bool:
+def all_ranks_agree(decision: bool, ranks: int, device: torch.device | None = None) -> bool:
     """Whether all ranks decide so; each gets the same answer.
 
     Args:
@@ -20,7 +20,7 @@ def every_rank(decision: bool, ranks: int, device: torch.device | None = None) -
         device: of the tensor that is sent.
 
     Example:
-        >>> every_rank(True, ranks=1)
+        >>> all_ranks_agree(True, ranks=1)
         True
     """
     if ranks == 1:

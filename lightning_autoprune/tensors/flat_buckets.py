@@ -1,7 +1,7 @@
 """Many small tensors as one flat tensor, and large ones in pieces, so that neither costs more than it must. Torch only.
 
 An elementwise operation costs its call on a small tensor, and the way of every entry through the memory on a large one.
-A :class:`Bucket` therefore holds small tensors one after the other, or a large one alone, and :func:`pieces` cuts what
+A :class:`Bucket` holds small tensors one after the other, or a large one alone; :func:`split_pieces` cuts what
 is in it into parts that stay in the processor's cache through a sequence of operations.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Bucket", "fill", "pieces"]
+__all__ = ["Bucket", "fill_buckets", "split_pieces"]
 
 _PIECE = 2**16  # entries: of eight tensors of float32, 2 MiB
 
@@ -87,7 +87,7 @@ def _flat(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
     return _flat(copy, stride)
 
 
-def fill(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Bucket]:
+def fill_buckets(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Bucket]:
     """Buckets of tensors that go together: of the same dtype and device, not too many entries.
 
     Args:
@@ -97,7 +97,7 @@ def fill(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Bucket]:
 
     Example:
         >>> tensors = [torch.zeros(5), torch.zeros(99_999), torch.zeros(5)]
-        >>> [bucket.numbers for bucket in fill(tensors, [t.numel() for t in tensors])]
+        >>> [bucket.numbers for bucket in fill_buckets(tensors, [t.numel() for t in tensors])]
         [[0, 2], [1]]
     """
     buckets: list[list[int]] = []
@@ -114,11 +114,11 @@ def fill(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Bucket]:
     return [Bucket(bucket, tensors) for bucket in buckets]
 
 
-def pieces(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def split_pieces(*flat: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat tensors of the same length, cut alike into parts that are worked on one after the other.
 
     Example:
-        >>> [len(part) for part, _ in pieces(torch.zeros(100_000), torch.ones(100_000))]
+        >>> [len(part) for part, _ in split_pieces(torch.zeros(100_000), torch.ones(100_000))]
         [65536, 34464]
     """
     size = _PIECE if flat[0].device.type == "cpu" else _PIECE_ON_AN_ACCELERATOR

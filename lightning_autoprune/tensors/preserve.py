@@ -8,16 +8,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kept_buffers", "kept_values"]
+__all__ = ["preserve_buffers", "preserve_values"]
 
 
 @contextmanager
-def kept_values(tensors: Collection[Tensor]) -> Iterator[None]:
+def preserve_values(tensors: Collection[Tensor]) -> Iterator[None]:
     """Puts the values of tensors back; inference tensors and expanded ones can't be written to here.
 
     Example:
         >>> x = torch.ones(2)
-        >>> with kept_values([x]):
+        >>> with preserve_values([x]):
         ...     _ = x.zero_()
         >>> x
         tensor([1., 1.])
@@ -37,10 +37,10 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def kept_buffers(module: nn.Module) -> Iterator[None]:
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
     """Puts back the buffers of one module, not of those in it: the same tensors, with the same values."""
     saved = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
-    with kept_values(saved.values()):
+    with preserve_values(saved.values()):
         try:
             yield
         finally:

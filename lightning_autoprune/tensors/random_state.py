@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["isolated_random", "mix"]
+__all__ = ["derive_seed", "isolated_random"]
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> 
         >>> round(torch.rand(()).item(), 4)  # as if the block had not been
         0.4963
     """
-    seed = mix(*seeds)
+    seed = derive_seed(*seeds)
     python, legacy, states = random.getstate(), np.random.get_state(), [g.get_state() for g in generators]
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
@@ -47,7 +47,7 @@ def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> 
         np.random.set_state(legacy)
 
 
-def mix(*seeds: int) -> int:
+def derive_seed(*seeds: int) -> int:
     """One 63-bit seed out of several integers, the same on every machine (FNV-1a over their bytes)."""
     value = 0xCBF29CE484222325
     for seed in seeds:

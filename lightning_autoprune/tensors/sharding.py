@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
-    "Wholes",
-    "gradients",
+    "WholeTensors",
+    "gather_whole",
     "is_sharded",
-    "part",
-    "part_of",
+    "isolated_pass",
+    "local_shard",
+    "loss_gradients",
     "reshard",
-    "running_apart",
+    "shard_like",
     "sum_over_lower_ranks",
     "sum_over_ranks",
-    "whole",
 ]
 
 
@@ -40,11 +40,11 @@ def is_sharded(x: Tensor) -> TypeIs[DTensor]:
     return hasattr(x, "device_mesh")  # not isinstance: its module is slow to import, and not in each build of torch
 
 
-def part(x: Tensor) -> Tensor:
+def local_shard(x: Tensor) -> Tensor:
     """The entries that this rank has of a tensor, in the same storage, without a graph; there may be none.
 
     Example:
-        >>> part(nn.Parameter(torch.ones(2)))
+        >>> local_shard(nn.Parameter(torch.ones(2)))
         tensor([1., 1.])
     """
     if not is_sharded(x):
@@ -53,7 +53,7 @@ def part(x: Tensor) -> Tensor:
         return x.to_local().detach()
 
 
-def whole(own: Tensor, like: Tensor) -> Tensor:
+def gather_whole(own: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor of which each rank has a part; to be called on all ranks.
 
     Args:
@@ -70,7 +70,7 @@ def whole(own: Tensor, like: Tensor) -> Tensor:
     ).full_tensor()
 
 
-class Wholes(Mapping[str, Tensor]):
+class WholeTensors(Mapping[str, Tensor]):
     """Whole tensors by name, each gathered when it is asked for, which all ranks do in the same order.
 
     Args:
@@ -82,7 +82,7 @@ class Wholes(Mapping[str, Tensor]):
         self._parts = dict(zip(like, zip(own, like.values(), strict=True), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
-        return whole(*self._parts[name])
+        return gather_whole(*self._parts[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
@@ -91,7 +91,7 @@ class Wholes(Mapping[str, Tensor]):
         return len(self._parts)
 
 
-def part_of(x: Tensor, like: Tensor) -> Tensor:
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a tensor that all ranks have; nothing is sent.
 
     Args:
@@ -131,10 +131,10 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextmanager
-def running_apart(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+def isolated_pass(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
     """Runs a block with a forward pass, and maybe a backward pass, that leaves no trace in sharded parameters.
 
-    Their gradients are None inside, and afterwards as before; what waits for a gradient to be complete (an optimiser
+    Their gradients are None inside, and afterwards as before; what waits for a gradient to be complete (an optimizer
     that steps in the backward pass) is not called.
 
     Args:
@@ -156,15 +156,15 @@ def running_apart(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]
             parameter.grad, parameter._post_accumulate_grad_hooks = gradient, hooks
 
 
-def gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
+def loss_gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of a loss; None where it does not depend on a weight.
 
     Args:
         loss: a scalar.
         weights: parameters. Of sharded ones the result is this rank's part, and the mean over the ranks' losses; it
-            takes a backward pass (``autograd.grad`` gives None), inside :func:`running_apart`.
+            takes a backward pass (``autograd.grad`` gives None), inside :func:`isolated_pass`.
     """
     if not any(is_sharded(weight) for weight in weights):
         return list(torch.autograd.grad(loss, weights, allow_unused=True))
     loss.backward()  # type: ignore[no-untyped-call]
-    return [None if weight.grad is None else part(weight.grad) for weight in weights]
+    return [None if weight.grad is None else local_shard(weight.grad) for weight in weights]

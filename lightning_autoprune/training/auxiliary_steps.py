@@ -13,22 +13,22 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.tensors.collectives import every_rank, mean_over_ranks
-from lightning_autoprune.tensors.sharding import is_sharded, part
-from lightning_autoprune.tensors.write_detector import Written
-from lightning_autoprune.training.held_out.sources import Source
+from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
+from lightning_autoprune.tensors.sharding import is_sharded, local_shard
+from lightning_autoprune.tensors.write_detector import WriteDetector
+from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.held_out_pass import held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, scale_left
-from lightning_autoprune.training.metrics import Report
+from lightning_autoprune.training.metrics import MetricsReporter
 
-__all__ = ["MaskGradients"]
+__all__ = ["AuxiliarySteps"]
 
 _MAX_BAD_LOSSES = 10
 
 _MAX_OVERFLOWS = 50  # that a scaler is given to find a scale
 
 
-class MaskGradients:
+class AuxiliarySteps:
     """Takes the auxiliary steps of a run, one after each weight step where one is due.
 
     Args:
@@ -38,7 +38,7 @@ class MaskGradients:
         optimizers: those that train the weights.
         report: gets the held-out losses.
         train_gradients: whether M follows the weight steps too; None: where the source splits each batch and there is
-            one optimiser.
+            one optimizer.
         loss_fn: the user's, for held-out batches.
         seed: of the random numbers in the held-out pass.
 
@@ -50,9 +50,9 @@ class MaskGradients:
         self,
         module: LightningModule,
         pruner: Pruner,
-        source: Source,
+        source: HeldOutSource,
         optimizers: Sequence[Optimizer],
-        report: Report,
+        report: MetricsReporter,
         train_gradients: bool | None,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None,
         seed: int,
@@ -66,12 +66,12 @@ class MaskGradients:
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
         self._overflows = 0  # in a row
         self.last = -1
-        self._untrained = Written([p for p in module.parameters() if not p.requires_grad], values=True)
+        self._untrained = WriteDetector([p for p in module.parameters() if not p.requires_grad], check_values=True)
         self._passes = 0  # of held-out batches, in this fit
         self._without = list(pruner.weights)  # the layers without a gradient so far, in the dense phase
 
     def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Takes the gradients of an optimiser's step, as they are before pruned weights' are masked."""
+        """Takes the gradients of an optimizer's step, as they are before pruned weights' are masked."""
         if self._pruner.auxiliary is None:
             self._without = [name for name in self._without if self._pruner.weights[name].grad is None]
         scaler = grad_scaler(trainer)
@@ -79,7 +79,9 @@ class MaskGradients:
         owns = any(optimizer is owner for owner in self._optimizers)
         if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
             weights = self._trained()
-            gradients = [torch.zeros_like(part(w)) if w.grad is None else part(w.grad) for w in weights.values()]
+            gradients = [
+                torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
+            ]
             if scaler and (scale := scale_left(scaler, optimizer)) != 1:
                 gradients = list(torch._foreach_div(gradients, scale))
             if self._source.holds_out:
@@ -95,7 +97,7 @@ class MaskGradients:
         ranks, device = trainer.world_size, trainer.strategy.root_device
 
         def agree(good: bool) -> bool:
-            return every_rank(good, ranks, device)
+            return all_ranks_agree(good, ranks, device)
 
         if not agree(batch is not None):  # what a rank runs alone may wait for the others for ever
             if own:
@@ -107,7 +109,7 @@ class MaskGradients:
         self._passes += 1
         thorough = self._passes & (self._passes - 1) == 0  # at the 1st, 2nd, 4th, 8th, …
         # those that the user's own steps write to, such as a teacher's
-        kept = [p for p in self._untrained.now(values=thorough) if not p.requires_grad]
+        kept = [p for p in self._untrained.modified(check_values=thorough) if not p.requires_grad]
         result = held_out_gradients(
             trainer,
             batch,

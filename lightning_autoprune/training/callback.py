@@ -19,10 +19,10 @@ from lightning_autoprune.method.settings import Cost, Granularity, Settings
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
-from lightning_autoprune.training.held_out.sources import Source, make_source
+from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
 from lightning_autoprune.training.model_analysis import check_example
-from lightning_autoprune.training.pruning_run import Run
+from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.trainer_checks import check_sharding, check_shards, check_trainer, trained_weights
 
 __all__ = ["AutoPruneCallback"]
@@ -46,7 +46,7 @@ class AutoPruneCallback(Callback):
             that must go together share it. The module needs an ``example_input_array``.
         cost: with neurons, what the pressure weighs each by, the ``"parameters"`` or ``"flops"`` that go with it. None:
             that of the target.
-        pressure: μ, how strongly M is pushed towards pruning, > 0, in units of the typical gradient of the loss. It
+        pressure: μ, how strongly M is pushed toward pruning, > 0, in units of the typical gradient of the loss. It
             stays as it is without a target; with one it is where a controller starts.
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
             typical size. Each step takes its share, so the setting does not depend on the length of the run.
@@ -65,7 +65,7 @@ class AutoPruneCallback(Callback):
             through the network than without pruning), or is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps beside those on held-out data, as one mean
             over the rows of both (over a loader's batches: half and half). None: where a fraction of each batch is held
-            out and one optimiser trains all prunable weights. With one tensor more a weight while pruning.
+            out and one optimizer trains all prunable weights. With one tensor more a weight while pruning.
         mask_every_n_steps: an auxiliary step is taken, and the masks updated, every so many training steps, >= 1.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with frozen masks, in [0, 1); ``warmup + finetune`` must be below 1.
@@ -74,7 +74,7 @@ class AutoPruneCallback(Callback):
         exclude: layer-name patterns to leave dense.
         layer_floor: share of its weights that each layer keeps whatever happens, in [0, 1); at least one weight.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, in a
-            shield that leaves the run untouched. Needed for manual optimisation.
+            shield that leaves the run untouched. Needed for manual optimization.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
         figures_every_n_epochs: when loggers get figures beside the curves, as
             :func:`~lightning_autoprune.training.loggers.figures.log_figures` says: 0, when fitting ends; n, also
@@ -85,7 +85,7 @@ class AutoPruneCallback(Callback):
         enabled: whether to do anything at all; False gives the same training as no callback, bit for bit.
 
     Raises:
-        AutoPruneError: for a setting out of its range; when fitting starts, for a model, optimiser, loader or
+        AutoPruneError: for a setting out of its range; when fitting starts, for a model, optimizer, loader or
             checkpoint that the settings can't work with. The message says what to change.
 
     Source:
@@ -160,11 +160,11 @@ class AutoPruneCallback(Callback):
         self.loss_fn, self.log_every_n_steps, self.seed = loss_fn, log_every_n_steps, seed
         self.figures_every_n_epochs, self.log_artifact = figures_every_n_epochs, log_artifact
         self.enabled = enabled and warmup < 1
-        self._source: Source = make_source(held_out, redraw_held_out, seed)
+        self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
         self.train_gradients = train_gradients
         self._loaded: Mapping[str, Any] | None = None
-        self._run: Run | None = None
-        self._last: Run | None = None
+        self._run: PruningRun | None = None
+        self._last: PruningRun | None = None
 
     @property
     def sparsity(self) -> float:
@@ -202,12 +202,12 @@ class AutoPruneCallback(Callback):
         return run.pruner.step if (run := self._active) else 0
 
     @property
-    def _active(self) -> Run | None:
+    def _active(self) -> PruningRun | None:
         """The run, while training is under way."""
         return self._run if self._run and self._run.active else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the layers and checks the optimisers."""
+        """Finds the layers and checks the optimizers."""
         if not self.enabled:
             return
         weights, _ = self._trained_weights(trainer, pl_module)
@@ -216,7 +216,7 @@ class AutoPruneCallback(Callback):
         dense = [name for name in self._candidates(pl_module) if name not in known]
         if dense:
             rank_zero_warn(
-                "Layers that are not trained (frozen, or in no optimiser) stay dense until they are:"
+                "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
                 f" {', '.join(dense)}."
             )
 
@@ -241,13 +241,13 @@ class AutoPruneCallback(Callback):
         return prunable_weights(pl_module, self.include, self.exclude, trained_only=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimisers."""
+        """Lays out the phases, goes on from a checkpoint if there is one, and hooks into the optimizers."""
         if not self.enabled:
             return
         self._run = None
         self._source.start(trainer, lambda: self._run.upcoming(trainer) if self._run else None)
         weights, optimizers = self._trained_weights(trainer, pl_module)
-        run = Run(
+        run = PruningRun(
             trainer,
             pl_module,
             weights,
@@ -354,7 +354,7 @@ class AutoPruneCallback(Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
+        """All that resuming needs beside the weights, the optimizer and the loops; plain types and tensors."""
         if not self.enabled:
             return {}
         if self._loaded is not None:  # restored, and training has not started

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.run_history import RunHistory
 
 __all__ = ["HELD_OUT_LOSS", "best_values", "followed_metric"]
 
@@ -38,7 +38,7 @@ def followed_metric(trainer: Trainer, known: str | None, *, late: bool = False) 
     return (name, float(value)) if isinstance(value, Tensor) and value.numel() == 1 else None
 
 
-def best_values(trainer: Trainer, history: History) -> dict[str, float]:
+def best_values(trainer: Trainer, history: RunHistory) -> dict[str, float]:
     """The best value of the monitored metric, and the best since the masks have been final.
 
     Args:

@@ -16,10 +16,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
 from lightning_autoprune.method.update_rules import at_least_float32
-from lightning_autoprune.tensors.preserve import kept_buffers, kept_values
+from lightning_autoprune.tensors.preserve import preserve_buffers, preserve_values
 from lightning_autoprune.tensors.random_state import isolated_random
-from lightning_autoprune.tensors.sharding import gradients, part, running_apart
-from lightning_autoprune.tensors.write_detector import Written
+from lightning_autoprune.tensors.sharding import isolated_pass, local_shard, loss_gradients
+from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.lightning_internals import grad_scaler
 
 __all__ = ["held_out_gradients", "shielded"]
@@ -43,9 +43,9 @@ def shielded(
         kept: other tensors that are put back, such as parameters that ``training_step`` writes to itself.
         thorough: whether to see what is written to trained weights through ``.data`` too, which takes time.
     """
-    written = Written([p for p in model.parameters() if p.requires_grad], values=thorough)
+    detector = WriteDetector([p for p in model.parameters() if p.requires_grad], check_values=thorough)
     with ExitStack() as stack:
-        stack.enter_context(kept_values(kept))
+        stack.enter_context(preserve_values(kept))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
             if isinstance(module, LightningModule):
@@ -55,9 +55,9 @@ def shielded(
             elif isinstance(module, _DropoutNd):
                 stack.enter_context(_attributes(module, training=False))
             if module._buffers:
-                stack.enter_context(kept_buffers(module))
+                stack.enter_context(preserve_buffers(module))
         yield
-    if written.now(values=thorough):
+    if detector.modified(check_values=thorough):
         rank_zero_warn(
             "`training_step` writes to weights that are trained, and did so in the held-out pass too: pass a `loss_fn`"
             ' that only gives the loss, or `held_out="train"`.'
@@ -125,7 +125,7 @@ def held_out_gradients(
         part of the mean over the ranks), or, where the loss is not a finite scalar, a text that says what it is.
     """
     module = trainer.lightning_module
-    with shielded(module, *seeds, kept=kept, thorough=thorough), running_apart(module, weights), torch.enable_grad():
+    with shielded(module, *seeds, kept=kept, thorough=thorough), isolated_pass(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
             output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -138,13 +138,13 @@ def held_out_gradients(
                 stack.enter_context(_no_hooks(weight))
             scaler = grad_scaler(trainer)  # without it 16-bit gradients would be 0; a few rows have larger ones
             scale = scaler.get_scale() / 16 if scaler else 1.0
-            results = gradients(scale * factor * loss.sum(), weights)
+            results = loss_gradients(scale * factor * loss.sum(), weights)
     if any(result is None and weight.grad is not None for weight, result in zip(weights, results, strict=True)):
         rank_zero_warn(
             "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
-    found = [torch.zeros_like(part(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
+    found = [torch.zeros_like(local_shard(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
     return at_least_float32(loss.detach()), found if scale == 1 else list(torch._foreach_div(found, scale))
 
 

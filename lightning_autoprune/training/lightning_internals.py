@@ -1,4 +1,4 @@
-"""What is read of Lightning's loops and optimisers; its private members are behind the functions here."""
+"""What is read of Lightning's loops and optimizers; its private members are behind the functions here."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = [
 
 
 def owners(trainer: Trainer) -> dict[int, Optimizer]:
-    """The optimiser of each parameter, by the parameter's ``id``."""
+    """The optimizer of each parameter, by the parameter's ``id``."""
     return {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Length of the run in training steps: batches that end in an optimiser step.
+    """Length of the run in training steps: batches that end in an optimizer step.
 
     Raises:
         AutoPruneError: if it can't be known before the run is over.
@@ -39,11 +39,11 @@ def total_steps(trainer: Trainer) -> int:
     if trainer.max_steps != -1 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         if len(trainer.optimizers) > 1:
             raise AutoPruneError(
-                f"{unknown}: `max_steps` counts the steps of all optimisers. Set `max_epochs` instead."
+                f"{unknown}: `max_steps` counts the steps of all optimizers. Set `max_epochs` instead."
             )
         if not trainer.lightning_module.automatic_optimization:
             raise AutoPruneError(
-                f"{unknown}: with manual optimisation `max_steps` counts the steps of the optimiser, of which a batch"
+                f"{unknown}: with manual optimization `max_steps` counts the steps of the optimizer, of which a batch"
                 " may have none or several. Set `max_epochs` instead."
             )
     total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
@@ -71,12 +71,12 @@ def steps_done(trainer: Trainer) -> int:
 
 
 def has_stepped(trainer: Trainer) -> bool:
-    """Whether the batch that ends took an optimiser step, rather than only adding to the gradients."""
+    """Whether the batch that ends took an optimizer step, rather than only adding to the gradients."""
     return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
 
 
 def will_step(trainer: Trainer) -> bool:
-    """Whether the batch that is being loaded will end in an optimiser step, as the last of an epoch always does."""
+    """Whether the batch that is being loaded will end in an optimizer step, as the last of an epoch always does."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     ready = progress.current.ready + 1
     return (
@@ -102,9 +102,9 @@ def grad_scaler(trainer: Trainer) -> GradScaler | None:
 
 
 def scale_left(scaler: GradScaler, optimizer: Optimizer) -> float:
-    """What the gradients of an optimiser are multiplied by when its step begins.
+    """What the gradients of an optimizer are multiplied by when its step begins.
 
-    Nothing, as a rule. Fused optimisers take the scale out themselves, and Lightning leaves it in where the last
+    Nothing, as a rule. Fused optimizers take the scale out themselves, and Lightning leaves it in where the last
     ``training_step`` of an accumulation gave no loss.
     """
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]

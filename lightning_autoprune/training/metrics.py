@@ -10,15 +10,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS, followed_metric
 from lightning_autoprune.training.lightning_internals import steps_done
 
-__all__ = ["Report"]
+__all__ = ["MetricsReporter"]
 
 
-class Report:
+class MetricsReporter:
     """Gathers the figures of a run between two logs, and hands them out.
 
     Metrics (``monitor=`` of ModelCheckpoint and EarlyStopping takes them): ``autoprune/sparsity`` and
@@ -38,7 +38,7 @@ class Report:
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        self.history = History(names)
+        self.history = RunHistory(names)
         self._loss_sum, self._losses = 0.0, 0
         self._before: list[Tensor] = []  # the masks at the last log, packed
 
@@ -148,7 +148,7 @@ class Report:
         """Restores what :meth:`state_dict` gave."""
         self._loss_sum, self._losses = state["loss"]
         self._before = list(state["before"])
-        self.history = History.of(state["history"])
+        self.history = RunHistory.of(state["history"])
 
 
 def _set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Mapping[str, float]) -> None:

@@ -15,22 +15,22 @@ from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.prunable_layers import being_pruned
-from lightning_autoprune.reporting.layer_table import LayerSummary, summarise
+from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
 from lightning_autoprune.tensors.sharding import reshard
-from lightning_autoprune.training.auxiliary_steps import MaskGradients
+from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
 from lightning_autoprune.training.followed_metric import best_values
-from lightning_autoprune.training.held_out.sources import Source
+from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.lightning_internals import owners, steps_done, total_steps, will_step
 from lightning_autoprune.training.loggers.figures import log_figures
-from lightning_autoprune.training.metrics import Report
+from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.model_analysis import plan
 from lightning_autoprune.training.trainer_checks import check_shards
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
-__all__ = ["Run", "warn_of_changes"]
+__all__ = ["PruningRun", "warn_of_changes"]
 
 
-class Run:
+class PruningRun:
     """Prunes a module from the start of its training to the end.
 
     Args:
@@ -62,7 +62,7 @@ class Run:
         weights: Mapping[str, nn.Parameter],
         optimizers: Sequence[Optimizer],
         settings: Settings,
-        source: Source,
+        source: HeldOutSource,
         train_gradients: bool | None,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None,
         seed: int,
@@ -72,20 +72,20 @@ class Run:
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
         self.module, self._source, self._optimizers = module, source, list(optimizers)
         self._trainer = trainer
-        self.report = Report(list(chosen))
+        self.report = MetricsReporter(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
-        self.gradients = MaskGradients(
+        self.gradients = AuxiliarySteps(
             module, self.pruner, source, self._optimizers, self.report, train_gradients, loss_fn, seed
         )
         self._handles: list[Any] = []
-        self._masked: set[int] = set()  # the optimisers whose gradients Lightning's hook has masked
-        self._stepping: set[int] = set()  # those whose step is under way, under manual optimisation
+        self._masked: set[int] = set()  # the optimizers whose gradients Lightning's hook has masked
+        self._stepping: set[int] = set()  # those whose step is under way, under manual optimization
         self._stepped: set[int] = set()  # those whose hook was called in the training step under way
         self._left_dense: list[str] = []  # of the layers that were thawed too late
         self._no_neurons = [name for name in weights if name not in chosen]
 
     def start(self, trainer: Trainer) -> None:
-        """Enters the phase that the run is in, and hooks into the optimisers."""
+        """Enters the phase that the run is in, and hooks into the optimizers."""
         step, phases = self.pruner.step, self.pruner.phases
         if step > phases.start and self.pruner.auxiliary is None:
             rank_zero_warn(
@@ -111,7 +111,7 @@ class Run:
             self._handles += [o.register_step_pre_hook(self._before_manual_step) for o in optimizers]
 
     def _follow(self, owned: Mapping[int, Optimizer]) -> None:
-        """Hooks into the optimisers that train the weights now, where the user has made new ones."""
+        """Hooks into the optimizers that train the weights now, where the user has made new ones."""
         found = {id(owner): owner for weight in self.pruner.weights.values() if (owner := owned.get(id(weight)))}
         if found.keys() - set(map(id, self._optimizers)):
             self._hook_into(list(found.values()))
@@ -119,7 +119,7 @@ class Run:
     def take_in(self, trainer: Trainer, candidates: Mapping[str, nn.Parameter]) -> None:
         """Prunes layers too that have been thawed since, as finetuning callbacks do; warns of those that stay dense.
 
-        Optimisers that have been made anew since are followed.
+        Optimizers that have been made anew since are followed.
 
         Args:
             trainer: the trainer.
@@ -148,7 +148,7 @@ class Run:
             raise AutoPruneError("Neurons are found when fitting starts.")
         if owner not in self._optimizers:
             raise AutoPruneError(
-                "It has an optimiser of its own, which trained no prunable weight when fitting started."
+                "It has an optimizer of its own, which trained no prunable weight when fitting started."
             )
         if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
             raise AutoPruneError("DDP does not share the gradients of what was frozen when fitting started.")
@@ -198,7 +198,7 @@ class Run:
             trainer: the trainer.
             log_is_due: tells whether to log once so many steps are over.
         """
-        if len(self._stepped) < len(self._optimizers):  # some optimisers call no hooks
+        if len(self._stepped) < len(self._optimizers):  # some optimizers call no hooks
             self.pruner.after_weight_step()
         self._stepped.clear()
         self._masked.clear()
@@ -230,7 +230,7 @@ class Run:
     def layers(self) -> list[LayerSummary]:
         """A row for each layer."""
         revived = dict(zip(self.pruner.weights, self.report.history.revived, strict=True))
-        return summarise(self.pruner.weights, self._flops(), revived, self.pruner.layer_sparsity())
+        return summarize_layers(self.pruner.weights, self._flops(), revived, self.pruner.layer_sparsity())
 
     def log_figures(self, trainer: Trainer, *, ended: bool = False) -> None:
         """Hands the loggers the figures of the run so far."""
@@ -262,7 +262,7 @@ class Run:
         prune_again(self.pruner)
 
     def release(self) -> None:
-        """Lets go of the module and the optimisers; what has been pruned stays pruned."""
+        """Lets go of the module and the optimizers; what has been pruned stays pruned."""
         being_pruned.difference_update(self.module.modules())
         for handle in self._handles:
             handle.remove()
@@ -271,7 +271,7 @@ class Run:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs beside the weights, the optimiser and the loops; plain types and tensors."""
+        """All that resuming needs beside the weights, the optimizer and the loops; plain types and tensors."""
         return {
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),

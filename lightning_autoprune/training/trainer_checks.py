@@ -66,7 +66,7 @@ def check_trainer(trainer: Trainer, kind: type[Callback], held_out: bool, loss_f
         )
     if held_out and not loss_fn and not module.automatic_optimization:
         raise AutoPruneError(
-            f"{type(module).__name__} uses manual optimisation: its `training_step` takes optimiser steps and can't"
+            f"{type(module).__name__} uses manual optimization: its `training_step` takes optimizer steps and can't"
             ' give the held-out loss. Pass `loss_fn`, or `held_out="train"`.'
         )
     if held_out and is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
@@ -159,15 +159,15 @@ def check_shards(trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
 def trained_weights(
     trainer: Trainer, weights: Mapping[str, _T], train_gradients: str | None
 ) -> tuple[dict[str, _T], list[Optimizer]]:
-    """The weights that an optimiser trains, and the optimisers that train them.
+    """The weights that an optimizer trains, and the optimizers that train them.
 
     Args:
-        trainer: the trainer, with its optimisers.
+        trainer: the trainer, with its optimizers.
         weights: prunable weights by layer name.
         train_gradients: the setting that needs the gradients of the weight steps, if one does.
 
     Raises:
-        AutoPruneError: if there is none, if LBFGS or a schedule-free optimiser is among them, or if there are several
+        AutoPruneError: if there is none, if LBFGS or a schedule-free optimizer is among them, or if there are several
             where the gradients of their steps are needed.
     """
     owned = owners(trainer)
@@ -175,30 +175,30 @@ def trained_weights(
     found = [o for o in trainer.optimizers if any(owned[id(weight)] is o for weight in trained.values())]
     if not found:
         raise AutoPruneError(
-            f"No optimiser trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
+            f"No optimizer trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
             " `include` and `exclude`."
         )
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in found):
         raise AutoPruneError(
             "LBFGS evaluates the loss several times within one step, and pruned weights would move in between: use a"
-            " first-order optimiser (SGD, Adam, AdamW, …)."
+            " first-order optimizer (SGD, Adam, AdamW, …)."
         )
     for optimizer in found:
         if callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None)):
             raise AutoPruneError(
                 f"{type(optimizer).__name__} evaluates the loss twice within one step (it has a `first_step()` and a"
-                " `second_step()`), and pruned weights would move in between: use a first-order optimiser that steps"
+                " `second_step()`), and pruned weights would move in between: use a first-order optimizer that steps"
                 " once (SGD, Adam, AdamW, …)."
             )
         if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
             raise AutoPruneError(
                 f"{type(optimizer).__name__} has weights of its own that it puts in place for evaluation (it has a"
-                " `train()` and an `eval()`), which are not pruned: use an optimiser without, and a learning-rate"
+                " `train()` and an `eval()`), which are not pruned: use an optimizer without, and a learning-rate"
                 " schedule."
             )
     if train_gradients and len(found) > 1:
         raise AutoPruneError(
-            f"`{train_gradients}` takes the gradients of one optimiser's steps, and {len(found)} optimisers train"
+            f"`{train_gradients}` takes the gradients of one optimizer's steps, and {len(found)} optimizers train"
             " prunable weights: hold data out instead, or `include` the layers of one of them only."
         )
     return trained, found

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.tensors.sharding import part
+from lightning_autoprune.tensors.sharding import local_shard
 
-__all__ = ["prune_again", "prune_averages", "zero"]
+__all__ = ["prune_again", "prune_averages", "zero_pruned_weights"]
 
 
 def prune_averages(trainer: Trainer, pruner: Pruner) -> None:
@@ -38,13 +38,13 @@ def prune_again(pruner: Pruner) -> None:
 def _zero_all(weights: Iterable[Tensor], pruner: Pruner) -> None:
     if pruner.auxiliary:
         for weight, mask in zip(weights, pruner.auxiliary.masks(), strict=True):
-            zero(weight, mask)
+            zero_pruned_weights(weight, mask)
 
 
 @torch.no_grad()
-def zero(weight: Tensor, mask: Tensor) -> None:
+def zero_pruned_weights(weight: Tensor, mask: Tensor) -> None:
     """Sets what this rank has of a weight to 0 where its mask, which may be on another device, is False."""
-    part(weight).masked_fill_(~mask.to(weight.device), 0)
+    local_shard(weight).masked_fill_(~mask.to(weight.device), 0)
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness.methods import l0, vardrop
 from harness.methods.l0 import L0
-from harness.methods.regularised import linear_map
+from harness.methods.regularized import linear_map
 from harness.methods.spred import Spred
 from harness.methods.vardrop import VariationalDropout
 from harness.tasks import Data, Task
@@ -143,7 +143,7 @@ def test_cut_by_own_score(name):
     torch.testing.assert_close(weights[kept], settled[kept])
 
 
-# How much the regulariser has pressed before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
+# How much the regularizer has pressed before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
 PRESSED = {
     "l0": (lambda w, p: l0.typical(p) == 0, (0.1, 30.0)),
     "vardrop": (lambda w, p: vardrop.log_alpha(w, p) > 3, (0.01, 3.0)),
@@ -186,7 +186,7 @@ def test_ramp(name):
     for method.step in (0, 25, 50, 60):
         penalties.append(float(method.penalty(None).detach()))
     assert penalties == pytest.approx([0, full / 2, full, full], rel=1e-5)
-    assert full == pytest.approx(method.strength * float(method.regulariser().detach()))
+    assert full == pytest.approx(method.strength * float(method.regularizer().detach()))
 
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -0.5, 0.0, 2.0])
@@ -209,7 +209,7 @@ def test_gates_learn_through_the_noise():
 def test_l0_starts_open_and_counts_gates_over_labels():
     method = L0(10, open=0.8)
     prepared(method, mlp(), (16, 12))
-    assert float(method.regulariser().detach()) == pytest.approx(0.8 * 1020 / 16, rel=1e-4)
+    assert float(method.regularizer().detach()) == pytest.approx(0.8 * 1020 / 16, rel=1e-4)
 
 
 def test_one_draw_of_gates_a_batch():
@@ -263,7 +263,7 @@ def test_vardrop_weighs_the_divergence_by_labels():
     prepared(method, network, (16, 12))
     weights = torch.cat([w.flatten() for w in prunable_weights(network).values()])
     expected = vardrop.divergence(-10 - weights.square().log()).sum() / 16
-    assert float(method.regulariser().detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert float(method.regularizer().detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
 def test_labels_of_a_sequence_are_counted_one_by_one():
@@ -309,18 +309,18 @@ def test_spreds_penalty_shrinks_every_weight():
 def test_nncf(task):
     os.environ["NNCF_CI"] = "1"  # no usage statistics
     pytest.importorskip("nncf")
-    from harness.methods.nncf_rb import NNCFRegularised
+    from harness.methods.nncf_rb import NNCFRegularized
 
-    method = NNCFRegularised(10, mask_lr=0.5)
+    method = NNCFRegularized(10, mask_lr=0.5)
     check_run(method, make_code_task() if task == "codes" else TASKS[task])
 
 
 def test_nncf_reaches_its_ratio():
     os.environ["NNCF_CI"] = "1"
     pytest.importorskip("nncf")
-    from harness.methods.nncf_rb import NNCFRegularised
+    from harness.methods.nncf_rb import NNCFRegularized
 
-    method, kept = NNCFRegularised(5, mask_lr=0.1), []
+    method, kept = NNCFRegularized(5, mask_lr=0.1), []
     cut = method.cut
     method.cut = lambda: (kept.append(1 - method.loss.current_ratio), cut())
     run(method, dataclasses.replace(TASKS["mlp"], epochs=25))
@@ -330,9 +330,9 @@ def test_nncf_reaches_its_ratio():
 def test_weights_that_nncf_pruned_too_much_are_there_again():
     os.environ["NNCF_CI"] = "1"
     pytest.importorskip("nncf")
-    from harness.methods.nncf_rb import NNCFRegularised
+    from harness.methods.nncf_rb import NNCFRegularized
 
-    method, after = NNCFRegularised(10), []
+    method, after = NNCFRegularized(10), []
     cut = method.cut
 
     def close_all_and_cut():

@@ -15,7 +15,7 @@ from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.update_rules import decay_for
 
 
-def normalised():
+def normalized():
     return nn.Sequential(nn.Linear(12, 30), nn.BatchNorm1d(30), nn.ReLU(), nn.Linear(30, 3))
 
 
@@ -56,9 +56,9 @@ def test_the_teacher_is_the_dense_network_and_agrees_with_itself():
 
 
 def test_batchnorm_statistics_are_means_over_the_training_rows_at_the_end():
-    task = make_task(normalised, (12,))
+    task = make_task(normalized, (12,))
     network = run_watched(METHODS["variant"](7, batchnorm=True), task, Callback())[1]
     rows = network[0](task.data(None).train[0])
     torch.testing.assert_close(network[1].running_mean, rows.mean(0), rtol=1e-4, atol=1e-5)
-    plain = trained("autoprune", normalised)
+    plain = trained("autoprune", normalized)
     assert not torch.allclose(plain[1].running_mean, rows.mean(0), rtol=1e-3)

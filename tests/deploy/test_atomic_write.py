@@ -6,13 +6,13 @@ import os
 
 import pytest
 
-from lightning_autoprune.deploy.atomic_write import replacing
+from lightning_autoprune.deploy.atomic_write import atomic_write
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -24,7 +24,7 @@ def test_what_is_raised_leaves_the_old_file_and_no_other(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
 
@@ -36,7 +36,7 @@ def test_what_is_raised_leaves_the_old_file_and_no_other(tmp_path):
 
 def test_others_may_read_it_as_any_new_file(tmp_path):
     (tmp_path / "usual").touch()
-    with replacing(tmp_path / "a") as temporary:
+    with atomic_write(tmp_path / "a") as temporary:
         temporary.unlink()
         os.close(os.open(temporary, os.O_CREAT, 0o600))  # as some libraries write theirs
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
@@ -44,7 +44,7 @@ def test_others_may_read_it_as_any_new_file(tmp_path):
 
 def test_a_folder_that_is_not_there_is_told_by_the_name_that_was_given(tmp_path):
     path = tmp_path / "none" / "a"
-    with pytest.raises(FileNotFoundError) as error, replacing(path):
+    with pytest.raises(FileNotFoundError) as error, atomic_write(path):
         pass
     assert error.value.filename == str(path)
 
@@ -52,7 +52,7 @@ def test_a_folder_that_is_not_there_is_told_by_the_name_that_was_given(tmp_path)
 def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with replacing(tmp_path / "link") as temporary:
+    with atomic_write(tmp_path / "link") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
@@ -63,16 +63,16 @@ def test_what_is_no_file_is_left_alone(make, tmp_path):
     path = tmp_path / "a"
     make(path)
     before = path.stat().st_mode
-    with pytest.raises(OSError, match="not a regular file") as error, replacing(path):
+    with pytest.raises(OSError, match="not a regular file") as error, atomic_write(path):
         pass
     assert error.value.filename == str(path)
     assert path.stat().st_mode == before
 
 
 def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
-    with replacing(tmp_path / "a") as first:
+    with atomic_write(tmp_path / "a") as first:
         first.write_text("first")
-        with replacing(tmp_path / "a") as second:
+        with atomic_write(tmp_path / "a") as second:
             second.write_text("second")
         assert (tmp_path / "a").read_text() == "second"
     assert (tmp_path / "a").read_text() == "first"
@@ -84,7 +84,7 @@ def test_a_file_keeps_its_mode_and_no_one_else_can_read_it_meanwhile(mode, tmp_p
     path = tmp_path / "a"
     path.touch()
     path.chmod(mode)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.stat().st_mode & 0o777 == mode | 0o200
         temporary.write_text("new")
     assert path.stat().st_mode & 0o777 == mode
@@ -94,7 +94,7 @@ def test_a_file_keeps_its_mode_and_no_one_else_can_read_it_meanwhile(mode, tmp_p
 def test_a_new_file_has_the_mode_of_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        with replacing(tmp_path / "a"):
+        with atomic_write(tmp_path / "a"):
             pass
     finally:
         os.umask(before)

@@ -8,14 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_autoprune.deploy.gap_coding import decode, encode
+from lightning_autoprune.deploy.gap_coding import decode_mask, encode_mask
 
 
 @given(st.integers(0, 2000), st.floats(0, 1), st.integers(0, 2**16))
 def test_positions_come_back_whatever_the_mask(n, density, seed):
     mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
-    b, code = encode(mask)
-    assert torch.equal(decode(code, n, int(mask.sum()), b), mask.nonzero().flatten())
+    b, code = encode_mask(mask)
+    assert torch.equal(decode_mask(code, n, int(mask.sum()), b), mask.nonzero().flatten())
 
 
 @pytest.mark.parametrize("one_in", [2, 7, 30, 310, 5000])
@@ -24,19 +24,19 @@ def test_the_code_is_within_6_percent_of_the_entropy(one_in):
     mask = torch.rand(n, generator=torch.Generator().manual_seed(0)) < 1 / one_in
     p = int(mask.sum()) / n
     entropy = -n * (p * math.log2(p) + (1 - p) * math.log2(1 - p)) / 8
-    assert entropy <= len(encode(mask)[1]) < 1.06 * entropy
+    assert entropy <= len(encode_mask(mask)[1]) < 1.06 * entropy
 
 
 def test_a_dense_mask_is_coded_as_the_bitmask():
     mask = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.6
-    b, code = encode(mask)
+    b, code = encode_mask(mask)
     assert b == 0
     assert [byte >> i & 1 for byte in code.tolist() for i in range(8)][: len(mask)] == mask.int().tolist()
 
 
 def test_a_code_of_other_positions_is_refused():
     mask = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.02
-    kept, (b, code) = int(mask.sum()), encode(mask)
+    kept, (b, code) = int(mask.sum()), encode_mask(mask)
     assert _decodes(code, 1000, kept, b)
     for other in (kept - 1, kept + 1):
         assert not _decodes(code, 1000, other, b)
@@ -53,7 +53,7 @@ def test_random_bytes_give_positions_in_order_or_an_error():
         code = torch.tensor([generator.randrange(256) for _ in range(generator.randrange(12))], dtype=torch.uint8)
         n, k, b = generator.randrange(2 ** generator.randrange(1, 48)), generator.randrange(20), generator.randrange(50)
         try:
-            kept = decode(code, n, k, b)
+            kept = decode_mask(code, n, k, b)
         except ValueError:
             continue
         good += 1
@@ -64,7 +64,7 @@ def test_random_bytes_give_positions_in_order_or_an_error():
 
 def _decodes(code, n, k, b):
     try:
-        decode(code, n, k, b)
+        decode_mask(code, n, k, b)
     except ValueError:
         return False
     return True

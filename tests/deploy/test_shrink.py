@@ -300,27 +300,27 @@ def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
 
 
 class Offset(nn.Module):
-    """Outputs that vary little for their size; centred over the channels if asked."""
+    """Outputs that vary little for their size; centered over the channels if asked."""
 
-    def __init__(self, centred):
+    def __init__(self, centered):
         super().__init__()
         self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 1)
         self.c.bias.data.fill_(1000)
         self.a.weight.data[8:] = self.b.weight.data[:, 8:] = 0
-        self.centred = centred
+        self.centered = centered
 
     def forward(self, x):
         h = torch.relu(self.a(x))
-        return self.c(torch.relu(self.b(h - h.mean(1, keepdim=True) if self.centred else h)))
+        return self.c(torch.relu(self.b(h - h.mean(1, keepdim=True) if self.centered else h)))
 
 
 def test_an_offset_of_the_outputs_hides_no_change_and_makes_none():
     for seed in range(5):
         torch.manual_seed(seed)
-        network, x = Offset(centred=True), torch.randn(1000, 8)
+        network, x = Offset(centered=True), torch.randn(1000, 8)
         with pytest.warns(UserWarning, match="The dead channels of 'a' stay"):
             assert shrink(network, x[:4]).a.out_features == 16
-        network = Offset(centred=False)
+        network = Offset(centered=False)
         for example in (x[:1], x[:4], torch.zeros(2, 8)):
             small = shrink(network, example)
             assert small.a.out_features == 8

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import has_colour, needs_browser, screenshot
+from browser import has_color, needs_browser, screenshot
 from helpers import Net, loader
 from paths import ROOT
 
 import lightning_autoprune
 from lightning_autoprune import AutoPruneCallback, plots, prunable_weights, sparsity
-from lightning_autoprune.plots import COLOURS
+from lightning_autoprune.plots import COLORS
 
 for _name in ("sphinx", "furo", "myst_parser", "matplotlib"):
     pytest.importorskip(_name)
@@ -57,11 +57,11 @@ def test_all_pages_are_built_and_reached_from_the_first(site):
 @needs_browser
 def test_a_real_browser_shows_the_site(site, tmp_path):
     home = screenshot(site / "index.html", tmp_path / "index.png")
-    assert all(has_colour(home, colour) for colour in COLOURS[1:3])  # of the curves in the first picture
+    assert all(has_color(home, color) for color in COLORS[1:3])  # of the curves in the first picture
     for page in PAGES:
         seen = screenshot(site / f"{page}.html", tmp_path / f"{page}.png")
-        assert has_colour(seen, "#000000")  # text
-        assert has_colour(seen[:, :8], "#F8F9FB")  # the theme's bar at the left, which needs its style sheet
+        assert has_color(seen, "#000000")  # text
+        assert has_color(seen[:, :8], "#F8F9FB")  # the theme's bar at the left, which needs its style sheet
 
 
 def test_the_reference_has_every_public_name(site):

@@ -102,7 +102,7 @@ def test_a_held_out_loss_that_is_nan_once_is_warned_about_and_changes_no_weight_
 
 
 def test_a_training_loss_that_is_nan_is_as_without_the_callback_and_said(tmp_path):
-    """An optimiser makes every weight NaN then, which no mask can help."""
+    """An optimizer makes every weight NaN then, which no mask can help."""
     with (
         pytest.warns(UserWarning, match="not finite"),
         pytest.raises(AutoPruneError, match="for the 10th time in a row"),

@@ -16,7 +16,7 @@ from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
 
 class Fused(Net):
-    """An optimiser that takes the scale out of the gradients itself."""
+    """An optimizer that takes the scale out of the gradients itself."""
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01, fused=True)

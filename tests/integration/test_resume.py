@@ -38,7 +38,7 @@ def run(folder: str, callback, optimizer: str, ckpt_path=None, train=None, **opt
     )
     return {
         "weights": dict(model.state_dict()),
-        "optimiser": t.optimizers[0].state_dict(),
+        "optimizer": t.optimizers[0].state_dict(),
         "callback": callback.state_dict() if callback else None,
         "global_step": t.global_step,
     }
@@ -78,7 +78,7 @@ def test_without_the_callback_the_same_run_resumes_bit_equal(step):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("options", [{}, {"target_sparsity": 0.9, "estimator": "softplus", "mask_every_n_steps": 3}])
-def test_other_optimisers_and_settings_resume_bit_equal(optimizer, options):
+def test_other_optimizers_and_settings_resume_bit_equal(optimizer, options):
     check_resumed(lambda: AutoPruneCallback(**options), 19, optimizer, every_n_train_steps=1)
 
 

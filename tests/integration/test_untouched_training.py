@@ -29,7 +29,7 @@ def trace(callback, folder: str, **options):
     )
     return {
         "weights": {name: value.clone() for name, value in model.state_dict().items()},
-        "optimiser": t.optimizers[0].state_dict(),
+        "optimizer": t.optimizers[0].state_dict(),
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].tolist(),
         "python": random.getstate()[1],

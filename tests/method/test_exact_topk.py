@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autoprune.method.exact_topk import keep_best, lift
+from lightning_autoprune.method.exact_topk import keep_largest, lift_largest
 
 # Few values, so that many are equal, and those that a comparison may get wrong.
 values = st.sampled_from([-torch.inf, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-8, 0.5, 1.0, 3e38])
@@ -27,7 +27,7 @@ def test_the_largest_are_kept_as_by_sorting(data, dtype):
     count = data.draw(st.integers(sum(floors), sum(map(len, layers))))
     M = [torch.tensor(layer, dtype=dtype) for layer in layers]
     before = [m.clone() for m in M]
-    keep_best(M, floors, count)
+    keep_largest(M, floors, count)
     assert [(m > 0).tolist() for m in M] == best(before, floors, count)
     for m, old in zip(M, before, strict=True):  # no sign that was right is moved
         right = (m > 0) == (old > 0)
@@ -37,17 +37,17 @@ def test_the_largest_are_kept_as_by_sorting(data, dtype):
 
 def test_lifting_moves_the_largest_above_zero_and_nothing_else():
     m = torch.tensor([[-3.0, 2.0], [-1.0, -2.0]]).T
-    lift(m, 2)
+    lift_largest(m, 2)
     assert m.tolist() == [[-3.0, pytest.approx(1e-8)], [2.0, -2.0]]
 
 
 def test_what_is_not_a_number_is_the_last_to_be_kept():
     nan = torch.nan
     M = [torch.tensor([nan, nan, nan]), torch.tensor([nan, -2.0, torch.inf, -torch.inf])]
-    keep_best(M, [2, 0], 4)
+    keep_largest(M, [2, 0], 4)
     assert [(m > 0).tolist() for m in M] == [[True, True, False], [False, True, True, False]]
     m = torch.tensor([nan, -1.0, nan, torch.inf])
-    lift(m, 3)
+    lift_largest(m, 3)
     assert (m > 0).sum() == 3
     assert (m > 0)[[1, 3]].all()
 
@@ -57,7 +57,7 @@ def test_the_largest_of_many_are_kept(dtype):
     torch.manual_seed(0)
     M = [torch.randn(300, 100, dtype=dtype), torch.randn(40, 5, 3, dtype=dtype) - 3]
     expected = torch.cat([m.flatten() for m in M]).topk(5000).indices
-    keep_best(M, [0, 0], 5000)
+    keep_largest(M, [0, 0], 5000)
     assert sorted(torch.cat([m.flatten() for m in M]).gt(0).nonzero().flatten().tolist()) == sorted(expected.tolist())
 
 
@@ -67,26 +67,26 @@ def test_keep_best_keeps_exactly_so_many_and_never_empties_a_tensor(seed, count,
     M = [torch.randn(size), torch.randn(4, 5) - 3]
     total = size + 20
     count = min(count, total)
-    keep_best(M, [1, 1], count)
+    keep_largest(M, [1, 1], count)
     assert sum(int((m > 0).sum()) for m in M) == count
     assert all((m > 0).any() for m in M)
 
 
 def test_keep_best_prefers_the_largest_and_moves_no_sign_that_was_right():
     M = [torch.tensor([3.0, 2.0, -1.0, 1.0])]
-    keep_best(M, [1], 2)
+    keep_largest(M, [1], 2)
     assert M[0].tolist() == [3.0, 2.0, -1.0, 0.0]
 
 
 def test_keep_best_breaks_ties_to_the_exact_count():
     M = [torch.full((10,), 0.1)]
-    keep_best(M, [1], 4)
+    keep_largest(M, [1], 4)
     assert int((M[0] > 0).sum()) == 4
 
 
 def test_keep_best_can_leave_the_others_as_they_are():
     M = [torch.tensor([-3.0, -2.0, -1.0])]
-    keep_best(M, [1], 1, prune=False)
+    keep_largest(M, [1], 1, prune=False)
     assert M[0][:2].tolist() == [-3.0, -2.0]
     assert M[0][2] > 0
 
@@ -94,5 +94,5 @@ def test_keep_best_can_leave_the_others_as_they_are():
 def test_keep_best_works_on_memory_in_any_order():
     M = [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
     best = M[0].flatten().topk(5).indices
-    keep_best(M, [1], 5)
+    keep_largest(M, [1], 5)
     assert set((M[0] > 0).flatten().nonzero().flatten().tolist()) == set(best.tolist())

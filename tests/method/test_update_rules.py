@@ -17,9 +17,9 @@ def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:
     return dL_dT
 
 
-def normalise(squares: RunningSquares, G: Tensor) -> Tensor:
+def normalize(squares: RunningSquares, G: Tensor) -> Tensor:
     squares.count()
-    return squares.normalise(G, squares.v)
+    return squares.normalize(G, squares.v)
 
 
 def rule(name: str):
@@ -30,7 +30,7 @@ def rule(name: str):
         G = sensitivity(dL_dT, W, name)
         if name == "adaptive":
             squares[:] = squares or [RunningSquares(G)]
-            normalise(squares[0], G)
+            normalize(squares[0], G)
         return G
 
     return of
@@ -130,22 +130,22 @@ def test_under_the_adaptive_rule_noise_of_the_gradient_protects_a_weight_and_so_
     squares, fallen = RunningSquares(W), torch.zeros(4)
     for _ in range(2000):
         G = sensitivity(noise * torch.randn(4, generator=generator), W, "adaptive")
-        fallen += normalise(squares, G + 0.5) / 2000  # 0.5 is the pressure
+        fallen += normalize(squares, G + 0.5) / 2000  # 0.5 is the pressure
     assert fallen.tolist() == pytest.approx([0.98, 0.45, 0.05, 1.0], abs=0.05)  # 0.5 / √(0.5² + (noise · w)²)
 
 
 def test_running_squares_are_the_mean_square_at_first_and_forget_afterwards():
     squares = RunningSquares(torch.zeros(1), decay=0.9)
-    assert normalise(squares, torch.tensor([2.0])).item() == pytest.approx(1)
+    assert normalize(squares, torch.tensor([2.0])).item() == pytest.approx(1)
     for _ in range(200):
-        last = normalise(squares, torch.tensor([6.0]))
+        last = normalize(squares, torch.tensor([6.0]))
     assert last.item() == pytest.approx(1)
-    assert normalise(squares, torch.tensor([0.0])).item() == 0
+    assert normalize(squares, torch.tensor([0.0])).item() == 0
 
 
 def test_an_entry_that_never_had_a_gradient_stays_0():
     squares = RunningSquares(torch.zeros(3))
-    assert normalise(squares, torch.zeros(3)).tolist() == [0, 0, 0]
+    assert normalize(squares, torch.zeros(3)).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("steps", "remembered"), [(1, 10), (400, 10), (4000, 100), (40_000, 1000), (10**7, 1000)])

@@ -72,7 +72,7 @@ def test_a_gate_ties_the_channels_that_it_multiplies():
     [
         ("lenet5", "9", "it is an output of the model"),
         ("encoder", "embed", "it goes through 'layers.layers.0.self_attn', a MultiheadAttention"),
-        ("normalised", "0", "it goes through '1', a GroupNorm"),
+        ("normalized", "0", "it goes through '1', a GroupNorm"),
         ("grouped", "0", "'2' is a grouped convolution"),
         ("tied", "a", "'a' shares or computes its weight"),
         ("attention", "down", "it is an output of the model"),

@@ -16,8 +16,8 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, save_sparse
 from lightning_autoprune.reporting.checkpoint_reader import read_checkpoint
 from lightning_autoprune.reporting.html_report import headline
-from lightning_autoprune.reporting.layer_table import as_table, total
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.layer_table import table_cells, total_row
+from lightning_autoprune.reporting.run_history import RunHistory
 
 
 class Example(Net):
@@ -151,7 +151,7 @@ def test_other_things_of_torch_save_are_refused(tmp_path, content, message):
         {"pruner": {}},
         {"pruner": {"auxiliary": 3}},
         {"report": None},
-        {"report": {"history": {**History(["gone"]).state_dict()}}},
+        {"report": {"history": {**RunHistory(["gone"]).state_dict()}}},
         {"flops": {"first": "many"}},
     ],
     ids=str,
@@ -199,7 +199,7 @@ def test_a_file_of_biases_alone_says_that_it_has_no_weights(tmp_path):
     torch.save({"a.bias": torch.zeros(4)}, tmp_path / "biases.pt")
     saved = read_checkpoint(tmp_path / "biases.pt")
     assert headline(saved) == "It has no weights, that is, no tensors of two dimensions or more."
-    assert as_table([total(saved.layers())])[1] == [["all", "", "0", "0", "0.00%"]]
+    assert table_cells([total_row(saved.layers())])[1] == [["all", "", "0", "0", "0.00%"]]
 
 
 def anonymous_memory() -> int:

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from browser import has_colour, needs_browser, run, screenshot
+from browser import has_color, needs_browser, run, screenshot
 from helpers import Net, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.plots import COLOURS
+from lightning_autoprune.plots import COLORS
 from lightning_autoprune.reporting.checkpoint_reader import read_checkpoint
 from lightning_autoprune.reporting.html_report import headline, html_report
 
@@ -106,7 +106,7 @@ def test_a_real_browser_shows_it(saved, tmp_path):
     page = tmp_path / "report.html"
     page.write_text(html_report(saved), encoding="utf-8")
     seen = screenshot(page, tmp_path / "report.png")
-    assert all(has_colour(seen, colour) for colour in COLOURS[:2])  # of curves and histograms
+    assert all(has_color(seen, color) for color in COLORS[:2])  # of curves and histograms
     dom = run(page, tmp_path, "--dump-dom")
     assert len(re.findall("<tr>", dom)) == 4
     assert dom.count("<img ") == 4

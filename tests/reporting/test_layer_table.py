@@ -7,12 +7,12 @@ import torch
 from helpers import Net, fit
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.reporting.layer_table import LayerSummary, as_table, summarise, total
+from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers, table_cells, total_row
 
 
 def test_zeros_are_counted_and_what_is_known_is_added():
     weights = {"a": torch.tensor([[0.0, 1.0], [0.0, 2.0]]), "b": torch.zeros(3, 1, 2)}
-    a, b = summarise(weights, {"a": 80}, {"a": 5})
+    a, b = summarize_layers(weights, {"a": 80}, {"a": 5})
     assert a == LayerSummary("a", (2, 2), 4, 2, 80, 5)
     assert (a.sparsity, a.flops_kept) == (0.5, 40)
     assert (b.shape, b.kept, b.sparsity, b.flops_kept, b.revived) == ((3, 1, 2), 0, 1.0, None, None)
@@ -29,16 +29,16 @@ def test_zeros_are_counted_and_what_is_known_is_added():
 
 
 def test_the_whole_knows_what_all_layers_know():
-    rows = summarise({"a": torch.ones(2, 2), "b": torch.zeros(4, 1)}, {"a": 8, "b": 8}, {"a": 1})
-    assert total(rows) == LayerSummary("all", (), 8, 4, 16, None)
-    assert total([]).sparsity == 0
+    rows = summarize_layers({"a": torch.ones(2, 2), "b": torch.zeros(4, 1)}, {"a": 8, "b": 8}, {"a": 1})
+    assert total_row(rows) == LayerSummary("all", (), 8, 4, 16, None)
+    assert total_row([]).sparsity == 0
 
 
 def test_a_table_leaves_out_what_no_layer_knows():
-    head, cells = as_table(summarise({"conv": torch.ones(2, 3, 5, 5)}))
+    head, cells = table_cells(summarize_layers({"conv": torch.ones(2, 3, 5, 5)}))
     assert head == ["layer", "shape", "weights", "kept", "sparsity"]
     assert cells == [["conv", "2×3×5×5", "150", "150", "0.00%"]]
-    head, _ = as_table(summarise({"conv": torch.ones(2, 3)}, {"conv": 10}, {"conv": 0}))
+    head, _ = table_cells(summarize_layers({"conv": torch.ones(2, 3)}, {"conv": 10}, {"conv": 0}))
     assert head[5:] == ["FLOPs kept", "revived"]
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_autoprune import AutoPruneError
-from lightning_autoprune.reporting.mask_comparison import as_comparison_table, compare
+from lightning_autoprune.reporting.mask_comparison import as_comparison_table, compare_masks
 
 masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1)
 
@@ -16,7 +16,7 @@ masks = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1)
 @given(masks)
 def test_every_weight_is_counted_in_its_place(pairs):
     a, b = (torch.tensor([float(pair[i]) for pair in pairs]) for i in (0, 1))
-    row, whole = compare({"layer": a}, {"layer": -2 * b})
+    row, whole = compare_masks({"layer": a}, {"layer": -2 * b})
     assert row.both == sum(x and y for x, y in pairs)
     assert row.pruned == sum(x and not y for x, y in pairs)
     assert row.revived == sum(y and not x for x, y in pairs)
@@ -29,7 +29,7 @@ def test_every_weight_is_counted_in_its_place(pairs):
 def test_layers_of_other_names_or_shapes_are_left_out_and_the_sum_is_of_the_rest():
     a = {"same": torch.eye(3), "shape": torch.eye(2), "gone": torch.eye(2)}
     b = {"same": torch.ones(3, 3), "shape": torch.eye(4), "new": torch.eye(2)}
-    rows = compare(a, b)
+    rows = compare_masks(a, b)
     assert [row.name for row in rows] == ["same", "all"]
     assert (rows[1].kept, rows[1].kept_after) == (3, 9)
     head, cells = as_comparison_table(rows)
@@ -47,4 +47,4 @@ def test_layers_of_other_names_or_shapes_are_left_out_and_the_sum_is_of_the_rest
 
 def test_models_without_a_common_layer_are_refused_with_what_they_have():
     with pytest.raises(AutoPruneError, match=r"No layer is in both.*first has a \(2, 2\)\. The second has a \(3, 3\)"):
-        compare({"a": torch.eye(2)}, {"a": torch.eye(3)})
+        compare_masks({"a": torch.eye(2)}, {"a": torch.eye(3)})

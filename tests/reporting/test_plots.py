@@ -99,7 +99,7 @@ def test_long_names_leave_the_curves_their_room():
 
 def test_a_single_point_is_seen():
     figure = sparsity_curves({"first": [(5, 0.5)], "last": [(5, 0.2)]})
-    figure.axes[0].get_legend().remove()  # has the colours too
+    figure.axes[0].get_legend().remove()  # has the colors too
     drawn = np.asarray(pixels(figure))[..., :3]
     assert (drawn == [0x00, 0x72, 0xB2]).all(-1).any()
 

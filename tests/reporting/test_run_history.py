@@ -16,12 +16,12 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.settings import Settings
-from lightning_autoprune.reporting.run_history import History, best_points, histogram
+from lightning_autoprune.reporting.run_history import RunHistory, best_points, histogram
 
 
 @given(st.integers(1, 2000))
 def test_a_run_of_any_length_takes_a_bounded_place_and_keeps_its_first_step(steps):
-    history = History(["layer"])
+    history = RunHistory(["layer"])
     for step in range(steps):
         history.add(step, [step / steps], step / steps)
     curve = history.curves["layer"]
@@ -34,7 +34,7 @@ def test_a_run_of_any_length_takes_a_bounded_place_and_keeps_its_first_step(step
 
 
 def test_a_moment_that_must_be_kept_is():
-    history = History(["layer"])
+    history = RunHistory(["layer"])
     for step in range(1000):
         history.add(step, [0.0], 0.0)
     history.add(1001, [0.9], 0.9, always=True)
@@ -44,7 +44,7 @@ def test_a_moment_that_must_be_kept_is():
 
 @given(st.integers(1, 1500))
 def test_the_last_validation_is_always_there(count):
-    history = History()
+    history = RunHistory()
     for step in range(count):
         history.measure("val_loss", step, 0.5, float(step))
     assert history.points[-1] == (count - 1, 0.5, float(count - 1))
@@ -53,7 +53,7 @@ def test_the_last_validation_is_always_there(count):
 
 
 def test_another_metric_starts_anew_and_a_step_counts_once():
-    history = History()
+    history = RunHistory()
     history.measure("val_loss", 3, 0.1, 2.0)
     history.measure("val_loss", 3, 0.1, 9.0)
     assert history.points == [(3, 0.1, 2.0)]
@@ -62,24 +62,24 @@ def test_another_metric_starts_anew_and_a_step_counts_once():
 
 
 def test_the_best_with_final_masks_stays_where_earlier_ones_were_better_and_sparser():
-    history = History()
+    history = RunHistory()
     for step in range(1000):
         value = 0.0 if step < 100 else 0.5 if step == 333 else 1.0
         history.measure("val_loss", step, 0.6 if step < 100 else 0.5, value, final=step >= 100)
     assert (333, 0.5, 0.5) in history.points
     assert history.final == 100
-    assert History.of(history.state_dict()).final == 100
+    assert RunHistory.of(history.state_dict()).final == 100
 
 
 def test_its_state_comes_back_through_a_file_and_goes_on_alike(tmp_path):
-    history = History(["a", "b"])
+    history = RunHistory(["a", "b"])
     for step in range(700):
         history.add(step, [step / 700, 0.1], 0.3)
     history.measure("val_loss", 5, 0.1, 2.0)
     history.look_at({"a": torch.randn(50), "b": torch.randn(50)})
     history.revived = [3, 4]
     torch.save(history.state_dict(), tmp_path / "state.pt")
-    again = History.of(torch.load(tmp_path / "state.pt", weights_only=True))
+    again = RunHistory.of(torch.load(tmp_path / "state.pt", weights_only=True))
     for h in (history, again):
         h.add(700, [1.0, 0.2], 0.4)
         h.add(703, [1.0, 0.2], 0.4, always=True)
@@ -99,7 +99,7 @@ def test_a_histogram_counts_every_entry_on_its_side_of_zero(values, bins):
 
 def test_the_last_look_at_m_shows_as_many_weights_as_are_kept():
     torch.manual_seed(0)
-    weight, history = nn.Parameter(torch.randn(50, 40)), History()
+    weight, history = nn.Parameter(torch.randn(50, 40)), RunHistory()
     pruner = Pruner({"layer": weight}, Settings(target_sparsity=0.9, mask_every_n_steps=20), total_steps=20)
     pruner.start()
     for _ in range(20):
@@ -109,7 +109,7 @@ def test_the_last_look_at_m_shows_as_many_weights_as_are_kept():
 
 
 def test_a_few_layers_are_looked_at_the_first_and_the_last_among_them():
-    history = History()
+    history = RunHistory()
     history.look_at({f"layer{i}": torch.zeros(3) for i in range(50)})
     assert len(history.histograms) == 6
     assert history.histograms.keys() >= {"layer0", "layer49"}
@@ -171,7 +171,7 @@ def test_of_the_best_points_none_is_as_sparse_and_better_and_all_others_are_wors
 
 @pytest.mark.parametrize("place", [0, 141, 398])
 def test_the_best_validations_are_kept_however_many_there_are(place):
-    history = History()
+    history = RunHistory()
     for step in range(399):
         history.measure("val_loss", step, 0.5, 0.01 if step == place else 1.0)
     assert (place, 0.5, 0.01) in history.points

@@ -229,7 +229,7 @@ DIFFICULT = {
     "attention": (Attention, (7, 16)),
     "upsampler": (upsampler, (6,)),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2)), (4, 8, 8)),
-    "normalised": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 3)), (3, 8, 8)),
+    "normalized": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 3)), (3, 8, 8)),
     "softmax": (lambda: nn.Sequential(nn.Linear(4, 9), nn.Softmax(-1), nn.Linear(9, 2)), (4,)),
 }
 

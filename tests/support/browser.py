@@ -38,7 +38,7 @@ def screenshot(page: Path, picture: Path) -> np.ndarray:
     return np.asarray(Image.open(picture).convert("RGB"))
 
 
-def has_colour(seen: np.ndarray, colour: str) -> bool:
-    """Whether a picture has a hundred pixels of a colour, #RRGGBB, or close to it: scaling changes it a little."""
-    aim = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def has_color(seen: np.ndarray, color: str) -> bool:
+    """Whether a picture has a hundred pixels of a color, #RRGGBB, or close to it: scaling changes it a little."""
+    aim = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((abs(seen.astype(int) - aim) < 6).all(-1).sum() > 100)

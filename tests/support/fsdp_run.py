@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from lightning_autoprune.tensors.sharding import part, part_of, whole
+from lightning_autoprune.tensors.sharding import gather_whole, local_shard, shard_like
 
 
 class Sharded(Plain):
@@ -146,10 +146,10 @@ class Traces(Callback):
         self.complete += 1
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        self.before = [part(p.grad).clone() for p in module.parameters()]
+        self.before = [local_shard(p.grad).clone() for p in module.parameters()]
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.kept.append(same(self.before, [part(p.grad) for p in module.parameters()]))
+        self.kept.append(same(self.before, [local_shard(p.grad) for p in module.parameters()]))
 
 
 def traces(folder: Path) -> dict[str, Any]:
@@ -164,8 +164,8 @@ def round_trips(folder: Path) -> list[bool]:
     for shape in ((13, 12), (4,), (1, 5)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         like = distribute_tensor(x, mesh, [Shard(0)])
-        found += [same(whole(part_of(y, like), like), y) for y in (x, x > 0, x.double())]
-        found.append(same(part_of(x, like), part(like)))
+        found += [same(gather_whole(shard_like(y, like), like), y) for y in (x, x > 0, x.double())]
+        found.append(same(shard_like(x, like), local_shard(like)))
     return found
 
 

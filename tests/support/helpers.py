@@ -87,7 +87,7 @@ class Net(LightningModule):
 
 
 def optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
-    """One of the optimisers that would move a weight whose gradient is zero."""
+    """One of the optimizers that would move a weight whose gradient is zero."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
     if name == "adam":

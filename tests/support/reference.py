@@ -40,7 +40,7 @@ class Effective(torch.autograd.Function):
 
 
 class Reference:
-    """Trains W by any optimiser and M by the rule, on latent weights, with ``functional_call``."""
+    """Trains W by any optimizer and M by the rule, on latent weights, with ``functional_call``."""
 
     def __init__(self, network: torch.nn.Module, rule: str, estimator: str, slope: float = 0.1) -> None:
         self.network, self.rule, self.estimator, self.slope = network, rule, estimator, slope
@@ -65,11 +65,11 @@ class Reference:
         optimizer.zero_grad()
         self.loss(x, y).backward(inputs=list(self.W.values()))
         with torch.no_grad():
-            for name, m in self.M.items():  # what the optimiser sees of a pruned weight is 0: nothing to decay
+            for name, m in self.M.items():  # what the optimizer sees of a pruned weight is 0: nothing to decay
                 self.W[name][m <= 0] = 0
         optimizer.step()
         with torch.no_grad():
-            for name, m in self.M.items():  # a pruned weight keeps its value, whatever the optimiser did
+            for name, m in self.M.items():  # a pruned weight keeps its value, whatever the optimizer did
                 self.W[name][m <= 0] = before[name][m <= 0]
 
     def auxiliary_step(self, x: Tensor, y: Tensor, lr: float, mu: float, decay: float = 0.999) -> None:

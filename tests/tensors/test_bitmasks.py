@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.exact_topk import check_count, floors
-from lightning_autoprune.tensors.bitmasks import PackedMask, as_bits, clear, pack, packed_if_large, unpack
+from lightning_autoprune.method.exact_topk import check_count, minimum_counts
+from lightning_autoprune.tensors.bitmasks import PackedMask, as_bits, pack, pack_if_large, unpack, zero_pruned
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -39,12 +39,12 @@ def test_packing_keeps_the_shape():
 
 
 def test_a_floor_is_at_least_one_weight():
-    assert floors([10, 5000, 1001], 0.001) == [1, 5, 2]
+    assert minimum_counts([10, 5000, 1001], 0.001) == [1, 5, 2]
 
 
 def test_a_floor_is_exact_where_the_product_is_rounded_up():
     assert 0.07 * 100 > 7
-    assert floors([100, 101], 0.07) == [7, 8]
+    assert minimum_counts([100, 101], 0.07) == [7, 8]
 
 
 def test_a_count_below_the_floors_names_the_way_out():
@@ -62,7 +62,7 @@ def test_the_sparsity_that_is_advised_is_possible(totals, layer_floor):
     with pytest.raises(AutoPruneError) as error:
         check_count(0, totals, layer_floor)
     advised = float(re.search("at most (.*), or lower", str(error.value))[1])
-    assert 1 - sum(floors(totals, layer_floor)) / sum(totals) - advised < 1.1e-6
+    assert 1 - sum(minimum_counts(totals, layer_floor)) / sum(totals) - advised < 1.1e-6
     check_count(round((1 - advised) * sum(totals)), totals, layer_floor)
 
 
@@ -78,8 +78,8 @@ def test_a_packed_mask_clears_what_the_wide_one_does(kept, dtype):
     x[::3], x[1::3] = float("nan"), -0.0
     bits = torch.tensor(kept).to(as_bits(x).dtype).neg_()
     packed, wide = x.clone(), x.clone()
-    PackedMask(bits).clear_(packed)
-    clear(wide, bits)
+    PackedMask(bits).zero_pruned_(packed)
+    zero_pruned(wide, bits)
     assert torch.equal(as_bits(packed), as_bits(wide))
     assert PackedMask(bits).bool().tolist() == kept
 
@@ -91,10 +91,10 @@ def test_large_masks_of_any_layout_are_packed_and_clear_alike(shape, transposed)
     if transposed:
         x = x.transpose(0, 1)
     bits = (torch.rand(x.shape) > 0.7).int().neg_()
-    mask = packed_if_large(bits)
+    mask = pack_if_large(bits)
     assert isinstance(mask, PackedMask)
     expected = x * bits.bool()
-    clear(x, mask)
+    zero_pruned(x, mask)
     assert torch.equal(x, expected)
     assert torch.equal(mask.bool(), bits.bool())
     assert mask.packed.numel() == -(-x.numel() // 8)
@@ -102,4 +102,4 @@ def test_large_masks_of_any_layout_are_packed_and_clear_alike(shape, transposed)
 
 def test_small_masks_stay_as_they_are():
     bits = torch.full((100,), -1, dtype=torch.int32)
-    assert packed_if_large(bits) is bits
+    assert pack_if_large(bits) is bits

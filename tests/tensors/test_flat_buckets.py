@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.tensors import flat_buckets as buckets
-from lightning_autoprune.tensors.flat_buckets import Bucket, fill, pieces
+from lightning_autoprune.tensors.flat_buckets import Bucket, fill_buckets, split_pieces
 
 
 def in_many_orders() -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ def test_sums_are_those_of_each_tensor():
 def test_every_tensor_is_in_one_bucket_with_its_like(sizes, mixed):
     dtypes = [torch.float32, torch.bfloat16]
     tensors = [torch.empty(n, dtype=dtypes[i % 2 if mixed else 0], device="meta") for i, n in enumerate(sizes)]
-    found = fill(tensors, sizes)
+    found = fill_buckets(tensors, sizes)
     assert sorted(i for bucket in found for i in bucket.numbers) == list(range(len(sizes)))
     for bucket in found:
         assert len({tensors[i].dtype for i in bucket.numbers}) == 1
@@ -73,7 +73,7 @@ def test_every_tensor_is_in_one_bucket_with_its_like(sizes, mixed):
 
 def test_pieces_put_together_are_the_whole():
     x, y = torch.randn(200_000), torch.randn(200_000)
-    a, b = zip(*pieces(x, y), strict=True)
+    a, b = zip(*split_pieces(x, y), strict=True)
     assert torch.equal(torch.cat(a), x)
     assert torch.equal(torch.cat(b), y)
     assert [len(part) for part in a] == [65536, 65536, 65536, 3392]

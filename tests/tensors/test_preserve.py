@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_autoprune.tensors.preserve import kept_buffers, kept_values
+from lightning_autoprune.tensors.preserve import preserve_buffers, preserve_values
 
 
 def test_buffers_are_the_same_tensors_with_the_same_values_after_an_error_too():
     module = nn.BatchNorm1d(2)
     mean = module.running_mean
 
-    @kept_buffers(module)
+    @preserve_buffers(module)
     def fail():
         module.running_mean = torch.ones(3)
         module.running_var.data.add_(5)
@@ -29,6 +29,6 @@ def test_what_can_not_be_written_to_is_passed_over():
     with torch.inference_mode():
         inferred = torch.ones(3)
     expanded = torch.ones(1).expand(4)
-    with kept_values([inferred, expanded, torch.ones(2).to_sparse()]):
+    with preserve_values([inferred, expanded, torch.ones(2).to_sparse()]):
         pass
     assert expanded.stride() == (0,)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_autoprune.tensors.random_state import isolated_random, mix
+from lightning_autoprune.tensors.random_state import derive_seed, isolated_random
 
 
 def test_random_numbers_outside_are_as_if_the_block_had_not_been():
@@ -41,7 +41,7 @@ def test_random_states_are_restored_after_an_error():
 
 @given(st.lists(st.integers(-(2**63), 2**64), max_size=3))
 def test_a_mixed_seed_fits_into_63_bits(seeds):
-    assert 0 <= mix(*seeds) < 2**63
+    assert 0 <= derive_seed(*seeds) < 2**63
 
 
 # A part of each batch

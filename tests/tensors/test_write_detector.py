@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_autoprune.tensors.write_detector import Written
+from lightning_autoprune.tensors.write_detector import WriteDetector
 
 
 @pytest.mark.parametrize(
@@ -14,30 +14,30 @@ from lightning_autoprune.tensors.write_detector import Written
 )
 def test_what_is_written_through_data_is_seen_where_values_are_looked_at_and_remembered(dtype):
     x, y = torch.ones(3).to(dtype), torch.ones(3).to(dtype)
-    written = Written([x, y], values=True)
-    assert written.now(values=True) == []
+    detector = WriteDetector([x, y], check_values=True)
+    assert detector.modified(check_values=True) == []
     x.data.zero_()
-    assert written.now() == []
-    (found,) = written.now(values=True)
+    assert detector.modified() == []
+    (found,) = detector.modified(check_values=True)
     assert found is x
     x.data.fill_(1)
-    (found,) = written.now()
+    (found,) = detector.modified()
     assert found is x
 
 
 def test_another_tensor_behind_a_parameter_is_seen():
     weight = nn.Parameter(torch.ones(2, 2))
-    written = Written([weight], values=True)
+    detector = WriteDetector([weight], check_values=True)
     weight.data = torch.full((2, 2), 2.0)
-    assert written.now(values=True) == [weight]
+    assert detector.modified(check_values=True) == [weight]
 
 
 def test_tensors_whose_bits_can_not_be_read_are_watched_by_the_count_alone():
     sparse, wide = torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex128)
     with torch.inference_mode():
         inferred = torch.ones(3)
-    written = Written([sparse, wide, inferred], values=True)
-    assert written.now(values=True) == []
+    detector = WriteDetector([sparse, wide, inferred], check_values=True)
+    assert detector.modified(check_values=True) == []
     wide += 1
-    (found,) = written.now()
+    (found,) = detector.modified()
     assert found is wide

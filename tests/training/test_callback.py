@@ -108,7 +108,7 @@ def test_the_last_rows_of_an_epoch_may_be_too_few_to_split():
 
 
 @pytest.mark.parametrize("source", [FRACTION, {"held_out": "train"}], ids=str)
-def test_gradient_accumulation_counts_optimiser_steps(source):
+def test_gradient_accumulation_counts_optimizer_steps(source):
     callback = AutoPruneCallback(target_sparsity=0.8, **source)
     _, t = fit(callback, epochs=6, accumulate_grad_batches=3, gradient_clip_val=0.1)
     assert callback._run.pruner.step == t.global_step == 18
@@ -162,7 +162,7 @@ def cross_entropy(module: Any, batch: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{"loss_fn": cross_entropy}, {"held_out": "train"}], ids=["loss_fn", "train"])
-def test_manual_optimisation_works_with_a_loss_function_or_without_held_out_data(options):
+def test_manual_optimization_works_with_a_loss_function_or_without_held_out_data(options):
     callback = AutoPruneCallback(target_sparsity=0.8, **options)
     model, _ = fit(callback, model=Manual(), epochs=4)
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
@@ -224,13 +224,13 @@ def test_layers_that_are_not_trained_are_named():
     model = Net()
     model.last.weight.requires_grad_(False)
     with pytest.warns(
-        UserWarning, match=r"Layers that are not trained \(frozen, or in no optimiser\) stay dense until they are: last"
+        UserWarning, match=r"Layers that are not trained \(frozen, or in no optimizer\) stay dense until they are: last"
     ):
         fit(AutoPruneCallback(target_sparsity=0.8), model=model)
     assert (model.last.weight != 0).all()
 
 
-def test_weights_that_no_optimiser_trains_stay_dense_and_are_named():
+def test_weights_that_no_optimizer_trains_stay_dense_and_are_named():
     """A teacher, a target network, a backbone under a new head."""
 
     class Student(Net):
@@ -286,7 +286,7 @@ def test_the_same_callback_can_be_used_for_another_fit():
         assert callback._run.pruner.step == 24
 
 
-def test_nothing_of_the_callback_is_left_in_trainer_or_optimiser():
+def test_nothing_of_the_callback_is_left_in_trainer_or_optimizer():
     _, t = fit(AutoPruneCallback(held_out=0.25, redraw_held_out=False))
     assert "dataloader" not in vars(t.fit_loop._data_source)
     _, t = fit(AutoPruneCallback())
@@ -332,7 +332,7 @@ class TwoOptimizers(Manual):
         return [torch.optim.SGD(weights, 0.05), torch.optim.SGD(biases, 0.05)]
 
 
-def test_only_the_optimiser_of_the_weights_drives_m_and_once_a_step():
+def test_only_the_optimizer_of_the_weights_drives_m_and_once_a_step():
     callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
     fit(callback, model=TwoOptimizers(), epochs=2)
     assert callback._run.pruner.auxiliary.scale.updates == callback._run.pruner.step == 16

@@ -13,7 +13,7 @@ from lightning_autoprune import AutoPruneCallback, sparsity
 
 
 class Hookless(torch.optim.SGD):
-    """Calls no hooks, as a wrapper of another optimiser may; moves all weights."""
+    """Calls no hooks, as a wrapper of another optimizer may; moves all weights."""
 
     @torch.no_grad()
     def step(self, closure):
@@ -27,7 +27,7 @@ class Hookless(torch.optim.SGD):
 
 
 class Renewed(Callback):
-    """Makes new optimisers in the middle of training."""
+    """Makes new optimizers in the middle of training."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
@@ -56,7 +56,7 @@ def test_pruned_weights_are_zero_in_each_validation_whatever_steps_them(how, hel
 
 
 class Manual(Net):
-    """Two optimisers that step after one backward: one of the pruned weights, one of the rest."""
+    """Two optimizers that step after one backward: one of the pruned weights, one of the rest."""
 
     def __init__(self, order=(0, 1), wrapped=True):
         super().__init__()
@@ -85,7 +85,7 @@ LOSS = {"loss_fn": lambda model, batch: nn.functional.cross_entropy(model(batch[
 
 
 @pytest.mark.parametrize("options", [{"held_out": "train"}, LOSS], ids=["train", "loss_fn"])
-def test_the_order_in_which_optimisers_step_does_not_matter(options):
+def test_the_order_in_which_optimizers_step_does_not_matter(options):
     torch.manual_seed(0)
     callback, first = trained(Manual(), **options)
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_the_order_in_which_optimisers_step_does_not_matter(options):
 
 
 @pytest.mark.parametrize("options", [{"held_out": "train"}, LOSS], ids=["train", "loss_fn"])
-def test_optimisers_that_are_stepped_past_lightning_are_followed(options, recwarn):
+def test_optimizers_that_are_stepped_past_lightning_are_followed(options, recwarn):
     torch.manual_seed(0)
     _, wrapped = trained(Manual(), **options)
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from helpers import Net, csv_logger, fit, loader, saving, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.followed_metric import best_values
 
 
@@ -115,7 +115,7 @@ def test_the_points_of_a_run_that_is_resumed_are_those_of_the_whole_run(name):
 
 
 def test_the_best_since_the_masks_are_final_is_not_one_from_before_that_was_as_sparse_or_sparser():
-    history = History()
+    history = RunHistory()
     for step, then, value in [(1, 0.0, 0.1), (2, 0.6, 0.2), (3, 0.5, 0.3), (4, 0.5, 0.5), (5, 0.5, 0.4)]:
         history.measure("val_loss", step, then, value, final=step >= 4)
     t = trainer(callbacks=[EarlyStopping("val_loss")])

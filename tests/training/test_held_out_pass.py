@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.tensors.write_detector import Written
+from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.held_out_pass import held_out_gradients, shielded
 
 
@@ -190,10 +190,10 @@ def test_everything_is_put_back_after_an_error_inside():
 def test_other_tensors_are_put_back_where_asked():
     model = Net()
     model.last.requires_grad_(False)
-    written = Written(model.parameters())
+    detector = WriteDetector(model.parameters())
     with torch.no_grad():
         model.last.weight += 1
-    (kept,) = written.now()
+    (kept,) = detector.modified()
     assert kept is model.last.weight
     value = kept.clone()
     with shielded(model, 0, kept=[kept]), torch.no_grad():

@@ -145,7 +145,7 @@ def test_a_run_with_a_finetuning_callback_goes_on_after_the_thaw(tmp_path):
 
 
 class OneMore(Net):
-    """A layer that is thawed after two epochs, and may be of zeros or in an optimiser of its own."""
+    """A layer that is thawed after two epochs, and may be of zeros or in an optimizer of its own."""
 
     def __init__(self, zeros: bool = False, own: bool = False):
         super().__init__()
@@ -184,7 +184,7 @@ class OneMore(Net):
     ("model", "why"),
     [
         ({"zeros": True}, "All weights of layer 'more' are 0"),
-        ({"own": True}, "It has an optimiser of its own, which trained no prunable weight when fitting started."),
+        ({"own": True}, "It has an optimizer of its own, which trained no prunable weight when fitting started."),
     ],
 )
 def test_a_layer_that_can_not_be_taken_in_stays_dense_and_the_run_goes_on(model, why, tmp_path):

@@ -142,22 +142,22 @@ class Forgetful(Net):
         (
             AutoPruneCallback(held_out="train"),
             {"model": OneForEach()},
-            "gradients of one optimiser's steps, and 2 optimisers train prunable weights: hold data out instead",
+            "gradients of one optimizer's steps, and 2 optimizers train prunable weights: hold data out instead",
         ),
         (
             AutoPruneCallback(train_gradients=True, loss_fn=lambda module, batch: batch[0].sum()),
             {"model": OneForEach()},
-            "`train_gradients=True` takes the gradients of one optimiser's steps, and 2 optimisers train prunable",
+            "`train_gradients=True` takes the gradients of one optimizer's steps, and 2 optimizers train prunable",
         ),
         (
             AutoPruneCallback(held_out="train"),
             {"model": TwoOptimizers(), "max_steps": 10},
-            "whose length is not known: `max_steps` counts the steps of all optimisers. Set `max_epochs`",
+            "whose length is not known: `max_steps` counts the steps of all optimizers. Set `max_epochs`",
         ),
         (
             AutoPruneCallback(held_out="train"),
             {"model": Manual(), "max_steps": 10},
-            "not known: with manual optimisation `max_steps` counts the steps of the optimiser, of which a batch may",
+            "not known: with manual optimization `max_steps` counts the steps of the optimizer, of which a batch may",
         ),
         (
             AutoPruneCallback(),
@@ -209,13 +209,13 @@ class Forgetful(Net):
         (
             AutoPruneCallback(),
             {"model": Biases()},
-            r"No optimiser trains any of the prunable weights \(first, last\)",
+            r"No optimizer trains any of the prunable weights \(first, last\)",
         ),
-        (AutoPruneCallback(), {"model": NoOptimizer()}, "No optimiser trains any of the prunable weights"),
+        (AutoPruneCallback(), {"model": NoOptimizer()}, "No optimizer trains any of the prunable weights"),
         (
             AutoPruneCallback(),
             {"model": Manual()},
-            r"Manual uses manual optimisation: its `training_step` takes .* Pass `loss_fn`, or `held_out=\"train\"`.",
+            r"Manual uses manual optimization: its `training_step` takes .* Pass `loss_fn`, or `held_out=\"train\"`.",
         ),
         (
             AutoPruneCallback(include=["fc*"]),

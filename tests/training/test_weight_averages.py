@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 
 from lightning_autoprune import AutoPruneCallback, sparsity
-from lightning_autoprune.training.weight_averages import zero
+from lightning_autoprune.training.weight_averages import zero_pruned_weights
 
 AVERAGES = {
     "ema": lambda: EMAWeightAveraging(decay=0.9),
@@ -101,5 +101,5 @@ def test_an_average_is_pruned_where_masks_are_final_from_the_start_of_a_resumed_
 
 def test_weights_on_another_device_than_their_masks_are_pruned():
     weight, mask = torch.ones(3), torch.tensor([True, False, True])
-    zero(weight, mask)
+    zero_pruned_weights(weight, mask)
     assert weight.tolist() == [1, 0, 1]

@@ -11,7 +11,7 @@ from .hyperflux import Hyperflux
 from .l0 import L0
 from .lightning_pruning import LightningPruning
 from .magnitude import GradualMagnitude
-from .nncf_rb import NNCFRegularised
+from .nncf_rb import NNCFRegularized
 from .spred import Spred
 from .vardrop import VariationalDropout
 from .variants import Variant
@@ -29,7 +29,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "l0": lambda compression, seed, **options: L0(compression, **options),
     "vardrop": lambda compression, seed, **options: VariationalDropout(compression, **options),
     "spred": lambda compression, seed, **options: Spred(compression, **options),
-    "nncf": lambda compression, seed, **options: NNCFRegularised(compression, **options),
+    "nncf": lambda compression, seed, **options: NNCFRegularized(compression, **options),
 }
 
 # As tables and pictures name them; "own": a minimal implementation of ours.

@@ -35,7 +35,7 @@ def share_over(done: float, begin: float, end: float) -> float:
 
 
 class Masked(Method):
-    """A method that keeps masks on plain weights and applies them after each step of the optimiser.
+    """A method that keeps masks on plain weights and applies them after each step of the optimizer.
 
     Args:
         compression: prunable weights / those to keep.
@@ -85,4 +85,4 @@ class Masked(Method):
             weight.data.mul_(mask)
 
     def after_step(self) -> None:
-        """Called after each step of the optimiser: may replace ``masks``."""
+        """Called after each step of the optimizer: may replace ``masks``."""

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_autoprune.tensors.random_state import mix
+from lightning_autoprune.tensors.random_state import derive_seed
 
 from .common import Masked, top_masks
 
@@ -49,7 +49,7 @@ class DynamicSparse(Masked):
     Each exchange is within a layer, of a share of its kept weights that falls on a cosine from ``fraction`` to 0
     (Evci et al., section 3, (2)). As in their algorithm 1, a dropped weight is a candidate for growing at once, and
     then it goes on as it was. Other grown weights start at 0 with fresh moments in Adam. Where we differ: the
-    optimiser's step is taken in the steps of an exchange too, and SET has RigL's cosine and densities, as in their
+    optimizer's step is taken in the steps of an exchange too, and SET has RigL's cosine and densities, as in their
     comparison. The masks have the exact number; a grown weight that never gets a gradient (a dead unit) stays 0, and
     the results count it as pruned.
 
@@ -81,7 +81,9 @@ class DynamicSparse(Masked):
         """Draws the first masks."""
         super().on_train_start(trainer, pl_module)
         self.optimizer = trainer.optimizers[0]
-        self.generator = torch.Generator().manual_seed(mix(self.seed))  # the seed itself made the initial weights
+        self.generator = torch.Generator().manual_seed(
+            derive_seed(self.seed)
+        )  # the seed itself made the initial weights
         counts = erk_counts([weight.shape for weight in self.weights], self.target)
         self.masks = [top_masks([self._random(w)], count)[0] for w, count in zip(self.weights, counts, strict=True)]
         self.apply()

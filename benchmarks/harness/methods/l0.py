@@ -1,4 +1,4 @@
-"""L0 regularisation (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", 2018)."""
+"""L0 regularization (Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", 2018)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .regularised import Layer, Regularised, linear_map
+from .regularized import Layer, Regularized, linear_map
 
 # Temperature and stretch of the hard concrete distribution (section 4 of the paper).
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
@@ -31,7 +31,7 @@ def typical(log_alpha: Tensor) -> Tensor:
     return torch.sigmoid(log_alpha).mul(ZETA - GAMMA).add(GAMMA).clamp(0, 1)
 
 
-class L0(Regularised):
+class L0(Regularized):
     """A gate at each weight, drawn once a batch; the penalty is the expected number of open ones / training labels.
 
     Args:
@@ -63,7 +63,7 @@ class L0(Regularised):
         """The layer with gated weights."""
         return linear_map(layer, inputs, layer.weight * sample(partner), layer.bias)
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """Expected number of open gates / training labels."""
         return torch.stack([probability_open(partner).sum() for partner in self.partners]).sum() / self.labels
 

@@ -1,4 +1,4 @@
-"""NNCF's regularisation-based sparsity (``nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED``), by its own code."""
+"""NNCF's regularization-based sparsity (``nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED``), by its own code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
-from .regularised import Regularised
+from .regularized import Regularized
 
 
 def load() -> Any:
@@ -46,8 +46,8 @@ class Whole(nn.Module):
         return self.network(inputs)
 
 
-class NNCFRegularised(Regularised):
-    """A Bernoulli mask of a learnt logit on each weight; NNCF's loss draws the kept share to the ratio of its schedule.
+class NNCFRegularized(Regularized):
+    """A Bernoulli mask of a learned logit on each weight; the loss draws the kept share to its schedule.
 
     The share is that of all layers together, by the masks without noise. The schedule is NNCF's exponential one, which
     is stepped at the beginning of each epoch. At the cut ``nncf.strip`` makes the network plain; exactly the target

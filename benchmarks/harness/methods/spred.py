@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .regularised import Layer, Regularised, linear_map
+from .regularized import Layer, Regularized, linear_map
 
 
-class Spred(Regularised):
+class Spred(Regularized):
     """Each weight is a product u·v; an L2 penalty on u and v has the minima of an L1 penalty on u·v (theorem 1).
 
     u is held in the weight itself until the cut, v in its partner.
@@ -33,7 +33,7 @@ class Spred(Regularised):
         """The layer with the product as its weight."""
         return linear_map(layer, inputs, layer.weight * partner, layer.bias)
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """Sum of squares of both factors."""
         factors = [*(layer.weight for layer in self.layers), *self.partners]
         return torch.stack([factor.square().sum() for factor in factors]).sum()

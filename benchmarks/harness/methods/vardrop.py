@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .regularised import Layer, Regularised, linear_map
+from .regularized import Layer, Regularized, linear_map
 
 # Of the approximation of the KL divergence, eq. 14 of the paper (2017).
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
@@ -22,8 +22,8 @@ def divergence(log_alpha: Tensor) -> Tensor:
     return K1 * torch.sigmoid(-K2 - K3 * log_alpha) + 0.5 * nn.functional.softplus(-log_alpha)
 
 
-class VariationalDropout(Regularised):
-    """Gaussian noise on each weight, of a variance that is learnt; the penalty is the KL divergence / training labels.
+class VariationalDropout(Regularized):
+    """Gaussian noise on each weight, of a variance that is learned; the penalty is the KL divergence / training labels.
 
     The noise is added to the outputs, one draw for each (the local reparametrisation of Kingma et al., 2015, eq. 9 and
     17 of the paper), with the variance as the parameter in place of α (additive noise, section 4.2).
@@ -61,7 +61,7 @@ class VariationalDropout(Regularised):
         noise = torch.randn(mean.numel()).as_strided(mean.size(), mean.stride())
         return mean + noise * (variance + TINY).sqrt()
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """Sum of the divergences / training labels."""
         pairs = zip(self.layers, self.partners, strict=True)
         parts = [divergence(log_alpha(layer.weight, noise)).sum() for layer, noise in pairs]

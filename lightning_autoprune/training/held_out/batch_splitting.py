@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.tensors.random_state import mix
+from lightning_autoprune.tensors.random_state import derive_seed
 
 __all__ = ["UnclearRowsError", "batch_rows", "held_rows", "hold_out", "shard_batch", "split_batch"]
 
@@ -67,7 +67,7 @@ def hold_out(batch: Any, rows: int, held: int, *seeds: int, layouts: Layouts) ->
     """What :func:`split_batch` gives for a batch of so many rows, with so many of them held out."""
     if not 0 < held < rows:
         return batch, None
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(derive_seed(*seeds)))
     return _take(batch, order[held:], rows, layouts), _take(batch, order[:held], rows, layouts)
 
 

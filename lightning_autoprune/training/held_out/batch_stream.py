@@ -50,7 +50,7 @@ class HeldOutBatches:
         for _ in range(2):  # the second time from the start of the next pass
             with isolated_random(self.seed, self.passes, self.position, generators=self.generators):
                 if self._iterator is None:
-                    self._iterator = iter(own(self.loader))
+                    self._iterator = iter(with_private_iterator(self.loader))
                 batch = next(self._iterator, self)
             if batch is not self:
                 self.position += 1
@@ -73,7 +73,7 @@ class HeldOutBatches:
             next(self)
 
 
-def own(loader: Any) -> Any:
+def with_private_iterator(loader: Any) -> Any:
     """A loader whose iterator nobody else uses: with persistent workers a ``DataLoader`` has but one."""
     if isinstance(loader, DataLoader):
         loader = copy(loader)

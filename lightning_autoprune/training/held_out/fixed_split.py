@@ -17,7 +17,7 @@ from torch.utils.data import (
 )
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.tensors.random_state import mix
+from lightning_autoprune.tensors.random_state import derive_seed
 
 __all__ = ["FixedSplitSampler", "split_loader"]
 
@@ -128,4 +128,4 @@ def iterable_error() -> AutoPruneError:
 
 
 def _draw(rows: int, count: int, *seeds: int) -> list[int]:
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(mix(*seeds)))[:count].tolist()
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(derive_seed(*seeds)))[:count].tolist()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.training.held_out.batch_stream import own
+from lightning_autoprune.training.held_out.batch_stream import with_private_iterator
 
 __all__ = [
     "Chain",
@@ -88,7 +88,7 @@ class Chain:
 
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
-            yield from own(loader)
+            yield from with_private_iterator(loader)
 
 
 class SideBySide(Chain):
@@ -100,6 +100,6 @@ class SideBySide(Chain):
 
     def __iter__(self) -> Iterator[Any]:
         combined = CombinedLoader(self._combined.iterables, self._combined._mode)
-        combined.flattened = [own(loader) for loader in combined.flattened]
+        combined.flattened = [with_private_iterator(loader) for loader in combined.flattened]
         for batch, *_ in combined:
             yield batch

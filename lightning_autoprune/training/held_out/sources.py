@@ -36,10 +36,18 @@ from lightning_autoprune.training.held_out.loaders import (
 )
 from lightning_autoprune.training.lightning_internals import moves_training_batch
 
-__all__ = ["FixedSource", "LoaderSource", "RedrawnSource", "Source", "TrainSource", "ValidationSource", "make_source"]
+__all__ = [
+    "FixedSource",
+    "HeldOutSource",
+    "LoaderSource",
+    "RedrawnSource",
+    "TrainSource",
+    "ValidationSource",
+    "make_source",
+]
 
 
-class Source:
+class HeldOutSource:
     """Where held-out batches come from."""
 
     name: str  # what it is, for messages
@@ -78,7 +86,7 @@ class Source:
         """Restores it, after ``start``."""
 
 
-class TrainSource(Source):
+class TrainSource(HeldOutSource):
     """Nothing is held out: M follows the weight steps."""
 
     name = '"train"'
@@ -86,7 +94,7 @@ class TrainSource(Source):
     holds_out = False
 
 
-class RedrawnSource(Source):
+class RedrawnSource(HeldOutSource):
     """Holds out a share of each training batch, drawn anew; W is not trained on those rows in that epoch.
 
     W is trained on the rest of the batch. There are as many steps as without pruning, and no more samples are
@@ -182,7 +190,7 @@ class RedrawnSource(Source):
         self._least, self._layouts = state["least"], dict(state["layouts"])
 
 
-class LoaderSource(Source):
+class LoaderSource(HeldOutSource):
     """Takes batches from a loader, again and again.
 
     Args:
@@ -324,7 +332,7 @@ class FixedSource(LoaderSource):
         return len(self._sampler) + len(self._sampler.held_out) if self._sampler else 0
 
 
-def make_source(held_out: Any, redraw: bool, seed: int) -> Source:
+def make_source(held_out: Any, redraw: bool, seed: int) -> HeldOutSource:
     """The source that ``held_out`` names.
 
     Raises:

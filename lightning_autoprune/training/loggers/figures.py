@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.reporting.layer_table import LayerSummary
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.loggers.csv import _write_table
 from lightning_autoprune.training.loggers.pictures import _heatmap
 from lightning_autoprune.training.loggers.tensorboard import _log_to_tensorboard
@@ -18,7 +18,11 @@ __all__ = ["log_figures"]
 
 
 def log_figures(
-    trainer: Trainer, step: int, rows: Sequence[LayerSummary], history: History, best: Mapping[str, float] | None = None
+    trainer: Trainer,
+    step: int,
+    rows: Sequence[LayerSummary],
+    history: RunHistory,
+    best: Mapping[str, float] | None = None,
 ) -> None:
     """Hands each logger what it can take: a ``WandbLogger`` and a ``TensorBoardLogger`` all, a ``CSVLogger`` the table.
 

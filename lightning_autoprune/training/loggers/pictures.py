@@ -9,14 +9,14 @@ from lightning_utilities.core.rank_zero import WarningCache
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from lightning_autoprune.reporting.plots import sparsity_heatmap
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.run_history import RunHistory
 
 __all__ = ["_can_draw", "_heatmap", "_once"]
 
 _once = WarningCache()
 
 
-def _heatmap(history: History) -> Figure | None:
+def _heatmap(history: RunHistory) -> Figure | None:
     return sparsity_heatmap(history.curves) if _can_draw() and history.curves else None
 
 

@@ -16,8 +16,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.layer_table import LayerSummary, total
-from lightning_autoprune.reporting.run_history import History
+from lightning_autoprune.reporting.layer_table import LayerSummary, total_row
+from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.loggers.pruned_checkpoint import _best
 
 __all__ = ["log_artifact", "log_figures"]
@@ -28,7 +28,7 @@ def log_figures(
     root: str,
     step: int,
     rows: Sequence[LayerSummary],
-    history: History,
+    history: RunHistory,
     heatmap: Figure | None,
     best: Mapping[str, float] | None,
 ) -> None:
@@ -57,7 +57,7 @@ def log_figures(
         figures[f"{root}/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
     run.log({**figures, "trainer/global_step": step})
     if best is not None:
-        whole = total(rows)
+        whole = total_row(rows)
         run.summary[f"{root}/final_sparsity"] = whole.sparsity
         run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
         for name, value in best.items():

@@ -1,4 +1,4 @@
-"""What the peers share that train with a regulariser, are cut to an exact number of weights, and then fine-tune."""
+"""What the peers share that train with a regularizer, are cut to an exact number of weights, and then fine-tune."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def linear_map(layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None
     return layer._conv_forward(inputs, weight, bias)
 
 
-class Regularised(Masked):
+class Regularized(Masked):
     """Adds a penalty and one more parameter a weight until the cut at ``end``; then the network is plain and masked.
 
     The network keeps its own parameters and names throughout. The further parameters ("partners" of the weights) are
@@ -54,7 +54,7 @@ class Regularised(Masked):
         """What a layer computes before the cut."""
         raise NotImplementedError
 
-    def regulariser(self) -> Tensor:
+    def regularizer(self) -> Tensor:
         """The penalty at strength 1."""
         raise NotImplementedError
 
@@ -87,11 +87,11 @@ class Regularised(Masked):
         return [*super().parameters(network), {"params": self.partners, **rate}]
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """The regulariser at its strength of this step; none after the cut."""
+        """The regularizer at its strength of this step; none after the cut."""
         if self.masks:
             return 0.0
         rise = min(self.step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
-        return self.strength * rise * self.regulariser()
+        return self.strength * rise * self.regularizer()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts the labels."""
