@@ -403,7 +403,7 @@ def run(settings, steps, task):
         M, mask = torch.full_like(T, torch.nan), torch.ones_like(T, dtype=torch.bool)
         if pruner.auxiliary:
             (mask,) = pruner.masks()
-            if not pruner.frozen:
+            if not pruner.masks_final:
                 W, M = pruner.auxiliary.W[0], pruner.auxiliary.M[0].clone()
         assert torch.equal(T, torch.where(mask, W, 0.0))  # T = W ⊙ h(M)
         for name, value in zip(seen, (pruner.sparsity, pruner.mu, W, M, mask), strict=True):

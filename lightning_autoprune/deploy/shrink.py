@@ -16,7 +16,7 @@ from lightning_autoprune.model.attention_heads import with_heads
 from lightning_autoprune.model.channel_removal import remove_channels
 from lightning_autoprune.model.channels import Channel, find_channels
 from lightning_autoprune.model.example_inputs import all_vary, by_rows, copied, outputs, probes
-from lightning_autoprune.model.prunable_layers import being_pruned
+from lightning_autoprune.model.pruning_mark import is_being_pruned
 from lightning_autoprune.model.same_outputs import disagreement
 
 __all__ = ["shrink"]
@@ -71,7 +71,7 @@ def shrink(model: Model, example_input: Any, *, tolerance: float = 1e-4) -> Mode
           (2): Linear(in_features=2, out_features=2, bias=True)
         )
     """
-    if any(module in being_pruned for module in model.modules()):
+    if is_being_pruned(model):
         raise AutoPruneError(
             f"{type(model).__name__} is still being pruned: shrink it when fitting has ended, or once the masks are"
             " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -14,9 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_autoprune.errors import AutoPruneError, listed
 from lightning_autoprune.tensors.sharding import reshard
 
-__all__ = ["being_pruned", "is_transposed_linear", "prunable_weights"]
-
-being_pruned: WeakSet[nn.Module] = WeakSet()  # modules whose masks still change, under some callback
+__all__ = ["is_transposed_linear", "prunable_weights"]
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 

@@ -99,7 +99,7 @@ class MetricsReporter:
         found = followed_metric(trainer, self.history.metric, late=late)
         if found is not None:
             step = steps_done(trainer) - (not trainer.validating)  # a validation comes before its step is counted
-            self.history.measure(found[0], step, pruner.sparsity, found[1], pruner.frozen)
+            self.history.measure(found[0], step, pruner.sparsity, found[1], pruner.masks_final)
 
     def log(
         self,

@@ -8,7 +8,8 @@ from architectures import HEADS, Attention, Encoder, Heads, prune
 from torch import nn
 
 from lightning_autoprune import model_cost, prunable_weights, shrink
-from lightning_autoprune.method.neurons import NeuronParameters
+from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.method.granularity import NeuronGranularity
 from lightning_autoprune.model.attention_heads import with_heads
 from lightning_autoprune.model.channels import find_channels
 from lightning_autoprune.model.prunable_neurons import find_neurons
@@ -83,18 +84,19 @@ def test_one_head_stays_if_all_are_dead(kind):
 def test_masked_heads_are_what_shrink_removes(kind, seed):
     model = network(kind, seed)
     neurons = find_neurons(model, prunable_weights(model), X)
-    aux = NeuronParameters({name: prunable_weights(model)[name] for name in neurons.rows}, neurons)
+    weights = {name: prunable_weights(model)[name] for name in neurons.rows}
+    aux = AuxiliaryParameters(weights, granularity=NeuronGranularity(neurons))
     generator = torch.Generator().manual_seed(seed)
     aux.M[0].copy_(torch.randn(neurons.count, generator=generator))
     heads = next(group for group in neurons.groups if len(group) == 4)
     aux.M[0][heads[seed]] = -1.0
     aux.update_masks()
     before = model(X)
-    aux.freeze()
+    aux.finalize_masks()
     torch.testing.assert_close(model(X), before)
     small = shrink(model, X[:2])
     torch.testing.assert_close(small(X), before)
-    left = {len(group): int(aux.alive[group].sum()) for group in neurons.groups}
+    left = {len(group): int(aux.granularity.alive[group].sum()) for group in neurons.groups}
     assert left == {4: small.heads, 12: small.embed.out_features, 16: small.up.out_features}
     assert small.heads < 4
     cost = {name: layer.parameters for name, layer in model_cost(small, X[:2]).layers.items()}

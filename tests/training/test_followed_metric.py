@@ -125,5 +125,5 @@ def test_the_best_since_the_masks_are_final_is_not_one_from_before_that_was_as_s
 def test_a_run_that_ends_before_the_masks_are_final_has_no_best_pruned_value():
     stop = EarlyStopping("val_loss", stopping_threshold=99)
     _, pruning = followed([stop], val=loader(seed=3))
-    assert not pruning._run.pruner.frozen
+    assert not pruning._run.pruner.masks_final
     assert best_values(trainer(callbacks=[stop]), pruning._run.report.history).keys() == {"best_val_loss"}

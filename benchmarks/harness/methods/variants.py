@@ -62,7 +62,7 @@ class Variant(AutoPrune):
             pl_module.network.register_forward_hook(self._keep)
 
     def _keep(self, network: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-        self._passed = (inputs[0], logits) if network.training and self.callback._run.pruner.frozen else None
+        self._passed = (inputs[0], logits) if network.training and self.callback._run.pruner.masks_final else None
 
     def penalty(self, network: nn.Module) -> Tensor | float:
         """The divergence from the teacher, in nats."""

@@ -34,7 +34,7 @@ from lightning_autoprune.training.held_out.loaders import (
     training_loaders,
     validation_loaders,
 )
-from lightning_autoprune.training.lightning_internals import moves_training_batch
+from lightning_autoprune.training.lightning_internals import is_moving_training_batch
 
 __all__ = [
     "FixedSource",
@@ -129,7 +129,7 @@ class RedrawnSource(HeldOutSource):
         original, self._least, self._layouts = trainer.strategy.batch_to_device, 0, {}
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-            own = moves_training_batch(trainer)
+            own = is_moving_training_batch(trainer)
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
             return self._split(batch, due(), trainer) if own else batch
 
