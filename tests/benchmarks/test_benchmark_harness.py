@@ -13,13 +13,13 @@ import pytest
 import torch
 import tuning
 from deploy import as_csr
-from harness.latency import side_by_side
+from harness.latency import relative_latencies
 from harness.methods import LABELS, METHODS
-from harness.methods.settings import TRIALS, settings
+from harness.methods.settings import TRIALS, best_settings
 from harness.report import compression_table, no_target_table
-from harness.results import Run, append, means, missing, read, write_row
-from harness.tasks import TASKS, batches
-from harness.training import Method, evaluate, train
+from harness.results import Run, append_outcome, append_row, group_means, missing_runs, read_rows
+from harness.tasks import TASKS, make_loader
+from harness.training import Method, evaluate, train_and_test
 from paths import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -28,7 +28,7 @@ TABULAR = TASKS["tabular"]
 
 @pytest.fixture(scope="module")
 def outcome():
-    return train(TABULAR, METHODS["autoprune"](10, 0), seed=0, directory=Path(), epochs=12)
+    return train_and_test(TABULAR, METHODS["autoprune"](10, 0), seed=0, directory=Path(), epochs=12)
 
 
 def test_compression_is_met_and_counted_with_and_without_what_is_not_pruned(outcome):
@@ -40,18 +40,18 @@ def test_compression_is_met_and_counted_with_and_without_what_is_not_pruned(outc
 
 @pytest.mark.parametrize(("method", "passes"), [("dense", 1.0), ("autoprune", 1.0), ("autoprune-train", 1.0)])
 def test_rows_passed_are_counted(method, passes):
-    assert train(TABULAR, METHODS[method](10, 0), 0, Path(), epochs=3).passes == passes
+    assert train_and_test(TABULAR, METHODS[method](10, 0), 0, Path(), epochs=3).passes == passes
 
 
 def test_a_second_pass_over_the_rows_is_counted():
-    rows = TABULAR.data(Path()).train
-    method = METHODS["autoprune"](10, 0, held_out=batches(rows, 32, 0), warmup=0.0, finetune=0.0)
-    assert train(TABULAR, method, 0, Path(), epochs=3).passes == pytest.approx(2.0, abs=0.05)
+    samples = TABULAR.data(Path()).train
+    method = METHODS["autoprune"](10, 0, held_out=make_loader(samples, 32, 0), warmup=0.0, finetune=0.0)
+    assert train_and_test(TABULAR, method, 0, Path(), epochs=3).passes == pytest.approx(2.0, abs=0.05)
 
 
 def test_equal_seeds_give_equal_outcomes_and_others_do_not():
     def run(seed: int) -> tuple[float, float]:
-        outcome = train(TABULAR, Method(), seed, Path(), epochs=2)
+        outcome = train_and_test(TABULAR, Method(), seed, Path(), epochs=2)
         return outcome.error, outcome.loss
 
     assert run(3) == run(3) != run(4)
@@ -60,15 +60,15 @@ def test_equal_seeds_give_equal_outcomes_and_others_do_not():
 def test_a_row_with_other_columns_is_refused_and_one_without_a_figure_has_no_part_in_its_mean(tmp_path):
     path, run = tmp_path / "a.csv", Run("tabular", "gmp", 10.0, 1, 0)
     for error in (1.0, "", 2.0):
-        write_row(path, {**run.key(), "error": error})
-    with pytest.raises(ValueError, match=r"has the columns \['task', .*: move the file away"):
-        write_row(path, {**run.key(), "error": 1.0, "loss": 1.0})
-    assert [mean.values for mean in means(read(path), "error", ("task",)).values()] == [(1.0, 2.0)]
+        append_row(path, {**run.cells(), "error": error})
+    with pytest.raises(ValueError, match=r"has the columns \['task', .*: move the file elsewhere"):
+        append_row(path, {**run.cells(), "error": 1.0, "loss": 1.0})
+    assert [mean.values for mean in group_means(read_rows(path), "error", ("task",)).values()] == [(1.0, 2.0)]
 
 
 def test_choosing_settings_does_not_see_the_test_rows():
     data = TABULAR.data(Path())
-    chosen = data.without_test()
+    chosen = data.without_test_set()
     assert len(chosen.train[0]) + len(chosen.test[0]) == len(data.train[0])
     assert torch.equal(torch.cat([chosen.train[0], chosen.test[0]]), data.train[0])
 
@@ -79,38 +79,46 @@ def test_the_settings_of_each_peer_are_the_best_of_its_trials_at_the_nearest_com
         for strength, values in by_strength.items():
             for seed, loss in enumerate(values):
                 run = Run("tabular", "spred", target, 60, seed, json.dumps({"strength": strength}))
-                write_row(path, {**run.key(), "loss": loss})
-    write_row(
-        path, {**Run("tabular", "spred", 30, 9, 0, json.dumps({"strength": 0.3})).key(), "loss": 0.0}
+                append_row(path, {**run.cells(), "loss": loss})
+    append_row(
+        path, {**Run("tabular", "spred", 30, 9, 0, json.dumps({"strength": 0.3})).cells(), "loss": 0.0}
     )  # too short
-    monkeypatch.setattr("harness.methods.settings._trials", lambda: read(path))
-    assert [settings("tabular", "spred", c)["strength"] for c in (10, 30, 50, 60, 200)] == [0.2, 0.2, 0.2, 0.1, 0.1]
+    monkeypatch.setattr("harness.methods.settings._trials", lambda: read_rows(path))
+    assert [best_settings("tabular", "spred", c)["strength"] for c in (10, 30, 50, 60, 200)] == [
+        0.2,
+        0.2,
+        0.2,
+        0.1,
+        0.1,
+    ]
 
 
 def test_longer_trials_are_of_the_settings_that_did_best_in_shorter_ones(tmp_path):
     path = tmp_path / "tuning.csv"
     for epochs, strength, error in ((12, 1e-5, 3.0), (12, 1e-4, 1.0), (12, 1e-3, 2.0), (38, 3e-5, 0.0)):
         run = Run("lenet-300-100", "spred", 80.0, epochs, 10, json.dumps({"end": 0.55, "strength": strength}))
-        write_row(path, {**run.key(), "error": error})
+        append_row(path, {**run.cells(), "error": error})
     asked = {"results": path, "target": 80.0, "epochs": 38}
-    best = tuning.chosen("lenet-300-100", "spred", argparse.Namespace(**asked, best=2))
+    best = tuning.select_trials("lenet-300-100", "spred", argparse.Namespace(**asked, best=2))
     assert best == [{"end": 0.55, "strength": 1e-4}, {"end": 0.55, "strength": 1e-3}]
-    assert tuning.chosen("lenet-300-100", "spred", argparse.Namespace(**asked, best=None)) == tuning.TRIALS["spred"]
+    assert (
+        tuning.select_trials("lenet-300-100", "spred", argparse.Namespace(**asked, best=None)) == tuning.TRIALS["spred"]
+    )
 
 
 def test_each_peer_has_six_trials_at_least_and_ours_has_its_defaults():
-    peers, trials = LABELS.keys() - {"autoprune", "autoprune-train"}, read(TRIALS)
+    peers, trials = LABELS.keys() - {"autoprune", "autoprune-train"}, read_rows(TRIALS)
     for task in TASKS.keys() - {"lenet-5"}:
         for method in peers:
             tried = {row["options"] for row in trials if (row["task"], row["method"]) == (task, method)}
             assert len(tried) >= 6
-            assert json.dumps(settings(task, method, 30.0)) in tried
-        assert settings(task, "autoprune", 30.0) == settings(task, "autoprune-train", 30.0) == {}
+            assert json.dumps(best_settings(task, method, 30.0)) in tried
+        assert best_settings(task, "autoprune", 30.0) == best_settings(task, "autoprune-train", 30.0) == {}
     for method in peers:
         key = "lenet-300-100", method, "80", "12"
         shared = [row for row in trials if (row["task"], row["method"], row["target"], row["epochs"]) == key]
-        errors = {options: mean.mean for (options,), mean in means(shared, "error", ("options",)).items()}
-        assert errors[json.dumps(settings("lenet-5", method, 310.0))] == min(errors.values())
+        errors = {options: mean.mean for (options,), mean in group_means(shared, "error", ("options",)).items()}
+        assert errors[json.dumps(best_settings("lenet-5", method, 310.0))] == min(errors.values())
 
 
 def test_error_and_loss_are_over_all_labels():
@@ -146,11 +154,11 @@ def test_the_transformer_does_not_see_the_characters_to_come():
 def test_rows_are_appended_and_runs_that_are_there_are_not_missing(outcome, tmp_path):
     path = tmp_path / "results" / "a.csv"
     runs = [Run("tabular", "autoprune", target, 12, 0) for target in (10.0, 30.0, None)]
-    assert missing(path, runs) == runs
-    append(path, runs[0], outcome)
-    append(path, runs[2], outcome)
-    assert missing(path, runs) == runs[1:2]
-    first, last = read(path)
+    assert missing_runs(path, runs) == runs
+    append_outcome(path, runs[0], outcome)
+    append_outcome(path, runs[2], outcome)
+    assert missing_runs(path, runs) == runs[1:2]
+    first, last = read_rows(path)
     assert (first["target"], last["target"]) == ("10", "")
     assert float(first["loss"]) == outcome.loss
     assert "torch" in first["versions"]
@@ -158,7 +166,7 @@ def test_rows_are_appended_and_runs_that_are_there_are_not_missing(outcome, tmp_
 
 def test_means_and_spread_are_over_the_seeds():
     rows = [{"m": m, "error": e} for m, e in (("a", "1"), ("a", "3"), ("b", "5"))]
-    found = means(rows, "error", ("m",))
+    found = group_means(rows, "error", ("m",))
     assert (found["a",].mean, found["a",].spread, found["a",].values) == (2, pytest.approx(2**0.5), (1, 3))
     assert found["b",].spread == 0
 
@@ -257,7 +265,7 @@ def test_models_that_take_turns_are_compared_with_the_first(monkeypatch):
     def takes(seconds: float):
         return lambda x: clock.__setitem__(0, clock[0] + seconds)
 
-    ratios = side_by_side({"one": takes(0.004), "half": takes(0.002), "ten": takes(0.04)}, None, rounds=5)
+    ratios = relative_latencies({"one": takes(0.004), "half": takes(0.002), "ten": takes(0.04)}, None, rounds=5)
     assert ratios == pytest.approx({"one": 1, "half": 0.5, "ten": 10})
 
 
@@ -267,7 +275,7 @@ def test_what_is_left_of_a_pruned_network_is_measured_and_shown(script, options,
     command += ["--results", "a.csv", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    row = read(tmp_path / "a.csv")[-1]
+    row = read_rows(tmp_path / "a.csv")[-1]
     assert row["task"] == "tabular"
     if script == "deploy":
         assert float(row["bytes_sparse"]) < float(row["bytes_zstd_19"]) < float(row["bytes_dense"])
@@ -275,7 +283,7 @@ def test_what_is_left_of_a_pruned_network_is_measured_and_shown(script, options,
         assert "| tabular, 30× |" in done.stdout
     else:
         assert 0.4 < float(row["flops"]) <= 0.5
-        assert "| 0.5 | 4 |" in done.stdout
+        assert "| 50% | 4 | 1 |" in done.stdout
 
 
 def test_csr_layers_give_the_same_outputs():

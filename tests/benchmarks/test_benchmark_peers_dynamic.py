@@ -9,7 +9,7 @@ from harness.methods.dynamic import DynamicSparse, erk_counts
 from harness.methods.hyperflux import Hyperflux
 from harness.methods.lightning_pruning import LightningPruning
 from harness.tasks import Task
-from harness.training import train
+from harness.training import train_and_test
 from lightning.pytorch import Callback
 from peers import STEPS, make_task, mlp, run_watched
 from torch import nn
@@ -108,7 +108,7 @@ def test_erk_counts_sum_up_exactly_and_fit(keep):
 
 
 def test_erk_refuses_more_weights_than_there_are():
-    with pytest.raises(ValueError, match="11 weights to keep of 10"):
+    with pytest.raises(ValueError, match="`keep` is 11; it must be from 0 to 10"):
         erk_counts([(5, 2)], 11)
 
 
@@ -149,14 +149,14 @@ def test_the_share_that_is_exchanged_falls_on_a_cosine():
     method = DynamicSparse(2, "random", fraction=0.4, end=1.0)
     method.steps = 40
     for method.step in (0, 10, 20, 40):
-        assert method.share == pytest.approx(0.2 * (1 + math.cos(math.pi * method.step / 40)))
+        assert method.exchange_fraction == pytest.approx(0.2 * (1 + math.cos(math.pi * method.step / 40)))
 
     class Others(DynamicSparse):
         """What was dropped is the last to grow."""
 
-        def _random(self, weight):
+        def _random_scores(self, weight):
             active = weight != 0
-            return super()._random(weight).masked_fill(active, -0.5)
+            return super()._random_scores(weight).masked_fill(active, -0.5)
 
     for _, _, old, new, count in exchanges("random", Others):
         assert int((old & ~new).sum()) == count
@@ -187,7 +187,13 @@ def exchanges(grow, method=DynamicSparse):
                 for before, now, old, new in zip(weights, self.weights, masks, self.masks, strict=True):
                     kept = int(old.sum())
                     found.append(
-                        (before, now.detach().clone(), old, new, min(round(self.share * kept), old.numel() - kept))
+                        (
+                            before,
+                            now.detach().clone(),
+                            old,
+                            new,
+                            min(round(self.exchange_fraction * kept), old.numel() - kept),
+                        )
                     )
 
     run(Spy(7, grow, every=10))
@@ -326,4 +332,4 @@ def test_model_pruning_follows_the_cubic_at_the_ends_of_epochs():
 
 def test_model_pruning_can_run_twice():
     method = LightningPruning(10)
-    assert [train(MLP, method, 0, Path()).compression for _ in range(2)] == [10.0, 10.0]
+    assert [train_and_test(MLP, method, 0, Path()).compression for _ in range(2)] == [10.0, 10.0]

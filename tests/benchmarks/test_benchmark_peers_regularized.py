@@ -145,7 +145,7 @@ def test_cut_by_own_score(name):
 
 # How much the regularizer has pressed before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
 PRESSED = {
-    "l0": (lambda w, p: l0.typical(p) == 0, (0.1, 30.0)),
+    "l0": (lambda w, p: l0.noise_free_gates(p) == 0, (0.1, 30.0)),
     "vardrop": (lambda w, p: vardrop.log_alpha(w, p) > 3, (0.01, 3.0)),
     "spred": (lambda w, p: (w * p).abs() < 1e-2, (1e-5, 1e-1)),
 }
@@ -191,7 +191,7 @@ def test_ramp(name):
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -0.5, 0.0, 2.0])
 def test_gates_open_as_often_as_computed(log_alpha):
-    gates = l0.sample(torch.full((200_000,), log_alpha))
+    gates = l0.sample_gates(torch.full((200_000,), log_alpha))
     assert (gates != 0).float().mean() == pytest.approx(float(l0.probability_open(torch.tensor(log_alpha))), abs=5e-3)
     assert gates.min() >= 0
     assert gates.max() == 1  # the stretch puts mass on both ends
@@ -200,9 +200,9 @@ def test_gates_open_as_often_as_computed(log_alpha):
 
 def test_gates_learn_through_the_noise():
     log_alpha = torch.zeros(100_000, requires_grad=True)
-    l0.sample(log_alpha).mean().backward()
+    l0.sample_gates(log_alpha).mean().backward()
     eps = 0.05  # the derivative of the mean gate by log α
-    means = [float(l0.sample(torch.full((1_000_000,), sign * eps)).mean()) for sign in (-1, 1)]
+    means = [float(l0.sample_gates(torch.full((1_000_000,), sign * eps)).mean()) for sign in (-1, 1)]
     assert float(log_alpha.grad.sum()) == pytest.approx((means[1] - means[0]) / (2 * eps), rel=0.05)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from harness.tasks import Data, Task
-from harness.training import train
+from harness.training import train_and_test
 from torch import nn
 
 STEPS = 40  # of a run: 5 epochs of 8 batches
@@ -30,6 +30,6 @@ def run_watched(method, task, watch):
     callbacks, finish = method.callbacks, method.finish
     method.callbacks = lambda: [*callbacks(), watch]
     method.finish = lambda network: networks.append(finish(network)) or networks[-1]
-    outcome = train(task, method, 0, Path())
+    outcome = train_and_test(task, method, 0, Path())
     [network] = networks
     return outcome, network
