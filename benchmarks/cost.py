@@ -148,7 +148,7 @@ def cost_table(rows: list[dict[str, str]]) -> str:
         for row in rows
     ]
     return markdown_table(
-        ["", "dense", "frozen masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines
+        ["", "dense", "final masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines
     )
 
 
