@@ -32,7 +32,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.demo.data import Split, loader
+from lightning_autoprune.demo.data import Split, make_loader
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
@@ -100,7 +100,7 @@ def fit(network: str, mode: str, steps: int, batch: int, epochs: int = 3) -> flo
         prune = [AutoPruneCallback(target_sparsity=0.95, warmup=0.0, **options)]
     elif mode == "ModelPruning":  # at the end of each epoch
         prune = [ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)]
-    quiet_trainer(epochs, [clock, *prune]).fit(Classifier(NETWORKS[network]()), loader(images, batch))
+    quiet_trainer(epochs, [clock, *prune]).fit(Classifier(NETWORKS[network]()), make_loader(images, batch))
     return 1000 * clock.seconds / steps
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.demo.data import Split, loader
+from lightning_autoprune.demo.data import Split, make_loader
 from lightning_autoprune.demo.networks import Classifier
 from lightning_autoprune.training.metrics import MetricsReporter
 
@@ -86,7 +86,7 @@ def main() -> None:
                 )
                 parts = {"metrics": (MetricsReporter, "publish"), "curves": (MetricsReporter, "log")}
                 with Timed(**parts, figures=(AutoPruneCallback, "on_fit_end")) as timed:
-                    trainer.fit(Classifier(mlp(width, 48)), loader(images, 128))
+                    trainer.fit(Classifier(mlp(width, 48)), make_loader(images, 128))
             shares = [timed.seconds[part] / (2 * clock.seconds) for part in parts]
             line = f"{f'{width} neurons':<16}{name:<16}{1000 * clock.seconds / args.steps:>7.2f} ms"
             print(

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_autoprune import AutoPruneCallback, layer_sparsity, sparsity
-from lightning_autoprune.demo.data import load_digits, loader
+from lightning_autoprune.demo.data import load_digits, make_loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
 from lightning_autoprune.plots import input_survivors, read_curves, sparsity_curves
 
@@ -59,8 +59,8 @@ trainer = Trainer(
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(model, loader(digits.train, 32, shuffle=True))
-(result,) = trainer.test(model, loader(digits.test, 360), verbose=False)
+trainer.fit(model, make_loader(digits.train, 32, shuffle=True))
+(result,) = trainer.test(model, make_loader(digits.test, 360), verbose=False)
 print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}%")
 
 # %% [markdown]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_autoprune.demo.data import Split, load_mnist, loader
+from lightning_autoprune.demo.data import Split, load_mnist, make_loader
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
 
 from .networks import CharTransformer, mlp, small_resnet
@@ -34,7 +34,7 @@ class Data:
 def batches(rows: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """A loader of batches (inputs, labels) in an order that the seed alone decides."""
     split = Split(*rows)
-    return loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
+    return make_loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ class PruningRun:
         self._stepping.clear()
         self.gradients.after_weight_step(trainer)
         dense = self.pruner.auxiliary is None
-        frozen_now = self.pruner.end_step(self.report.history.look_at)
+        frozen_now = self.pruner.end_step(self.report.history.record_histograms)
         if dense and self.pruner.auxiliary is not None:
             self.gradients.warn_of_unused()
         if frozen_now:
@@ -220,7 +220,7 @@ class PruningRun:
     def _finish_pruning(self, trainer: Trainer) -> None:
         being_pruned.difference_update(self.module.modules())
         self._source.finetune()
-        self.report.history.final = steps_done(trainer)
+        self.report.history.masks_final_at = steps_done(trainer)
         prune_averages(trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
@@ -236,7 +236,7 @@ class PruningRun:
         """Hands the loggers the figures of the run so far."""
         history = self.report.history
         if self.pruner.M:
-            history.look_at(self.pruner.M)
+            history.record_histograms(self.pruner.M)
         if trainer.is_global_zero:
             best = best_values(trainer, history) if ended else None
             log_figures(trainer, steps_done(trainer), self.layers(), history, best)
