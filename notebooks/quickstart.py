@@ -60,7 +60,7 @@ trainer = Trainer(
     enable_model_summary=False,
 )
 trainer.fit(model, make_loader(digits.train, 32, shuffle=True))
-(result,) = trainer.test(model, make_loader(digits.test, 360), verbose=False)
+(result,) = trainer.test(model, make_loader(digits.test, 797), verbose=False)
 print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}%")
 
 # %% [markdown]

@@ -25,8 +25,8 @@ from lightning_autoprune.plots import read_curves
 
 def test_digits_are_real_and_need_no_download():
     images = data.load_digits()
-    assert (len(images.train), len(images.test)) == (1437, 360)
-    assert images.train.images.shape == (1437, 1, 8, 8)
+    assert (len(images.train), len(images.test)) == (1000, 797)
+    assert images.train.images.shape == (1000, 1, 8, 8)
     assert images.train.images.mean().abs() < 1e-5
     assert images.train.images.std() == pytest.approx(1, abs=1e-5)
     assert sorted(set(images.test.labels.tolist())) == list(range(10))
@@ -114,11 +114,11 @@ def test_the_demo_prints_layers_errors_and_compression_and_writes_its_files(tmp_
     out = result.stdout
     assert re.search(r"network\.1 +300×64 +19,200 +[\d,]+ +\d\d\.\d\d%", out)
     assert re.search(r"all +50,200 +5,020 +90\.00%", out)
-    assert "1,437 images to train on, 360 to test on" in out
+    assert "1,000 images to train on, 797 to test on" in out
     for percent, wrong in re.findall(r"(?:dense|pruned) (\d+\.\d\d)% \((\d+) wrong\)", out):
-        assert float(percent) == pytest.approx(100 * int(wrong) / 360, abs=0.01)
+        assert float(percent) == pytest.approx(100 * int(wrong) / 797, abs=0.01)
     assert re.search(
-        r"error on 360 test images +dense \d+\.\d\d% \(\d+ wrong\)   pruned \d+\.\d\d% \(\d+ wrong\)\n", out
+        r"error on 797 test images +dense \d+\.\d\d% \(\d+ wrong\)   pruned \d+\.\d\d% \(\d+ wrong\)\n", out
     )
     assert "10.0× (90.00% of all weights are 0)" in out
     paths = [Path(line.split()[-1]) for line in out.splitlines() if str(tmp_path) in line]

@@ -79,7 +79,7 @@ def make_loader(
 
 
 def load_digits() -> DigitImages:
-    """Load the 1,797 digits of 8×8 pixels that scikit-learn ships, and split them: 1,437 to train on, 360 to test on.
+    """Load the 1,797 digits of 8×8 pixels that scikit-learn ships, and split them: 1,000 to train on, 797 to test on.
 
     The split is random, but always the same.
 
@@ -98,12 +98,12 @@ def load_digits() -> DigitImages:
     images = torch.tensor(data, dtype=torch.float32).view(-1, 1, 8, 8)
     labels = torch.tensor(target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1437], order[1437:]
+    train, test = order[:1000], order[1000:]
     return _normalize("digits", images[train], labels[train], images[test], labels[test])
 
 
 class DigitsData(LightningDataModule):
-    """The digits of :func:`load_digits` for a configuration file: 1,200 to train, 237 to validate, 360 to test on.
+    """The digits of :func:`load_digits` for a configuration file: 800 to train, 200 to validate, 797 to test on.
 
     Args:
         batch_size: samples per training batch.
@@ -116,15 +116,15 @@ class DigitsData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the training batches, shuffled in each epoch."""
-        return make_loader(Split(*self.digits.train[:1200]), self.batch_size, shuffle=True)
+        return make_loader(Split(*self.digits.train[:800]), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all validation samples as one batch."""
-        return make_loader(Split(*self.digits.train[1200:]), 237)
+        return make_loader(Split(*self.digits.train[800:]), 200)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return all test samples as one batch."""
-        return make_loader(self.digits.test, 360)
+        return make_loader(self.digits.test, 797)
 
 
 def load_mnist(directory: str | Path) -> DigitImages:

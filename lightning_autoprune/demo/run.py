@@ -24,7 +24,7 @@ from lightning_autoprune.training.callback import AutoPruneCallback
 
 __all__ = ["add_arguments", "run_demo"]
 
-_EPOCHS = {"digits": 100, "mnist": 12}
+_EPOCHS = {"digits": 200, "mnist": 12}
 _BATCH_SIZE = {"digits": 32, "mnist": 128}
 
 
