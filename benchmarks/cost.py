@@ -37,7 +37,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.demo.data import Split, loader
+from lightning_autoprune.demo.data import Split, make_loader
 from lightning_autoprune.demo.networks import Classifier, lenet5, lenet_300_100
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
@@ -106,7 +106,7 @@ def fit(network: str, mode: str, steps: int, batch: int, epochs: int = 3) -> flo
         pruning = [AutoPruneCallback(target_sparsity=0.95, warmup=0.0, **options)]
     elif mode == "ModelPruning":  # prunes at the end of each epoch
         pruning = [ModelPruning("l1_unstructured", amount=0.95, use_global_unstructured=True)]
-    make_trainer(epochs, [clock, *pruning]).fit(Classifier(NETWORKS[network]()), loader(images, batch))
+    make_trainer(epochs, [clock, *pruning]).fit(Classifier(NETWORKS[network]()), make_loader(images, batch))
     return 1000 * clock.seconds / steps
 
 
@@ -147,9 +147,7 @@ def cost_table(rows: list[dict[str, str]]) -> str:
         [f"peak memory, {LABELS[row['network']]}", f"{row['peak_mib']} MiB", *format_ratios(row, "memory")]
         for row in rows
     ]
-    return markdown_table(
-        ["", "dense", "final masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines
-    )
+    return markdown_table(["", "dense", "final masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines)
 
 
 def last_rows(results: Path) -> list[dict[str, str]]:

@@ -28,7 +28,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.demo.data import Split, loader
+from lightning_autoprune.demo.data import Split, make_loader
 from lightning_autoprune.demo.networks import Classifier
 from lightning_autoprune.training.metrics import MetricsReporter
 
@@ -95,7 +95,7 @@ def main() -> None:
                 )
                 per_step = {"metrics": (MetricsReporter, "publish"), "curves": (MetricsReporter, "log")}
                 with FunctionTimer(**per_step, figures=(AutoPruneCallback, "on_fit_end")) as timer:
-                    trainer.fit(Classifier(mlp(width, 48)), loader(images, 128))
+                    trainer.fit(Classifier(mlp(width, 48)), make_loader(images, 128))
             fractions = [timer.seconds[part] / (2 * clock.seconds) for part in per_step]  # of both epochs
             line = f"{f'{width} neurons':<16}{name:<16}{1000 * clock.seconds / args.steps:>7.2f} ms"
             print(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_autoprune.demo.data import Split, load_mnist, loader
+from lightning_autoprune.demo.data import Split, load_mnist, make_loader
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
 
 from .networks import CharTransformer, mlp, small_resnet
@@ -36,10 +36,10 @@ class Data:
         return Data((inputs[:cut], labels[:cut]), (inputs[cut:], labels[cut:]))
 
 
-def make_loader(samples: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def make_seeded_loader(samples: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
     """Return a loader of batches (inputs, labels) whose order depends on the seed alone."""
     split = Split(*samples)
-    return loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
+    return make_loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
 
 
 @dataclass(frozen=True)

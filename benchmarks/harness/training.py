@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
-from .tasks import Task, make_loader
+from .tasks import Task, make_seeded_loader
 
 
 def silence(threads: int = 1) -> None:
@@ -181,7 +181,7 @@ def train_network(
     learner.example_input_array = data.train[0][:1]
     trainer = make_trainer(epochs, method.callbacks())
     start = time.perf_counter()
-    trainer.fit(learner, make_loader(data.train, task.batch, seed))
+    trainer.fit(learner, make_seeded_loader(data.train, task.batch, seed))
     seconds = time.perf_counter() - start
     passes = learner.samples[0] / (len(data.train[0]) * epochs)
     return TrainedNetwork(method.finish(learner.network), data.test, round(passes, 2), round(seconds, 1))

@@ -171,7 +171,7 @@ class PruningRun:
         self._hooks.end_training_step()
         self.gradients.after_weight_step()
         was_dense = self.pruner.auxiliary is None
-        became_final = self.pruner.end_step(self.report.history.look_at)
+        became_final = self.pruner.end_step(self.report.history.record_histograms)
         if was_dense and self.pruner.auxiliary is not None:
             self.gradients.warn_of_unused_layers()
         if became_final:
@@ -193,7 +193,7 @@ class PruningRun:
     def _finish_pruning(self) -> None:
         remove_mark(self.module)
         self._source.finetune()
-        self.report.history.final = steps_done(self._trainer)
+        self.report.history.masks_final_at = steps_done(self._trainer)
         prune_averages(self._trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
@@ -218,7 +218,7 @@ class PruningRun:
         """Hand the loggers the figures of the run so far."""
         history = self.report.history
         if self.pruner.M:
-            history.look_at(self.pruner.M)
+            history.record_histograms(self.pruner.M)
         if self._trainer.is_global_zero:
             best = best_values(self._trainer, history) if ended else None
             log_figures(self._trainer, steps_done(self._trainer), self.layers(), history, best)

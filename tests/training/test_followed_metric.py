@@ -111,13 +111,13 @@ def test_the_points_of_a_run_that_is_resumed_are_those_of_the_whole_run(name):
     whole, pruning = run()
     resumed, again = run(ckpt_path="c/step=16.ckpt")
     assert resumed == whole
-    assert again._run.report.history.final == pruning._run.report.history.final
+    assert again._run.report.history.masks_final_at == pruning._run.report.history.masks_final_at
 
 
 def test_the_best_since_the_masks_are_final_is_not_one_from_before_that_was_as_sparse_or_sparser():
     history = RunHistory()
     for step, then, value in [(1, 0.0, 0.1), (2, 0.6, 0.2), (3, 0.5, 0.3), (4, 0.5, 0.5), (5, 0.5, 0.4)]:
-        history.measure("val_loss", step, then, value, final=step >= 4)
+        history.record_metric("val_loss", step, then, value, masks_final=step >= 4)
     t = trainer(callbacks=[EarlyStopping("val_loss")])
     assert best_values(t, history) == {"best_val_loss": 0.1, "best_pruned_val_loss": 0.4}
 

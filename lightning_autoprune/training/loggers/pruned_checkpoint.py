@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.checkpoint_reader import pruning_state
+from lightning_autoprune.reporting.checkpoint_reader import find_pruning_state
 from lightning_autoprune.tensors.bitmasks import pack
 
 __all__ = ["_best", "_equal", "_is_pruned"]
@@ -55,7 +55,7 @@ def _is_pruned(path: str, zeros: Mapping[str, Tensor], masks: Sequence[Tensor]) 
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):  # the user's own objects are in it, or it is no archive
         return False
-    if (ours := pruning_state(checkpoint)) is not None:
+    if (ours := find_pruning_state(checkpoint)) is not None:
         auxiliary = ours["pruner"]["auxiliary"]
         return bool(auxiliary and auxiliary["frozen"]) and _equal(auxiliary["masks"], masks)
     state: Mapping[str, Tensor] = checkpoint["state_dict"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from lightning_autoprune.reporting.layer_table import LayerSummary, table_cells, total_row
+from lightning_autoprune.reporting.layer_table import LayerSummary, format_layer_table, sum_layers
 from lightning_autoprune.reporting.plots import metric_path
 from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.loggers.pictures import _can_draw, _heatmap
@@ -20,7 +20,7 @@ def _log_to_tensorboard(writer: Any, root: str, step: int, rows: Sequence[LayerS
     if history.metric and history.points and _can_draw():
         path = [(sparsity, value) for _, sparsity, value in history.points]
         writer.add_figure(f"{root}/path", metric_path(path, history.metric), step)
-    head, cells = table_cells([*rows, total_row(rows)])
+    head, cells = format_layer_table([*rows, sum_layers(rows)])
     lines = [head, ["---"] * len(head), *cells]
     writer.add_text(f"{root}/layers", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
     for name, (counts, edges) in history.histograms.items():

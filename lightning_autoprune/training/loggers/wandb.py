@@ -16,7 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.layer_table import LayerSummary, total_row
+from lightning_autoprune.reporting.layer_table import LayerSummary, sum_layers
 from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.loggers.pruned_checkpoint import _best
 
@@ -57,7 +57,7 @@ def log_figures(
         figures[f"{root}/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
     run.log({**figures, "trainer/global_step": step})
     if best is not None:
-        whole = total_row(rows)
+        whole = sum_layers(rows)
         run.summary[f"{root}/final_sparsity"] = whole.sparsity
         run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
         for name, value in best.items():
