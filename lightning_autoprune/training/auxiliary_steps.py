@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
@@ -141,8 +141,9 @@ class AuxiliarySteps:
         """Warns, as pruning begins after a dense phase, of layers that the loss does not depend on."""
         if unused := [name for name in self._without if name in self._trained()]:
             rank_zero_warn(
-                f"No loss so far depends on {listed(unused)}, so the pressure prunes nearly all of their weights and"
-                " little of the others': `exclude` what is not trained by the loss, such as an average of the weights."
+                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights"
+                " and little of the others': `exclude` what is not trained by the loss, such as an average of the"
+                " weights."
             )
 
     def _trained(self) -> dict[str, Tensor]:
