@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 
 __all__ = ["describe", "look_up"]
 
@@ -45,7 +45,7 @@ def look_up(
         return registry[value]
     if isinstance(value, str) or not is_allowed(value):
         also = f", or {own}" if own else ""
-        raise AutoPruneError(f"`{setting}` is {value!r}; allowed are {listed(registry)}{also}.")
+        raise AutoPruneError(f"`{setting}` is {value!r}; allowed are {quote_names(registry)}{also}.")
     return value
 
 

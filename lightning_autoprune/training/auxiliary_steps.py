@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
@@ -183,7 +183,7 @@ class AuxiliarySteps:
         trained = self._trained_weights()
         if unused := [name for name in self._layers_without_gradient if name in trained]:
             rank_zero_warn(
-                f"No loss so far depends on {listed(unused)}, so the pressure prunes nearly all of their weights and"
+                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights and"
                 " few of the others': `exclude` layers that the loss does not train, such as an average of the weights."
             )
 

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
@@ -279,9 +279,9 @@ class PruningRun:
         self.pruner.load_state_dict(state["pruner"])
         if list(state["layers"]) != list(self.pruner.weights):  # channels are numbered in the order of the layers
             raise AutoPruneError(
-                f"The checkpoint's pruning state is for other layers: {listed(state['layers'])} there, and"
-                f" {listed(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`, or"
-                " start from its weights alone."
+                f"The checkpoint's pruning state is for other layers: {quote_names(state['layers'])} there, and"
+                f" {quote_names(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`,"
+                " or start from its weights alone."
             )
         if self.pruner.auxiliary:
             _warn_of_changed_settings(state["settings"], self.pruner.described(), self.pruner.masks_final)

@@ -18,7 +18,7 @@ from harness.methods import LABELS, METHODS
 from harness.methods.settings import TRIALS, best_settings
 from harness.report import compression_table, no_target_table
 from harness.results import Run, append_outcome, append_row, group_means, missing_runs, read_rows
-from harness.tasks import TASKS, make_loader
+from harness.tasks import TASKS, make_seeded_loader
 from harness.training import Method, evaluate, train_and_test
 from paths import ROOT
 
@@ -45,7 +45,7 @@ def test_samples_passed_are_counted(method, passes):
 
 def test_a_second_pass_over_the_samples_is_counted():
     samples = TABULAR.data(Path()).train
-    method = METHODS["autoprune"](10, 0, held_out=make_loader(samples, 32, 0), warmup=0.0, finetune=0.0)
+    method = METHODS["autoprune"](10, 0, held_out=make_seeded_loader(samples, 32, 0), warmup=0.0, finetune=0.0)
     assert train_and_test(TABULAR, method, 0, Path(), epochs=3).passes == pytest.approx(2.0, abs=0.05)
 
 
