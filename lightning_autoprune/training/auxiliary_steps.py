@@ -59,8 +59,8 @@ class AuxiliarySteps:
     ) -> None:
         self._pruner, self._source, self._optimizers, self._report = pruner, source, optimizers, report
         self._loss_fn, self._seed = loss_fn, seed
-        joined = source.joins and len(optimizers) == 1
-        self._follows_training = joined if train_gradients is None or not source.holds_out else train_gradients
+        joined = source.default_train_gradients and len(optimizers) == 1
+        self._follows_training = joined if train_gradients is None or not source.has_batches else train_gradients
         self._own: dict[str, Tensor] = {}  # of the weight step under way, by layer
         self._bad_losses = 0
         self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
@@ -84,16 +84,16 @@ class AuxiliarySteps:
             ]
             if scaler and (scale := scale_left(scaler, optimizer)) != 1:
                 gradients = list(torch._foreach_div(gradients, scale))
-            if self._source.holds_out:
+            if self._source.has_batches:
                 self._own = {name: gradient.clone() for name, gradient in zip(weights, gradients, strict=True)}
             else:
                 self._step(dict(zip(weights, gradients, strict=True)))
 
     def after_weight_step(self, trainer: Trainer) -> None:
         """Passes a held-out batch, if a step is due, and steps M."""
-        if not (self._source.holds_out and self._pruner.due and (weights := self._trained())):
+        if not (self._source.has_batches and self._pruner.due and (weights := self._trained())):
             return
-        batch, own, self._own = self._source.batch(trainer), self._own, {}
+        batch, own, self._own = self._source.next_batch(trainer), self._own, {}
         ranks, device = trainer.world_size, trainer.strategy.root_device
 
         def agree(good: bool) -> bool:
@@ -105,7 +105,7 @@ class AuxiliarySteps:
             return
         tensors = list(weights.values())
         sharded = any(is_sharded(weight) for weight in tensors)  # the backward pass takes the mean over the ranks then
-        seeds, factor = (self._seed, self._pruner.step), self._source.weight if sharded else 1.0
+        seeds, factor = (self._seed, self._pruner.step), self._source.rank_weight if sharded else 1.0
         self._passes += 1
         thorough = self._passes & (self._passes - 1) == 0  # at the 1st, 2nd, 4th, 8th, …
         # those that the user's own steps write to, such as a teacher's
@@ -125,11 +125,11 @@ class AuxiliarySteps:
             self._bad_loss(f"the held-out loss is {result}")
             return
         sent = [result[0]] if sharded else [result[0], *result[1]]
-        loss, *gradients = mean_over_ranks(sent, self._source.weight, ranks)
+        loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, ranks)
         gradients = gradients or result[1]
         self._report.held_out_loss(float(loss))
         if own.keys() == weights.keys():
-            share = self._source.share
+            share = self._source.held_out_share
             if ranks > 1:  # the same on all, whatever the sizes of their batches
                 share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
             mean = list(own.values())

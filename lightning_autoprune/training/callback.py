@@ -191,9 +191,9 @@ class AutoPruneCallback(Callback):
         if stage != "fit" or not self.enabled:
             return
         self._loaded, self._last, self._run = None, self._run or self._last, None
-        check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.loss_fn is not None)
+        check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.loss_fn is not None)
         check_sharding(trainer, self.settings.granularity == "neuron", self.log_artifact)
-        self._source.clock = self._steps_done
+        self._source.steps_done = self._steps_done
         self._source.setup(trainer)
 
     def _steps_done(self) -> int:
@@ -231,7 +231,7 @@ class AutoPruneCallback(Callback):
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         check_shards(trainer, weights)
         needed = None
-        if not self._source.holds_out:
+        if not self._source.has_batches:
             needed = 'held_out="train"'
         elif self.train_gradients:
             needed = "train_gradients=True"
@@ -371,4 +371,4 @@ class AutoPruneCallback(Callback):
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
-            self._source.finetune()  # before the training loader is made
+            self._source.on_masks_final()  # before the training loader is made

@@ -95,7 +95,7 @@ class PruningRun:
             )
         self.pruner.start()
         if self.pruner.frozen:
-            self._source.finetune()
+            self._source.on_masks_final()
             prune_averages(trainer, self.pruner)
         else:
             being_pruned.update(self.module.modules())
@@ -219,7 +219,7 @@ class PruningRun:
 
     def _finish_pruning(self, trainer: Trainer) -> None:
         being_pruned.difference_update(self.module.modules())
-        self._source.finetune()
+        self._source.on_masks_final()
         self.report.history.final = steps_done(trainer)
         prune_averages(trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
@@ -276,7 +276,7 @@ class PruningRun:
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
             "left_dense": list(self._left_dense),
-            "source": self._source.name,
+            "source": self._source.description,
             "gradients": self.gradients.state_dict(),
             "pruner": self.pruner.state_dict(),
             "report": self.report.state_dict(),
@@ -304,10 +304,11 @@ class PruningRun:
         self.gradients.load_state_dict(state["gradients"])
         if self.pruner.frozen:
             return
-        if self._source.name != state["source"]:
+        if self._source.description != state["source"]:
             raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.name}. Resume"
-                " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
+                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.description}."
+                " Resume with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights"
+                " alone."
             )
         self._source.load_state_dict(state["held_out"])
 
