@@ -1,8 +1,8 @@
-"""Masks as bits: exact, fast ways to clear, decide, count and pack them. Torch only.
+"""Masks as bits: clear, count and pack them, exactly and fast. Torch only.
 
-A mask is an integer tensor of the weight's item size, -1 where kept and 0 where pruned. AND on the bits is several
-times faster than ``masked_fill`` or ``where`` on the CPU, and it clears exactly: NaN, infinity and -0.0 become 0.0.
-A large mask that no longer changes takes one bit an entry, as a :class:`PackedMask`.
+A mask is an integer tensor with the item size of the weight: -1 where a weight is kept, 0 where it is pruned. AND on
+the bits is several times faster than ``masked_fill`` or ``where`` on the CPU, and it clears exactly: NaN, infinity and
+-0.0 become 0.0. A large mask that no longer changes takes one bit per entry, as a :class:`PackedMask`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,27 @@ from torch import Tensor
 
 __all__ = ["PackedMask", "as_bits", "pack", "pack_if_large", "unpack", "zero_pruned"]
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by item size in bytes
 
-_LARGE = 2**16  # entries; below, a mask's size matters less than the time of a call
+_LARGE_MASK = 2**16  # entries; for smaller masks, the time to unpack matters more than the memory
 
-_CHUNK = 2**15  # bytes of a packed mask at a time, which is 1 MiB of a mask for float32: it stays in the cache
+_CHUNK = 2**15  # bytes of a packed mask; unpacked for float32 they are 1 MiB, which stays in the cache
 
 
 def as_bits(x: Tensor) -> Tensor:
-    """The same storage as integers. AND with -1 or 0 keeps or clears exactly, NaN and -0.0 included."""
-    return x.view(_INTEGER[x.element_size()])
+    """View a tensor as integers of its item size, in the same storage.
+
+    AND with -1 leaves an entry as it is, and AND with 0 clears it, NaN and -0.0 included.
+    """
+    return x.view(_INTEGER_TYPES[x.element_size()])
 
 
 class PackedMask:
-    """A mask of one bit an entry.
+    """A mask with one bit per entry.
 
     Args:
-        bits: the mask, -1 where kept and 0 where pruned.
+        bits: the mask as integers, -1 where an entry is kept and 0 where it is pruned; their item size must be that of
+            the tensors to clear.
 
     Example:
         >>> mask = PackedMask(torch.tensor([-1, 0, -1], dtype=torch.int32))
@@ -44,33 +48,34 @@ class PackedMask:
     def __init__(self, bits: Tensor) -> None:
         self.shape = bits.shape
         self.packed = pack(bits.bool()).to(bits.device)
-        kept = (torch.arange(256, device=bits.device).unsqueeze(1) >> torch.arange(8, device=bits.device)) & 1
-        self._table = kept.neg().to(bits.dtype)  # of each byte, the eight entries that it stands for
+        ones = (torch.arange(256, device=bits.device).unsqueeze(1) >> torch.arange(8, device=bits.device)) & 1
+        self._entries_of_byte = ones.neg().to(bits.dtype)  # shape (256, 8): the entries that each byte stands for
 
     def bool(self) -> Tensor:
-        """True where an entry is kept."""
+        """Return the mask as a bool tensor, True where an entry is kept."""
         return unpack(self.packed.cpu(), self.shape).to(self.packed.device)
 
     def zero_pruned_(self, x: Tensor) -> None:
-        """Sets the pruned entries of a tensor of this shape to 0.0."""
+        """Set the pruned entries of a tensor of the mask's shape to 0.0, in place."""
         bits = as_bits(x)
         if not x.is_contiguous():
-            bits.bitwise_and_(self._wide(self.packed)[: x.numel()].view(self.shape))
+            bits.bitwise_and_(self._unpacked(self.packed)[: x.numel()].view(self.shape))
             return
-        for part, packed in zip(torch.split(bits.view(-1), 8 * _CHUNK), torch.split(self.packed, _CHUNK), strict=True):
-            part.bitwise_and_(self._wide(packed)[: len(part)])
+        chunks = zip(torch.split(bits.view(-1), 8 * _CHUNK), torch.split(self.packed, _CHUNK), strict=True)
+        for chunk, packed in chunks:
+            chunk.bitwise_and_(self._unpacked(packed)[: len(chunk)])
 
-    def _wide(self, packed: Tensor) -> Tensor:
-        return self._table.index_select(0, packed.int()).view(-1)
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return self._entries_of_byte.index_select(0, packed.int()).view(-1)
 
 
 def pack_if_large(bits: Tensor) -> Tensor | PackedMask:
-    """A mask that no longer changes, in as little memory as is worth its time."""
-    return PackedMask(bits) if bits.numel() >= _LARGE else bits
+    """Pack a mask that no longer changes if it is large enough for the memory to be worth the time."""
+    return PackedMask(bits) if bits.numel() >= _LARGE_MASK else bits
 
 
 def zero_pruned(x: Tensor, mask: Tensor | PackedMask) -> None:
-    """Sets the pruned entries of a tensor to 0.0, in place."""
+    """Set the pruned entries of a tensor to 0.0, in place."""
     if isinstance(mask, PackedMask):
         mask.zero_pruned_(x)
     else:
@@ -78,12 +83,12 @@ def zero_pruned(x: Tensor, mask: Tensor | PackedMask) -> None:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """A bool tensor as bytes of eight entries each, shape (ceil(numel / 8),), on the CPU."""
+    """Pack a bool tensor into bytes of eight entries each, shape (ceil(numel / 8),), on the CPU."""
     flat = torch.nn.functional.pad(mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8))
     return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """The bool tensor of ``shape`` that :func:`pack` made ``packed`` of."""
+    """Unpack the bytes that :func:`pack` made into a bool tensor of the given shape."""
     flat = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
     return flat.flatten()[: math.prod(shape)].view(tuple(shape)).bool()

@@ -1,4 +1,7 @@
-"""What the ranks of a run agree on before M is stepped, so that it stays the same on all. Torch only."""
+"""Votes and means over the ranks of a run, with the same bits on every rank. Torch only.
+
+M is stepped on each rank, from the same numbers, so that it stays the same on all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ __all__ = ["all_ranks_agree", "mean_over_ranks"]
 
 
 def all_ranks_agree(decision: bool, ranks: int, device: torch.device | None = None) -> bool:
-    """Whether all ranks decide so; each gets the same answer.
+    """Return True on every rank if `decision` is True on all of them, else False on every rank.
 
     Args:
-        decision: this rank's.
-        ranks: how many there are; with one nothing is sent.
-        device: of the tensor that is sent.
+        decision: the vote of this rank.
+        ranks: number of ranks; nothing is sent if it is 1.
+        device: device of the tensor that is sent.
 
     Example:
         >>> all_ranks_agree(True, ranks=1)
@@ -31,12 +34,12 @@ def all_ranks_agree(decision: bool, ranks: int, device: torch.device | None = No
 
 
 def mean_over_ranks(tensors: Sequence[Tensor], weight: float, ranks: int) -> list[Tensor]:
-    """The mean of tensors over the ranks; each rank gets the same bits.
+    """Return the weighted mean of each tensor over the ranks; every rank gets the same bits.
 
     Args:
-        tensors: as many of the same shapes on all ranks.
-        weight: of this rank's; 1 in the mean over the ranks.
-        ranks: how many there are; with one they are given back as they are.
+        tensors: the tensors of this rank; all ranks pass as many, of the same shapes.
+        weight: the weight of this rank; the weights of all ranks have a mean of 1.
+        ranks: number of ranks; if it is 1, the tensors are returned unchanged.
 
     Example:
         >>> mean_over_ranks([torch.tensor(0.5)], weight=1.0, ranks=1)

@@ -1,4 +1,4 @@
-"""Buffers, and other tensors, that a block may write to and that are afterwards as they were. Torch only."""
+"""Context managers after which tensors or buffers are as they were before the block. Torch only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ __all__ = ["preserve_buffers", "preserve_values"]
 
 @contextmanager
 def preserve_values(tensors: Collection[Tensor]) -> Iterator[None]:
-    """Puts the values of tensors back; inference tensors and expanded ones can't be written to here.
+    """Restore the values of tensors after the block.
+
+    Inference tensors and expanded tensors are left out: they can't be written to.
 
     Example:
         >>> x = torch.ones(2)
@@ -38,11 +40,14 @@ def _is_expanded(tensor: Tensor) -> bool:
 
 @contextmanager
 def preserve_buffers(module: nn.Module) -> Iterator[None]:
-    """Puts back the buffers of one module, not of those in it: the same tensors, with the same values."""
+    """Restore the buffers of one module after the block: the same tensors, with the same values.
+
+    Buffers of submodules are not restored.
+    """
     saved = {name: buffer for name, buffer in module._buffers.items() if buffer is not None}
     with preserve_values(saved.values()):
         try:
             yield
         finally:
-            if not isinstance(module, torch.jit.ScriptModule):  # whose code can't put others in their place
+            if not isinstance(module, torch.jit.ScriptModule):  # compiled code can't have replaced a buffer
                 module._buffers.update(saved)

@@ -1,4 +1,4 @@
-"""Random numbers apart from the user's, the same for the same seeds."""
+"""Random numbers that do not touch the user's, and that are the same for the same seeds."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["derive_seed", "isolated_random"]
 
 @contextmanager
 def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Seeds torch, numpy and Python inside the block and puts their states back after it.
+    """Seed torch, NumPy and Python inside the block, and restore their states after it.
 
     Args:
-        seeds: integers that together make the seed.
-        generators: more generators of torch to treat the same.
+        seeds: integers that are combined into one seed.
+        generators: further torch generators to seed and restore.
 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> with isolated_random(1, 2):
         ...     _ = torch.rand(3)
-        >>> round(torch.rand(()).item(), 4)  # as if the block had not been
+        >>> round(torch.rand(()).item(), 4)  # the same number as without the block
         0.4963
     """
     seed = derive_seed(*seeds)
@@ -32,7 +32,7 @@ def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> 
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
         with torch.random.fork_rng(devices=devices):
-            # not torch.manual_seed: without a GPU it keeps a stack trace a call, for ever, and takes milliseconds
+            # not torch.manual_seed: without a GPU each call keeps a stack trace forever, and takes milliseconds
             for generator in (torch.default_generator, *generators):
                 generator.manual_seed(seed)
             if devices:
@@ -48,7 +48,7 @@ def isolated_random(*seeds: int, generators: Sequence[torch.Generator] = ()) -> 
 
 
 def derive_seed(*seeds: int) -> int:
-    """One 63-bit seed out of several integers, the same on every machine (FNV-1a over their bytes)."""
+    """Combine integers into one 63-bit seed, the same on every machine (FNV-1a over their bytes)."""
     value = 0xCBF29CE484222325
     for seed in seeds:
         for byte in (seed % 2**64).to_bytes(8, "little"):

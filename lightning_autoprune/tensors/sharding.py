@@ -1,10 +1,15 @@
-"""Weights of which each rank holds a part (FSDP2), as the local tensor of a ``DTensor``. Torch only.
+"""Sharded weights (FSDP2): each rank holds one shard of a weight, the local tensor of a ``DTensor``. Torch only.
 
-What is done entry by entry is done on the parts; the functions here are for what is not. Tensors that are not sharded
-pass through them as they are.
+Elementwise operations need nothing but :func:`local_shard`: they run on the shard. The other functions are for
+operations that look at more than one entry, and for forward and backward passes beside the training. Functions of a
+weight also take plain tensors, so that callers need not ask whether it is sharded.
 
-FSDP2 puts whole copies in the place of a module's parameters while it runs. A forward pass leaves those of the
-outermost module there until its backward pass, and without one they grow stale: see :func:`reshard`.
+A *whole* tensor has the full shape. A function that communicates says "Call it on all ranks": if one rank does not, the
+others wait forever.
+
+FSDP2 replaces the sharded parameters of a module with whole copies while the module runs. After a forward pass the
+outermost module keeps its copies for the backward pass. If no backward pass follows, the copies stay and become stale
+at the next weight step: see :func:`reshard`.
 """
 
 from __future__ import annotations
@@ -37,12 +42,21 @@ __all__ = [
 
 
 def is_sharded(x: Tensor) -> TypeIs[DTensor]:
-    """Whether this rank has a part of a tensor only."""
-    return hasattr(x, "device_mesh")  # not isinstance: its module is slow to import, and not in each build of torch
+    """Return True if a tensor is a ``DTensor``, of which this rank holds only a shard.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return hasattr(x, "device_mesh")  # not isinstance: DTensor's module is slow to import, and some builds lack it
 
 
 def local_shard(x: Tensor) -> Tensor:
-    """The entries that this rank has of a tensor, in the same storage, without a graph; there may be none.
+    """Return this rank's shard of a tensor, detached, in the same storage; all of a tensor that is not sharded.
+
+    Returns:
+        A plain tensor; writes to it change ``x``. It is empty on some ranks if the tensor has fewer rows than there
+        are ranks.
 
     Example:
         >>> local_shard(nn.Parameter(torch.ones(2)))
@@ -54,61 +68,84 @@ def local_shard(x: Tensor) -> Tensor:
         return x.to_local().detach()
 
 
-def gather_whole(own: Tensor, like: Tensor) -> Tensor:
-    """The whole of a tensor of which each rank has a part; to be called on all ranks.
+def gather_whole(shard: Tensor, like: Tensor) -> Tensor:
+    """Gather a whole tensor from the shards of all ranks. Call it on all ranks.
 
     Args:
-        own: this rank's part.
-        like: a tensor that is sharded in the same way.
+        shard: this rank's shard, of any dtype.
+        like: a tensor of the whole shape that is sharded in the same way, such as the weight that a mask belongs to.
+
+    Returns:
+        The whole tensor on every rank, with the shape of ``like``; ``shard`` itself if ``like`` is not sharded.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> gather_whole(local_shard(weight) > 0, weight)
+        tensor([True, True])
     """
     if not is_sharded(like):
-        return own
+        return shard
     from torch.distributed.tensor import DTensor
 
     shape, stride = like.shape, like.stride()
-    if own.shape != local_shard(like).shape:  # an entry per block of each row
-        shape = torch.Size([like.shape[0], *own.shape[1:]])
+    if shard.shape != local_shard(like).shape:  # an entry per block of each row
+        shape = torch.Size([like.shape[0], *shard.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        own, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+        shard, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
     ).full_tensor()
 
 
 class WholeTensors(Mapping[str, Tensor]):
-    """Whole tensors by name, each gathered when it is asked for, which all ranks do in the same order.
+    """Whole tensors by name, each gathered when it is looked up, so that only one at a time takes memory.
+
+    A lookup communicates: all ranks must look up the same names in the same order.
 
     Args:
-        own: this rank's parts.
+        shards: this rank's shards, in the order of ``like``.
         like: tensors that are sharded in the same way, by name.
+
+    Example:
+        >>> weights = {"first": torch.ones(2), "last": torch.ones(1)}
+        >>> wholes = WholeTensors([torch.zeros(2), torch.zeros(1)], weights)
+        >>> list(wholes), wholes["first"]
+        (['first', 'last'], tensor([0., 0.]))
     """
 
-    def __init__(self, own: Sequence[Tensor], like: Mapping[str, Tensor]) -> None:
-        self._parts = dict(zip(like, zip(own, like.values(), strict=True), strict=True))
+    def __init__(self, shards: Sequence[Tensor], like: Mapping[str, Tensor]) -> None:
+        self._shards = dict(zip(like, zip(shards, like.values(), strict=True), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
-        return gather_whole(*self._parts[name])
+        return gather_whole(*self._shards[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
+        return iter(self._shards)
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self._shards)
 
 
-def shard_like(x: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have; nothing is sent.
+def shard_like(whole: Tensor, like: Tensor) -> Tensor:
+    """Cut this rank's shard out of a tensor that all ranks have. Nothing is sent.
 
     Args:
-        x: the same on all ranks.
-        like: a tensor that is sharded as the result is to be.
+        whole: the whole tensor, the same on all ranks.
+        like: a tensor of the same shape that is sharded as the result is to be.
+
+    Returns:
+        A copy of this rank's entries; ``whole`` itself if ``like`` is not sharded. :func:`gather_whole` is the inverse.
+
+    Example:
+        >>> shard_like(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
     """
     if not is_sharded(like):
-        return x
+        return whole
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = like.device_mesh
-    everywhere = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return everywhere.redistribute(mesh, like.placements).to_local().clone()
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, like.placements).to_local().clone()
 
 
 def shard_along(x: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -129,23 +166,26 @@ def shard_along(x: Tensor, like: Tensor, dim: int) -> Tensor:
 
 
 def sum_over_ranks(numbers: Tensor) -> Tensor:
-    """The sum of some numbers over all ranks, in place; each rank gets the same bits."""
+    """Sum a tensor over all ranks, in place; every rank gets the same bits. Call it on all ranks."""
     dist.all_reduce(numbers)
     return numbers
 
 
-def sum_over_lower_ranks(own: int) -> int:
-    """The sum of a number over the ranks before this one; to be called on all ranks."""
-    found: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return sum(found[: dist.get_rank()])
+def sum_over_lower_ranks(number: int) -> int:
+    """Return the sum of the numbers that the ranks below this one pass; 0 on rank 0. Call it on all ranks."""
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers[: dist.get_rank()])
 
 
-# A pass beside the training
+# Passes beside the training
 
 
 def reshard(model: nn.Module) -> None:
-    """Puts the sharded parameters back in their place, from which the next forward pass gathers anew."""
+    """Put the sharded parameters back in place of whole copies, so that the next forward pass gathers them anew.
+
+    Modules without FSDP2 are left alone.
+    """
     for module in model.modules():
         if callable(put_back := getattr(module, "reshard", None)) and hasattr(module, "unshard"):  # an FSDPModule
             put_back()
@@ -153,10 +193,10 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def isolated_pass(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Runs a block with a forward pass, and maybe a backward pass, that leaves no trace in sharded parameters.
+    """Run a forward pass, and maybe a backward pass, that leaves no trace in sharded parameters.
 
-    Their gradients are None inside, and afterwards as before; what waits for a gradient to be complete (an optimizer
-    that steps in the backward pass) is not called.
+    All gradients are None inside the block; afterwards they are as before. Hooks that wait for a complete gradient are
+    not called, such as an optimizer that steps in the backward pass.
 
     Args:
         model: the module that is trained.
@@ -178,12 +218,21 @@ def isolated_pass(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]
 
 
 def loss_gradients(loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of a loss; None where it does not depend on a weight.
+    """Return the gradient of a loss for each weight, None for a weight that the loss does not depend on.
 
     Args:
         loss: a scalar.
-        weights: parameters. Of sharded ones the result is this rank's part, and the mean over the ranks' losses; it
-            takes a backward pass (``autograd.grad`` gives None), inside :func:`isolated_pass`.
+        weights: parameters. If any is sharded, call this on all ranks and inside :func:`isolated_pass`: it takes a
+            backward pass, since ``torch.autograd.grad`` gives None for sharded parameters.
+
+    Returns:
+        One tensor per weight, of the weight's shape. For sharded weights it is this rank's shard, and the gradient is
+        that of the mean of the ranks' losses.
+
+    Example:
+        >>> used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        >>> loss_gradients((3 * used).sum(), [used, unused])
+        [tensor([3., 3.]), None]
     """
     if not any(is_sharded(weight) for weight in weights):
         return list(torch.autograd.grad(loss, weights, allow_unused=True))

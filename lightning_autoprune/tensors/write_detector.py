@@ -1,4 +1,4 @@
-"""Which tensors somebody has written to, through ``.data`` too. Torch only."""
+"""Detects which tensors have been written to, also through ``.data``. Torch only."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["WriteDetector"]
 
 
 class WriteDetector:
-    """Remembers tensors as they are, and tells which of them have been written to since.
+    """Remembers the state of tensors, and reports which of them have been written to since.
 
-    A count that torch keeps tells most of it at once. What is written through ``.data`` is not counted, and is seen by
-    the sum of the bits, which takes a pass over all values.
+    Most writes increment a version counter that torch keeps, which is cheap to read. Writes through ``.data`` do not.
+    They are found by the sum of a tensor's bits, which takes a pass over all values.
 
     Args:
-        tensors: to be watched; inference tensors, which can't be written to, are left out.
-        check_values: whether ``modified(check_values=True)`` will be asked for.
+        tensors: the tensors to watch. Inference tensors are left out: they can't be written to.
+        check_values: whether ``modified(check_values=True)`` will be called, which needs the sums of now.
 
     Example:
         >>> x, y, z = torch.ones(2), torch.ones(2), torch.ones(2)
@@ -33,23 +33,26 @@ class WriteDetector:
 
     def __init__(self, tensors: Iterable[Tensor], *, check_values: bool = False) -> None:
         watched = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._before = [(t, t._version, _sum_of_bits(t) if check_values else None) for t in watched]
-        self._found: set[int] = set()
+        self._before = [(t, t._version, _sum_bits(t) if check_values else None) for t in watched]
+        self._changed_values: set[int] = set()  # the ids of tensors that were found by their values
 
     def modified(self, *, check_values: bool = False) -> list[Tensor]:
-        """Those that have been written to by now.
+        """Return the tensors that have been written to since the detector was made.
 
         Args:
-            check_values: whether to look at the values of those that no count tells of; such a find is remembered.
+            check_values: whether to compare the values of tensors whose version is unchanged. A tensor found in this
+                way is reported by all later calls too.
         """
         for t, version, bits in self._before if check_values else ():
-            if t._version == version and bits is not None and bits != _sum_of_bits(t):
-                self._found.add(id(t))
-        return [t for t, version, _ in self._before if t._version != version or id(t) in self._found]
+            if t._version == version and bits is not None and bits != _sum_bits(t):
+                self._changed_values.add(id(t))
+        return [t for t, version, _ in self._before if t._version != version or id(t) in self._changed_values]
 
 
-def _sum_of_bits(tensor: Tensor) -> int | None:
-    """None for tensors of other kinds than usual, whose bits can't be read."""
-    own = local_shard(tensor)
-    usual = type(own) in (Tensor, nn.Parameter) and own.layout == torch.strided and own.element_size() <= 8
-    return int(as_bits(own).sum(dtype=torch.int64)) if usual else None
+def _sum_bits(tensor: Tensor) -> int | None:
+    """Sum a tensor's bits as integers; None for kinds of tensors whose bits can't be viewed as integers."""
+    shard = local_shard(tensor)
+    has_plain_bits = (
+        type(shard) in (Tensor, nn.Parameter) and shard.layout == torch.strided and shard.element_size() <= 8
+    )
+    return int(as_bits(shard).sum(dtype=torch.int64)) if has_plain_bits else None

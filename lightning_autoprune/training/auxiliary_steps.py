@@ -87,7 +87,7 @@ class AuxiliarySteps:
         ]
         if scaler and (scale := gradient_scale(scaler, optimizer)) != 1:
             gradients = list(torch._foreach_div(gradients, scale))
-        if self._source.holds_out:
+        if self._source.has_batches:
             self._train_gradients = {name: g.clone() for name, g in zip(weights, gradients, strict=True)}
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
@@ -95,9 +95,9 @@ class AuxiliarySteps:
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due."""
         weights = self._trained_weights()
-        if not (self._source.holds_out and self._pruner.due and weights):
+        if not (self._source.has_batches and self._pruner.due and weights):
             return
-        batch = self._source.batch(self._trainer)
+        batch = self._source.next_batch(self._trainer)
         train_gradients, self._train_gradients = self._train_gradients, {}
         if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
             if train_gradients:
@@ -127,7 +127,7 @@ class AuxiliarySteps:
             self._settings.seed,
             self._pruner.step,
             agree=self._all_ranks_agree,
-            factor=self._source.weight if _any_sharded(tensors) else 1.0,
+            factor=self._source.rank_weight if _any_sharded(tensors) else 1.0,
             preserved=written,
             check_values=check_values,
         )
@@ -137,14 +137,14 @@ class AuxiliarySteps:
         # the backward pass has averaged the gradients of sharded weights already
         averaged = _any_sharded(list(self._pruner.weights.values()))
         sent = [result.loss] if averaged else [result.loss, *result.gradients]
-        loss, *gradients = mean_over_ranks(sent, self._source.weight, self._trainer.world_size)
+        loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, self._trainer.world_size)
         return HeldOutGradients(loss, result.gradients if averaged else gradients)
 
     def _join(self, train: Mapping[str, Tensor], held_out: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean of the weight step's gradients and the held-out ones over the samples of both."""
         if train.keys() != held_out.keys():
             return held_out
-        ranks, share = self._trainer.world_size, self._source.share
+        ranks, share = self._trainer.world_size, self._source.held_out_share
         if ranks > 1:  # the same on all ranks, whatever the sizes of their batches
             device = self._trainer.strategy.root_device
             share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
@@ -183,8 +183,8 @@ class AuxiliarySteps:
         trained = self._trained_weights()
         if unused := [name for name in self._layers_without_gradient if name in trained]:
             rank_zero_warn(
-                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights and"
-                " few of the others': `exclude` layers that the loss does not train, such as an average of the weights."
+                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights"
+                " and few others: `exclude` layers that the loss does not train, such as an average of the weights."
             )
 
     # State

@@ -183,9 +183,9 @@ class AutoPruneCallback(Callback):
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
         support = support_for(trainer)
-        check_trainer(trainer, AutoPruneCallback, self._source.holds_out, self.settings.loss_fn is not None)
+        check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.settings.loss_fn is not None)
         support.check_run(trainer, self.settings)
-        self._source.clock = self._steps_done
+        self._source.steps_done = self._steps_done
         self._source.setup(trainer)
 
     def _steps_done(self) -> int:
@@ -223,7 +223,7 @@ class AutoPruneCallback(Callback):
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
         needs_train_gradients = None
-        if not self._source.holds_out:
+        if not self._source.has_batches:
             needs_train_gradients = 'held_out="train"'
         elif self.settings.train_gradients:
             needs_train_gradients = "train_gradients=True"
@@ -347,4 +347,4 @@ class AutoPruneCallback(Callback):
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
-            self._source.finetune()  # before the training loader is made
+            self._source.on_masks_final()  # before the training loader is made

@@ -7,31 +7,46 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import CombinedLoader
+from torch import nn
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_autoprune.errors import AutoPruneError
 
 __all__ = [
+    "average_model",
     "callbacks_of",
+    "combine_like",
+    "combined_validation_loader",
     "drop_metric",
+    "dump_weights",
     "grad_scaler",
     "gradient_scale",
     "has_stepped",
     "is_moving_training_batch",
+    "is_sequential",
     "log_is_due",
+    "logger_key",
+    "metric_logs",
     "model_averaging_period",
     "optimizer_by_parameter",
+    "replace_sampler",
+    "run_transfer_hook",
     "set_metrics",
     "steps_done",
     "total_steps",
+    "training_data_source",
     "training_step_arguments",
     "will_step",
 ]
@@ -178,3 +193,75 @@ def set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Ma
 def drop_metric(trainer: Trainer, name: str) -> None:
     """Remove a metric that other callbacks can monitor, if it is there."""
     trainer._logger_connector._callback_metrics.pop(name, None)
+
+
+def metric_logs(loop: Any, name: str) -> list[Any]:
+    """Return Lightning's records of a metric that a loop logs, one per hook that logs it.
+
+    Lightning keeps the records when the loop ends, and resets them (`has_reset`).
+
+    Args:
+        loop: the training epoch loop or the validation loop of a fit.
+        name: the name of the metric in `callback_metrics`.
+    """
+    results = loop._results
+    return [
+        log for log in results.values() if any(name in results._forked_name(log, on_step) for on_step in (True, False))
+    ]
+
+
+# Loggers, checkpoints and other callbacks
+
+
+def logger_key(logger: WandbLogger | TensorBoardLogger, name: str) -> str:
+    """Return the name under which a logger files a scalar: with the logger's `prefix` in front, if it has one."""
+    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
+
+
+def dump_weights(trainer: Trainer) -> dict[str, Any]:
+    """Return a checkpoint of the weights alone, made by the module's own hooks. Call it on all ranks."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+
+
+def average_model(callback: WeightAveraging | StochasticWeightAveraging) -> nn.Module | None:
+    """Return the averaged copy of the model that a callback keeps; None before it has made one."""
+    return callback._average_model
+
+
+# Loaders
+
+
+def training_data_source(trainer: Trainer) -> Any:
+    """Return Lightning's source of the training loader, whose `dataloader()` it calls whenever it needs a loader."""
+    return trainer.fit_loop._data_source
+
+
+def replace_sampler(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
+    """Make a loader like the given one with another sampler.
+
+    Raises:
+        MisconfigurationException, TypeError: if Lightning can't make another loader of that class.
+    """
+    return _update_dataloader(loader, sampler)
+
+
+def run_transfer_hook(trainer: Trainer, batch: Any) -> Any:
+    """Run the user's `on_before_batch_transfer` on a batch, and return the result."""
+    return trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def combined_validation_loader(trainer: Trainer) -> CombinedLoader | None:
+    """Return the loader into which Lightning combines the validation loaders of a fit; None before it is set up."""
+    return trainer.fit_loop.epoch_loop.val_loop._combined_loader
+
+
+def is_sequential(combined: CombinedLoader) -> bool:
+    """Return True if the loaders run one after the other, False if each step takes a batch from each of them."""
+    return combined._mode == "sequential"
+
+
+def combine_like(combined: CombinedLoader, loaders: Sequence[Any]) -> CombinedLoader:
+    """Combine loaders in the mode and the nesting of another combined loader, which stays as it is."""
+    result = CombinedLoader(combined.iterables, combined._mode)
+    result.flattened = list(loaders)
+    return result

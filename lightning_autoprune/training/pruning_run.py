@@ -74,8 +74,8 @@ class PruningRun:
         self.report = MetricsReporter(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         wanted = settings.train_gradients
-        by_default = source.joins and len(optimizers) == 1
-        follows_training = by_default if wanted is None or not source.holds_out else wanted
+        by_default = source.default_train_gradients and len(optimizers) == 1
+        follows_training = by_default if wanted is None or not source.has_batches else wanted
         self.gradients = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
@@ -95,7 +95,7 @@ class PruningRun:
             )
         self.pruner.start()
         if self.pruner.masks_final:
-            self._source.finetune()
+            self._source.on_masks_final()
             prune_averages(self._trainer, self.pruner)
         else:
             mark_as_being_pruned(self.module)
@@ -192,7 +192,7 @@ class PruningRun:
 
     def _finish_pruning(self) -> None:
         remove_mark(self.module)
-        self._source.finetune()
+        self._source.on_masks_final()
         self.report.history.masks_final_at = steps_done(self._trainer)
         prune_averages(self._trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
@@ -261,7 +261,7 @@ class PruningRun:
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
             "left_dense": list(self._left_dense),
-            "source": self._source.name,
+            "source": self._source.description,
             "gradients": self.gradients.state_dict(),
             "pruner": self.pruner.state_dict(),
             "report": self.report.state_dict(),
@@ -289,10 +289,11 @@ class PruningRun:
         self.gradients.load_state_dict(state["gradients"])
         if self.pruner.masks_final:
             return
-        if self._source.name != state["source"]:
+        if self._source.description != state["source"]:
             raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.name}. Resume"
-                " with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights alone."
+                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.description}."
+                " Resume with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights"
+                " alone."
             )
         self._source.load_state_dict(state["held_out"])
 

@@ -1,4 +1,4 @@
-"""Averaged copies of the model that other callbacks keep: pruned where the model is, once the masks are final."""
+"""Averaged copies of the model that other callbacks keep: pruned like the model once the masks are final."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.sharding import local_shard
+from lightning_autoprune.training.lightning_internals import average_model
 
 __all__ = ["prune_again", "prune_averages", "zero_pruned_weights"]
 
 
 def prune_averages(trainer: Trainer, pruner: Pruner) -> None:
-    """Zeroes what is pruned in the averages of ``WeightAveraging`` (EMA) and ``StochasticWeightAveraging``.
+    """Zero the pruned weights in the averages of ``WeightAveraging`` (EMA) and ``StochasticWeightAveraging``.
 
-    An average is then over values of 0 from there on, and stays 0.
+    From then on these entries are averages of zeros, and stay 0.
 
     Args:
-        trainer: whose callbacks are looked at.
-        pruner: of the weights of its module.
+        trainer: the trainer, whose callbacks may keep averages.
+        pruner: the pruner of its module.
     """
     places = {id(parameter): i for i, parameter in enumerate(trainer.lightning_module.parameters())}
     for average in _averages(trainer):
@@ -31,7 +32,7 @@ def prune_averages(trainer: Trainer, pruner: Pruner) -> None:
 
 
 def prune_again(pruner: Pruner) -> None:
-    """Zeroes what is pruned in the weights, where an average may have taken their place."""
+    """Zero the pruned weights of the model once more, since an average may have replaced its values."""
     _zero_all(pruner.weights.values(), pruner)
 
 
@@ -43,11 +44,13 @@ def _zero_all(weights: Iterable[Tensor], pruner: Pruner) -> None:
 
 @torch.no_grad()
 def zero_pruned_weights(weight: Tensor, mask: Tensor) -> None:
-    """Sets what this rank has of a weight to 0 where its mask, which may be on another device, is False."""
+    """Set this rank's shard of a weight to 0 where its mask is False; the mask may be on another device."""
     local_shard(weight).masked_fill_(~mask.to(weight.device), 0)
 
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and callback._average_model is not None:
-            yield callback._average_model
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            average = average_model(callback)
+            if average is not None:
+                yield average

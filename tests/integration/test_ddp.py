@@ -94,8 +94,8 @@ def test_a_run_of_two_ranks_goes_on_with_one(ranks, folder, tmp_path):
 
 def test_what_does_not_go_with_ranks_is_refused(ranks):
     assert ranks[0]["fixed"][0] == (
-        "AutoPruneError: One part of the training set can't be held out for the whole run on 2 ranks, each of which"
-        " draws its own rows: use `redraw_held_out=True` or a DataLoader."
+        "AutoPruneError: A fixed part of the training set can't be held out on 2 ranks, since each rank draws its own"
+        " samples: use `redraw_held_out=True` or a DataLoader."
     )
     assert ranks[0]["averaging"][0] == (
         "AutoPruneError: DDPStrategy has a `model_averaging_period`: between two averages the weights of the ranks"

@@ -140,6 +140,6 @@ def test_what_does_not_go_with_sharded_weights_is_refused(ranks):
         ' Shard(dim=0)) over 2: call `fully_shard` with `mesh=self.device_mesh["data_parallel"]`.',
         "not sharded": "AutoPruneError: Layer 'last' is not sharded, so that its weights would differ between the"
         " ranks: apply `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer.",
-        "fixed": "AutoPruneError: One part of the training set can't be held out for the whole run on 2 ranks, each of"
-        " which draws its own rows: use `redraw_held_out=True` or a DataLoader.",
+        "fixed": "AutoPruneError: A fixed part of the training set can't be held out on 2 ranks, since each rank draws"
+        " its own samples: use `redraw_held_out=True` or a DataLoader.",
     }

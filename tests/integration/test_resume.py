@@ -227,7 +227,7 @@ def test_a_fixed_split_of_other_data_is_refused():
     options = {"held_out": 0.25, "redraw_held_out": False}
     _, t = fit([AutoPruneCallback(**options), Stop()])
     t.save_checkpoint("one.ckpt")
-    message = "held-out split is of 128 training rows, and here there are 64: resume with the same training data"
+    message = "held-out split is of 128 training samples, and here there are 64: resume with the same training data"
     with pytest.raises(AutoPruneError, match=message):
         fit(AutoPruneCallback(**options), train=loader(rows=64), epochs=8, ckpt_path="one.ckpt")
 

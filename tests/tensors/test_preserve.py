@@ -1,3 +1,5 @@
+"""Tensors and buffers that a block may write to are restored after it."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +9,7 @@ from torch import nn
 from lightning_autoprune.tensors.preserve import preserve_buffers, preserve_values
 
 
-def test_buffers_are_the_same_tensors_with_the_same_values_after_an_error_too():
+def test_buffers_are_restored_after_an_error_as_the_same_tensors_with_the_same_values():
     module = nn.BatchNorm1d(2)
     mean = module.running_mean
 
@@ -25,7 +27,7 @@ def test_buffers_are_the_same_tensors_with_the_same_values_after_an_error_too():
     assert torch.equal(module.running_var, torch.ones(2))
 
 
-def test_what_can_not_be_written_to_is_passed_over():
+def test_tensors_that_can_not_be_written_to_are_left_out():
     with torch.inference_mode():
         inferred = torch.ones(3)
     expanded = torch.ones(1).expand(4)

@@ -1,3 +1,5 @@
+"""Random numbers that do not touch the user's, and seeds that are derived from several integers."""
+
 from __future__ import annotations
 
 import random
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from lightning_autoprune.tensors.random_state import derive_seed, isolated_random
 
 
-def test_random_numbers_outside_are_as_if_the_block_had_not_been():
+def test_random_numbers_after_the_block_are_the_same_as_without_it():
     def draw():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), [random.random() for _ in range(3)]
 
@@ -23,7 +25,7 @@ def test_random_numbers_outside_are_as_if_the_block_had_not_been():
     assert draw() == expected
 
 
-def test_random_numbers_inside_depend_on_the_seeds_alone():
+def test_random_numbers_inside_the_block_depend_on_the_seeds_alone():
     def inside(*seeds):
         with isolated_random(*seeds):
             return torch.rand(1).item(), np.random.rand(), random.random()
@@ -40,8 +42,5 @@ def test_random_states_are_restored_after_an_error():
 
 
 @given(st.lists(st.integers(-(2**63), 2**64), max_size=3))
-def test_a_mixed_seed_fits_into_63_bits(seeds):
+def test_a_derived_seed_fits_into_63_bits(seeds):
     assert 0 <= derive_seed(*seeds) < 2**63
-
-
-# A part of each batch

@@ -43,7 +43,7 @@ def test_by_default_m_follows_the_mean_gradient_over_all_rows_of_the_batch(fract
 def test_held_out_rows_weigh_as_all_others_where_gradients_are_accumulated(accumulated):
     callback = AutoPruneCallback(target_sparsity=0.5)
     fit(callback, accumulate_grad_batches=accumulated)
-    assert callback._source.share == 4 / (16 * accumulated)
+    assert callback._source.held_out_share == 4 / (16 * accumulated)
 
 
 def test_m_can_follow_the_held_out_rows_alone():

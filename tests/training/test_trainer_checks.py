@@ -193,7 +193,7 @@ class Forgetful(Net):
         (
             AutoPruneCallback(redraw_held_out=False),
             {"train": OwnLoader("path")},
-            "needs a loader that can be made anew with other rows, and a OwnLoader can't: Trying to inject custom",
+            "needs a loader that can be rebuilt with other samples, and a OwnLoader can't: Trying to inject custom",
         ),
         (
             AutoPruneCallback(),
@@ -231,12 +231,12 @@ class Forgetful(Net):
         (
             AutoPruneCallback(),
             {"train": loader(batch=1)},
-            "`held_out=0.25` of a training batch of 1 rows leaves one side empty: use a larger batch",
+            "`held_out=0.25` of a training batch of 1 sample leaves one side empty: use a larger batch",
         ),
         (
             AutoPruneCallback(held_out=0.001, redraw_held_out=False),
             {},
-            "`held_out=0.001` of 128 training rows holds 0 out and leaves 128 to train on",
+            "`held_out=0.001` of 128 training samples holds 0 out and leaves 128 to train on",
         ),
         (
             AutoPruneCallback(held_out=DataLoader(data(3), 16, drop_last=True)),

@@ -1,4 +1,4 @@
-"""Averages of the weights that other callbacks keep."""
+"""Averages of the weights that other callbacks keep are pruned like the model."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ AVERAGES = {
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_the_average_is_pruned_to_the_target(tmp_path, kind, first):
-    class Look(Callback):
+def test_an_average_is_pruned_to_the_target(tmp_path, kind, first):
+    class LastEpoch(Callback):
         def on_train_epoch_end(self, *_):
             self.sparsity = sparsity(average._average_model)
 
-    callback, average, look = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), Look()
+    callback, average, last_epoch = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), LastEpoch()
     save = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
-    order = [callback, average, look, save] if first else [average, callback, look, save]
+    order = [callback, average, last_epoch, save] if first else [average, callback, last_epoch, save]
     model, _ = fit(order, epochs=8, val=loader(32), enable_checkpointing=True)
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
-    assert look.sparsity == pytest.approx(0.8, abs=0.005)
-    if kind != "swa":  # which writes the weights that are averaged, and the average beside them
+    assert last_epoch.sparsity == pytest.approx(0.8, abs=0.005)
+    if kind != "swa":  # SWA saves the weights that it averages, and the average beside them
         state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
         other = Net()
         other.load_state_dict(state)
@@ -39,7 +39,7 @@ def test_the_average_is_pruned_to_the_target(tmp_path, kind, first):
 
 
 @pytest.mark.parametrize("kind", ["ema", "mean"])
-def test_it_is_the_average_that_is_left(kind):
+def test_the_model_ends_with_the_average_and_not_with_the_last_weights(kind):
     class Last(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             self.weight = pl_module.first.weight.detach().clone()
@@ -50,7 +50,7 @@ def test_it_is_the_average_that_is_left(kind):
     assert not same(model.first.weight[kept], last.weight[kept])
 
 
-@pytest.mark.parametrize("epoch", [2, 6])  # while pruning, and with frozen masks
+@pytest.mark.parametrize("epoch", [2, 6])  # while pruning, and with final masks
 def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
     def run(ckpt_path=None):
         callbacks = [
@@ -64,7 +64,7 @@ def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
     assert same(run(), run(tmp_path / "True" / f"epoch={epoch}.ckpt"))
 
 
-def test_an_average_of_a_run_that_ends_early_is_pruned_where_the_model_is():
+def test_the_average_of_a_run_that_ends_early_is_pruned_like_the_model():
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 4
@@ -75,14 +75,14 @@ def test_an_average_of_a_run_that_ends_early_is_pruned_where_the_model_is():
     assert sparsity(model) == callback.sparsity
 
 
-def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count():
+def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count_as_training():
     callback = AutoPruneCallback(target_sparsity=0.8, finetune=0.1)
     fit([callback, StochasticWeightAveraging(0.01, swa_epoch_start=0.5)], epochs=6)
     assert callback._run.pruner.phases.total == 6 * 8
     assert callback._run.pruner.masks_final
 
 
-def test_an_average_is_pruned_where_masks_are_final_from_the_start_of_a_resumed_run(tmp_path):
+def test_an_average_is_pruned_if_a_run_resumes_with_final_masks(tmp_path):
     def callbacks(folder):
         return [
             AutoPruneCallback(target_sparsity=0.8),

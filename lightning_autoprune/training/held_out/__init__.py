@@ -1,1 +1,1 @@
-"""Where the data that trains M comes from."""
+"""The sources of the held-out data that trains M: shares of training batches, other loaders, or none."""

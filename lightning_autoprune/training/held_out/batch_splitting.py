@@ -1,7 +1,10 @@
-"""The rows of a batch, whatever it is nested in: split at random, or shared out over ranks. Torch only.
+"""Splits the samples of a collated batch, however it is nested: at random, or over the ranks. Torch only.
 
-Where a container has its rows is one of three: each of its items is one (``[sample, sample, …]``), each item of each of
-its lists is one (``tuple(zip(*samples))``), or they are the rows of what is in it, as the default collation makes it.
+A container holds its samples in one of three layouts:
+
+* items: each item is a sample (``[sample, sample, …]``);
+* lists: each item of each of its lists belongs to a sample (``tuple(zip(*samples))``);
+* columns: the samples are the rows of the tensors in it, as the default collation makes them.
 """
 
 from __future__ import annotations
@@ -16,42 +19,41 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.tensors.random_state import derive_seed
 
-__all__ = ["UnclearRowsError", "batch_rows", "held_rows", "hold_out", "shard_batch", "split_batch"]
+__all__ = ["UnclearSamplesError", "count_samples", "hold_out", "number_to_hold_out", "part_of_rank", "split_batch"]
 
-Layouts = dict[str, str]  # by place in the batch, as "['boxes'][0]"
+Layouts = dict[str, str]  # by the container's place in the batch, such as "['boxes'][0]"
 
 _ITEMS, _LISTS, _COLUMNS = "items", "lists", "columns"
 
-_INSTEAD = 'pass `held_out=DataLoader(...)` or `held_out="train"`.'
+_WAY_OUT = 'pass `held_out=DataLoader(...)` or `held_out="train"`.'
 
 
-class UnclearRowsError(AutoPruneError):
-    """A batch, and the batches before it, don't tell what is a row."""
+class UnclearSamplesError(AutoPruneError):
+    """Neither a batch nor the batches before it make clear what a sample is."""
 
 
 def split_batch(
-    batch: Any, fraction: float, *seeds: int, least: int = 0, layouts: Layouts | None = None
+    batch: Any, fraction: float, *seeds: int, min_samples: int = 0, layouts: Layouts | None = None
 ) -> tuple[Any, Any]:
-    """Splits the rows of a batch at random into a training part and a held-out part.
+    """Split the samples of a batch at random into a training part and a held-out part.
 
-    Tensors are split along their first dimension, whatever they are nested in (dict, tuple, named tuple, list);
-    other lists and tuples of as many items are split by item, such as the texts of the default collation, and so are
-    lists of samples, and lists with an item for each row, as ``tuple(zip(*samples))`` makes them; scalars and strings
-    go to both parts.
+    Tensors are split along their first dimension, however they are nested (dict, tuple, named tuple, list). Lists of
+    samples, and lists with one item per sample, are split by item; examples are the texts of the default collation, and
+    what ``tuple(zip(*samples))`` makes. Scalars and strings go to both parts.
 
     Args:
-        batch: what a data loader gives; all tensors have as many rows.
-        fraction: share of the rows to hold out, in (0, 1), rounded to whole rows.
-        seeds: integers that decide which rows.
-        least: rows that each part has, whatever the fraction, where the batch is large enough; else half of it.
-        layouts: where earlier batches had their rows, for batches that don't tell; what this one tells is added.
+        batch: a batch of a data loader; all its tensors have the same number of rows.
+        fraction: fraction of the samples to hold out, in (0, 1), rounded to whole samples.
+        seeds: integers that decide which samples.
+        min_samples: least number of samples of each part, whatever the fraction; half the batch if it is smaller.
+        layouts: the layouts of earlier batches, used if this one's is unclear; a clear one is added.
 
     Returns:
-        Training part and held-out part; the whole batch and None where one of them would be empty.
+        The training part and the held-out part; the whole batch and None if one of them would be empty.
 
     Raises:
-        UnclearRowsError: if the batch has lists of which it can't be told whether an item is a row.
-        AutoPruneError: if it has no rows, or parts with different numbers of rows.
+        UnclearSamplesError: if it is unclear whether an item of a list is a sample.
+        AutoPruneError: if there are no samples, or tensors with different numbers of rows.
 
     Example:
         >>> train, held_out = split_batch((torch.arange(4), torch.ones(4, 2)), 0.25, 0)
@@ -59,58 +61,69 @@ def split_batch(
         ([3, 3], [1, 1])
     """
     layouts = {} if layouts is None else layouts
-    rows = batch_rows(batch, layouts)
-    return hold_out(batch, rows, held_rows(rows, fraction, least), *seeds, layouts=layouts)
+    samples = count_samples(batch, layouts)
+    held = number_to_hold_out(samples, fraction, min_samples)
+    return hold_out(batch, samples, held, *seeds, layouts=layouts)
 
 
-def hold_out(batch: Any, rows: int, held: int, *seeds: int, layouts: Layouts) -> tuple[Any, Any]:
-    """What :func:`split_batch` gives for a batch of so many rows, with so many of them held out."""
-    if not 0 < held < rows:
-        return batch, None
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(derive_seed(*seeds)))
-    return _take(batch, order[held:], rows, layouts), _take(batch, order[:held], rows, layouts)
-
-
-def held_rows(rows: int, fraction: float, least: int = 0) -> int:
-    """How many of so many rows :func:`split_batch` holds out; 0 or all of them where it does not split."""
-    least = min(least, rows // 2)
-    return min(max(round(fraction * rows), least), rows - least)
-
-
-def shard_batch(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
-    """One rank's rows of a batch that all ranks have, so that together they pass each row once.
+def hold_out(batch: Any, samples: int, held: int, *seeds: int, layouts: Layouts) -> tuple[Any, Any]:
+    """Split a batch whose number of samples is known; see :func:`split_batch` for the result.
 
     Args:
-        batch: as of :func:`split_batch`.
-        rank: from 0 to ``ranks`` - 1.
-        ranks: number of processes that share the batch.
+        batch: the batch.
+        samples: number of its samples.
+        held: number of samples to hold out.
+        seeds: integers that decide which samples.
+        layouts: the layouts of the batches so far, this one included.
+    """
+    if not 0 < held < samples:
+        return batch, None
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(derive_seed(*seeds)))
+    return _take(batch, order[held:], samples, layouts), _take(batch, order[:held], samples, layouts)
+
+
+def number_to_hold_out(samples: int, fraction: float, min_samples: int = 0) -> int:
+    """Return how many samples :func:`split_batch` holds out; 0 or all of them if the batch can't be split."""
+    min_samples = min(min_samples, samples // 2)
+    return min(max(round(fraction * samples), min_samples), samples - min_samples)
+
+
+def part_of_rank(batch: Any, rank: int, ranks: int) -> tuple[Any, float]:
+    """Return one rank's samples of a batch that all ranks have; together the ranks have each sample once.
+
+    Args:
+        batch: the batch, see :func:`split_batch`.
+        rank: the rank, from 0 to ``ranks`` - 1.
+        ranks: number of ranks that divide the batch among them.
 
     Returns:
-        Every ``ranks``-th row, and the weight of this part in a mean over the ranks (1 where all have as many); the
-        whole batch and 1 where a part would have less than two rows, which BatchNorm needs.
+        Every ``ranks``-th sample, and the weight of this part in a mean over the ranks, which is 1 if all parts have
+        the same size. The whole batch and 1 if a part would have fewer than two samples, which BatchNorm needs.
 
     Example:
-        >>> shard_batch(torch.arange(5), 1, 2)
+        >>> part_of_rank(torch.arange(5), 1, 2)
         (tensor([1, 3]), 0.8)
     """
     layouts: Layouts = {}
-    rows = batch_rows(batch, layouts)
-    if rows < 2 * ranks:
+    samples = count_samples(batch, layouts)
+    if samples < 2 * ranks:
         return batch, 1.0
-    index = torch.arange(rank, rows, ranks)
-    return _take(batch, index, rows, layouts), len(index) * ranks / rows
+    index = torch.arange(rank, samples, ranks)
+    return _take(batch, index, samples, layouts), len(index) * ranks / samples
 
 
-def batch_rows(batch: Any, layouts: Layouts | None = None) -> int:
-    """Number of rows of a batch: of the first tensor that is nested the least, or of items where they are the rows.
+def count_samples(batch: Any, layouts: Layouts | None = None) -> int:
+    """Return the number of samples of a batch.
+
+    It is the number of rows of the least nested tensor, or the number of items if those are the samples.
 
     Args:
-        batch: as of :func:`split_batch`.
-        layouts: as of :func:`split_batch`.
+        batch: the batch, see :func:`split_batch`.
+        layouts: the layouts of earlier batches; a clear one is added.
 
     Raises:
-        UnclearRowsError: as :func:`split_batch`.
-        AutoPruneError: if there are none.
+        UnclearSamplesError: if it is unclear whether an item of a list is a sample.
+        AutoPruneError: if there are no samples.
     """
     layouts = {} if layouts is None else layouts
     level = [("", batch)]
@@ -123,21 +136,21 @@ def batch_rows(batch: Any, layouts: Layouts | None = None) -> int:
             if layout != _COLUMNS:
                 return len(value if layout == _ITEMS else next(filter(_is_list, _values(value))))
         level = [child for place, value in level for child in _children(value, place)]
-    raise AutoPruneError(f"A batch of type {type(batch).__name__} has no tensor with rows to hold out: {_INSTEAD}")
+    raise AutoPruneError(f"A batch of type {type(batch).__name__} has no tensor with samples to hold out: {_WAY_OUT}")
 
 
 def _layout(batch: Any, place: str, layouts: Layouts, rows: int | None = None, beside: bool = False) -> str:
-    """Where a container has its rows.
+    """Return the layout of a container.
 
     Args:
         batch: the container.
-        place: where it is in the batch.
-        layouts: as of :func:`split_batch`.
-        rows: how many there are, if that is known.
-        beside: whether a tensor stands beside it, or beside what it is in.
+        place: its place in the batch.
+        layouts: the layouts of earlier batches; a clear one is added.
+        rows: number of samples, if it is known.
+        beside: whether a tensor stands beside the container, or beside a container around it.
 
     Raises:
-        UnclearRowsError: as :func:`split_batch`.
+        UnclearSamplesError: if it is unclear whether an item of a list is a sample.
     """
     values, found = _values(batch), set(_rows(batch))
     lists = [value for value in values if _is_list(value)]
@@ -162,9 +175,9 @@ def _layout(batch: Any, place: str, layouts: Layouts, rows: int | None = None, b
         elif rows and may_be[_ITEMS] and not _has_columns(batch, place, layouts, rows, beside):
             told = _ITEMS
         elif side_by_side and all(any(True for _ in _rows(item)) for items in lists for item in items):
-            raise UnclearRowsError(
-                f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it"
-                f" can't be told whether an item is a row or a column: stack the tensors, or {_INSTEAD}"
+            raise UnclearSamplesError(
+                f"A batch has {len(lists)} lists of {len(lists[0])} items with tensors of {found.pop()} rows, and it is"
+                f" unclear whether an item is a sample or a column: stack the tensors, or {_WAY_OUT}"
             )
         else:
             alike = isinstance(values[0], Mapping) and len(set(map(_form, values))) == 1
@@ -174,10 +187,10 @@ def _layout(batch: Any, place: str, layouts: Layouts, rows: int | None = None, b
 
 
 def _told_by_kinds(values: list[Any]) -> str | None:
-    """Whether containers of one form are samples, or the fields of samples: by what is alike in them.
+    """Return the layout of containers of one form, by what is alike in them: each is a sample, or a field of samples.
 
-    None where they may be columns: without plain values, with as many rows in all tensors. (What lists in a dict hold
-    is no sign: lists of boxes may stand beside the columns of each view.)
+    None if they may be columns, which have no plain values, and the same number of rows in all tensors. Lists in a dict
+    do not count: lists of boxes may stand beside the columns of each view.
     """
     forms = {_form(value) for value in values}
     if len(forms) > 1 or None in forms:
@@ -202,7 +215,7 @@ def _form(value: Any) -> Any:
 
 
 def _alike(groups: Iterable[Iterable[Any]], exact: bool) -> bool:
-    """Whether the values of each group are of one kind; None, for what is missing, is of any."""
+    """Return True if the values of each group are of one kind; None stands for a missing value of any kind."""
     return all(len({_kind(value, exact) for value in group if value is not None}) < 2 for group in groups)
 
 
@@ -217,7 +230,7 @@ def _kind(value: Any, exact: bool) -> Any:
 
 
 def _rows(batch: Any, lists: bool = True) -> Iterator[int]:
-    """Numbers of rows of the tensors in a batch, with those in its lists or without."""
+    """Yield the number of rows of each tensor in a batch; without `lists`, those in its lists are left out."""
     if isinstance(batch, Tensor) and batch.dim() > 0:
         yield batch.size(0)
     elif lists or not _is_list(batch):
@@ -226,7 +239,7 @@ def _rows(batch: Any, lists: bool = True) -> Iterator[int]:
 
 
 def _children(batch: Any, place: str) -> list[tuple[str, Any]]:
-    """What is in a container, by its place in the batch."""
+    """Return the contents of a container, each with its place in the batch."""
     if isinstance(batch, Mapping):
         return [(f"{place}[{key!r}]", value) for key, value in batch.items()]
     return [(f"{place}[{i}]", value) for i, value in enumerate(_values(batch))]
@@ -247,12 +260,12 @@ def _is_plain(item: Any) -> bool:
 
 
 def _has_plain(item: Any) -> bool:
-    """Whether it is a plain value, or has one outside of lists, where texts may be the rows of a column."""
+    """Return True for a plain value, or if there is one outside of lists, where texts may be a column's entries."""
     return _is_plain(item) or (not _is_list(item) and any(map(_has_plain, _values(item))))
 
 
 def _has_columns(batch: Any, place: str, layouts: Layouts, rows: int, beside: bool) -> bool:
-    """Whether what is in a container has so many rows and can be split by them."""
+    """Return True if the contents of a container can be split as columns of so many rows."""
     try:
         for at, value in _children(batch, place):
             _take(value, torch.arange(0), rows, dict(layouts), at, beside)
@@ -267,21 +280,21 @@ def _take(batch: Any, index: Tensor, rows: int, layouts: Layouts, place: str = "
             return batch
         if batch.size(0) != rows:
             raise AutoPruneError(
-                f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its rows"
-                f" can't be split: {_INSTEAD}"
+                f"A batch has tensors of {rows} and of {batch.size(0)} rows (shape {tuple(batch.shape)}), so its"
+                f" samples can't be split: {_WAY_OUT}"
             )
         if batch.layout == torch.sparse_coo:
             return batch.index_select(0, index.to(batch.device))
         if batch.layout != torch.strided or batch.is_nested:
             raise AutoPruneError(
-                f"A batch has a tensor of the layout {'nested' if batch.is_nested else batch.layout}, whose rows can't"
-                f" be split: {_INSTEAD}"
+                f"A batch has a tensor of the layout {'nested' if batch.is_nested else batch.layout}, whose samples"
+                f" can't be split: {_WAY_OUT}"
             )
         return batch[index.to(batch.device)]
     if batch is None or isinstance(batch, (str, bytes, int, float, bool, complex)):
         return batch
     if not isinstance(batch, (Mapping, list, tuple)):
-        raise AutoPruneError(f"A batch holds a {type(batch).__name__}, whose rows can't be split: {_INSTEAD}")
+        raise AutoPruneError(f"A batch holds a {type(batch).__name__}, whose samples can't be split: {_WAY_OUT}")
     layout = _layout(batch, place, layouts, rows, beside)
     if layout == _ITEMS:
         return _chosen(batch, index)

@@ -1,8 +1,4 @@
-"""Held-out data: where the batches that train M come from. Torch only.
-
-A part of the training set that is fixed for the run (:func:`split_loader`), or any loader (:class:`HeldOutBatches` runs
-through it again and again). Parts of each training batch are in ``batches``.
-"""
+"""An endless stream of batches from a loader, whose position can be saved. Torch only."""
 
 from __future__ import annotations
 
@@ -16,19 +12,21 @@ from torch.utils.data import DataLoader
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.tensors.random_state import isolated_random
 
-__all__ = ["HeldOutBatches"]
+__all__ = ["HeldOutBatches", "empty_loader_error", "find_generators", "with_private_iterator"]
+
+_END = object()
 
 
 class HeldOutBatches:
     """An endless stream of batches from a loader, whose position can be saved and restored.
 
-    Each batch is drawn with random numbers of its own, so the user's are untouched and a restored stream goes on
-    as if it had never stopped.
+    Each batch is drawn with isolated random numbers. The user's random numbers are therefore untouched, and a restored
+    stream goes on as if it had never stopped.
 
     Args:
-        loader: an iterable of batches that can be gone through again and again.
-        seed: decides the order, together with the number of the pass.
-        generators: those that the loader draws from beside the global ones.
+        loader: an iterable of batches that can be iterated over again and again.
+        seed: together with the number of the pass, it decides the order of the batches.
+        generators: generators that the loader draws from, besides the global ones.
 
     Example:
         >>> stream = HeldOutBatches([10, 20, 30])
@@ -51,48 +49,52 @@ class HeldOutBatches:
             with isolated_random(self.seed, self.passes, self.position, generators=self.generators):
                 if self._iterator is None:
                     self._iterator = iter(with_private_iterator(self.loader))
-                batch = next(self._iterator, self)
-            if batch is not self:
+                batch = next(self._iterator, _END)
+            if batch is not _END:
                 self.position += 1
                 return batch
             self.passes, self.position, self._iterator = self.passes + 1, 0, None
-        raise empty_error()
+        raise empty_loader_error()
 
     def close(self) -> None:
-        """Lets go of the loader's iterator, and with it of worker processes; the position stays."""
+        """Drop the loader's iterator, and with it its worker processes; the position stays."""
         self._iterator = None
 
     def state_dict(self) -> dict[str, int]:
-        """How many passes are over, and how many batches of this one."""
+        """Return the number of completed passes, and of batches drawn in the current one."""
         return {"passes": self.passes, "position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes to a saved position, reading the batches of the pass that come before it."""
+        """Go to a saved position; the batches of the pass that come before it are read again."""
         self.passes, self.position, self._iterator = state["passes"], 0, None
         while self.position < state["position"]:
             next(self)
 
 
 def with_private_iterator(loader: Any) -> Any:
-    """A loader whose iterator nobody else uses: with persistent workers a ``DataLoader`` has but one."""
+    """Return the loader, or a copy whose iterator nobody else uses.
+
+    A ``DataLoader`` with persistent workers has only one iterator, which the training loop may be using.
+    """
     if isinstance(loader, DataLoader):
         loader = copy(loader)
         loader._iterator = None
     return loader
 
 
-def generators_of(loaders: Iterable[Any]) -> list[torch.Generator]:
-    """Those that loaders and their samplers draw from, each once."""
-    found: dict[int, torch.Generator] = {}
+def find_generators(loaders: Iterable[Any]) -> list[torch.Generator]:
+    """Return the generators that loaders and their samplers draw from, each once."""
+    generators: dict[int, torch.Generator] = {}
     for loader in loaders:
-        batches = getattr(loader, "batch_sampler", None)
-        for place in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-            generator = getattr(place, "generator", None)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for owner in (loader, *samplers):
+            generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
+                generators[id(generator)] = generator
+    return list(generators.values())
 
 
-def empty_error() -> AutoPruneError:
-    """The refusal of a held-out loader without batches."""
+def empty_loader_error() -> AutoPruneError:
+    """Return the error for a held-out loader without batches."""
     return AutoPruneError("The held-out loader gives no batches: it is empty, or `drop_last` leaves nothing.")

@@ -1,11 +1,10 @@
-"""What is read of Lightning's loaders, and changed in them; its private parts are behind the functions here."""
+"""The training and validation loaders of a fit: finding them, rebuilding them, and moving their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.fabric.utilities.data import _update_dataloader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -14,74 +13,78 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.training.held_out.batch_stream import with_private_iterator
+from lightning_autoprune.training.lightning_internals import (
+    combine_like,
+    combined_validation_loader,
+    is_sequential,
+    replace_sampler,
+    run_transfer_hook,
+)
 
 __all__ = [
-    "Chain",
-    "length",
+    "ChainedLoaders",
+    "SideBySideLoaders",
+    "number_of_batches",
     "rebuild_loader",
     "to_device",
-    "training_loader_source",
     "training_loaders",
     "validation_loaders",
 ]
 
 
-def training_loader_source(trainer: Trainer) -> Any:
-    """Lightning's holder of the training loader; its ``dataloader()`` is called whenever one is wanted."""
-    return trainer.fit_loop._data_source
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """Return the training loaders of a fit as a flat list."""
+    return _flat_list(trainer.train_dataloader)
+
+
+def validation_loaders(trainer: Trainer) -> ChainedLoaders | None:
+    """Return the validation loaders of a fit as one iterable of batches; None if there are none.
+
+    Lightning sets them up when it first validates. If it has not yet, they are set up now.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = [loader for loader in _flat_list(trainer.val_dataloaders) if loader is not None]
+    combined = combined_validation_loader(trainer)
+    if combined is not None and not is_sequential(combined):
+        return SideBySideLoaders(combined)
+    return ChainedLoaders(loaders) if loaders else None
+
+
+def _flat_list(loaders: Any) -> list[Any]:
+    return tree_leaves(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
+
+
+def number_of_batches(loader: DataLoader[Any]) -> int | None:
+    """Return the number of batches of a loader; None if its dataset is iterable, so that it can't be known."""
+    return None if isinstance(loader.dataset, IterableDataset) else len(loader)
 
 
 def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:
-    """A loader like the given one, subclasses included, with another sampler.
+    """Make a loader of the same class and settings with another sampler.
 
     Raises:
-        AutoPruneError: if it is of a class that Lightning can't make another one of.
+        AutoPruneError: if Lightning can't make another loader of that class.
     """
     try:
-        return _update_dataloader(loader, sampler)
+        return replace_sampler(loader, sampler)
     except (MisconfigurationException, TypeError) as error:
         raise AutoPruneError(
-            "A fixed held-out fraction needs a loader that can be made anew with other rows, and a"
-            f" {type(loader).__name__} can't: {error} Pass `held_out=DataLoader(...)` with data of its own, or"
+            "A fixed held-out fraction needs a loader that can be rebuilt with other samples, and a"
+            f" {type(loader).__name__} can't: {error} Pass `held_out=DataLoader(...)` with other data, or"
             " `redraw_held_out=True`."
         ) from error
 
 
 def to_device(trainer: Trainer, batch: Any) -> Any:
-    """Moves a batch to the model's device as the training loop does, through the user's transfer hooks."""
+    """Move a batch to the model's device as the training loop does, through the user's transfer hooks."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = run_transfer_hook(trainer, batch)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
-def training_loaders(trainer: Trainer) -> list[Any]:
-    """The loaders of a fit, one by one."""
-    return _one_by_one(trainer.train_dataloader)
-
-
-def validation_loaders(trainer: Trainer) -> Chain | None:
-    """The validation loaders of a fit, which Lightning makes when it first validates; None if there are none."""
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.val_dataloaders is None and trainer.enable_validation:
-        validation.setup_data()
-    loaders = [loader for loader in _one_by_one(trainer.val_dataloaders) if loader is not None]
-    combined = validation._combined_loader
-    if combined is not None and combined._mode != "sequential":
-        return SideBySide(combined)
-    return Chain(loaders) if loaders else None
-
-
-def _one_by_one(loaders: Any) -> list[Any]:
-    return tree_leaves(loaders, is_leaf=lambda x: isinstance(x, DataLoader))
-
-
-def length(loader: DataLoader[Any]) -> int | None:
-    """Number of batches; None where it can't be known."""
-    return None if isinstance(loader.dataset, IterableDataset) else len(loader)
-
-
-class Chain:
-    """Several loaders as one iterable, one after the other."""
+class ChainedLoaders:
+    """Several loaders as one iterable of batches, one loader after the other."""
 
     def __init__(self, loaders: list[Any]) -> None:
         self.loaders = loaders
@@ -91,15 +94,14 @@ class Chain:
             yield from with_private_iterator(loader)
 
 
-class SideBySide(Chain):
-    """Loaders from each of which a batch is taken at a time, as Lightning's ``CombinedLoader`` does."""
+class SideBySideLoaders(ChainedLoaders):
+    """Several loaders as one iterable that takes a batch from each at a time, like Lightning's ``CombinedLoader``."""
 
     def __init__(self, combined: CombinedLoader) -> None:
         super().__init__(combined.flattened)
         self._combined = combined
 
     def __iter__(self) -> Iterator[Any]:
-        combined = CombinedLoader(self._combined.iterables, self._combined._mode)
-        combined.flattened = [with_private_iterator(loader) for loader in combined.flattened]
-        for batch, *_ in combined:
+        loaders = [with_private_iterator(loader) for loader in self._combined.flattened]
+        for batch, *_ in combine_like(self._combined, loaders):
             yield batch

@@ -1,1 +1,1 @@
-"""Figures for each kind of logger."""
+"""Figures of a run for each kind of logger, and the pruned checkpoint for W&B."""

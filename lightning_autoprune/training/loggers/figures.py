@@ -1,20 +1,30 @@
-"""Pictures and tables of the run for the loggers that can take them. Nothing of it can stop a training."""
+"""Hands pictures and tables of the run to the loggers that can take them; an error in one never stops the training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.reporting.run_history import RunHistory
-from lightning_autoprune.training.loggers.csv import _write_table
-from lightning_autoprune.training.loggers.pictures import _heatmap
-from lightning_autoprune.training.loggers.tensorboard import _log_to_tensorboard
+from lightning_autoprune.training.loggers.csv import CSVFigures
+from lightning_autoprune.training.loggers.figure_writer import FigureWriter, RunFigures
+from lightning_autoprune.training.loggers.tensorboard import TensorBoardFigures
+from lightning_autoprune.training.loggers.wandb import WandbFigures
 
-__all__ = ["log_figures"]
+__all__ = ["WRITERS", "log_figures"]
+
+WRITERS: dict[type[Logger], FigureWriter[Any]] = {
+    WandbLogger: WandbFigures(),
+    TensorBoardLogger: TensorBoardFigures(),
+    CSVLogger: CSVFigures(),
+}
+
+"""What writes the figures, by the class of the logger; subclasses included. Other loggers get no figures."""
 
 
 def log_figures(
@@ -24,31 +34,28 @@ def log_figures(
     history: RunHistory,
     best: Mapping[str, float] | None = None,
 ) -> None:
-    """Hands each logger what it can take: a ``WandbLogger`` and a ``TensorBoardLogger`` all, a ``CSVLogger`` the table.
+    """Log the figures of a run: all of them to W&B and TensorBoard, the table of the layers to a ``CSVLogger``.
 
-    These are, under ``autoprune/``, after the logger's own ``prefix``: ``sparsity_map`` (layers × steps), ``layers`` (a
-    table), ``m/<layer>`` (how M is spread, of a few layers) and ``path`` (the metric that is followed against the
-    sparsity). The summary of a W&B run gets ``final_sparsity``, ``final_compression`` and the best values. The table of
-    a ``CSVLogger`` is ``autoprune_layers.csv`` beside its ``metrics.csv``. A failure is a warning; so are pictures that
-    matplotlib is missing for.
+    The figures are ``sparsity_map`` (layers × steps), ``layers`` (a table), ``m/<layer>`` (the distribution of M in a
+    few layers) and ``path`` (the followed metric against the sparsity). Their names begin with ``autoprune/``, after
+    the logger's own ``prefix``. When fitting has ended, the summary of a W&B run also gets ``final_sparsity``,
+    ``final_compression`` and the best values. A ``CSVLogger`` gets the table as ``autoprune_layers.csv``, beside its
+    ``metrics.csv``.
+
+    If a logger fails, a warning says so. Without matplotlib the pictures are left out, with a warning.
 
     Args:
         trainer: the trainer, on its first process.
         step: number of training steps that are over.
-        rows: the layers.
+        rows: one row per layer.
         history: the run so far.
-        best: best values of the monitored metric, by name, when fitting ends; None before.
+        best: best values of the followed metric by name, once fitting has ended; None before.
     """
+    figures = RunFigures(step, rows, history, best)
     for logger in trainer.loggers:
         try:
-            if isinstance(logger, WandbLogger):
-                from lightning_autoprune.training.loggers.wandb import log_figures as log_to_wandb
-
-                log_to_wandb(logger, _root(logger), step, rows, history, _heatmap(history), best)
-            elif isinstance(logger, TensorBoardLogger):
-                _log_to_tensorboard(logger.experiment, _root(logger), step, rows, history)
-            elif isinstance(logger, CSVLogger):
-                _write_table(logger.log_dir, rows)
+            if writer := _find_writer(logger):
+                writer.log(logger, figures)
         except Exception as error:
             rank_zero_warn(
                 f"The figures of the pruning were not logged by {type(logger).__name__}:"
@@ -56,6 +63,5 @@ def log_figures(
             )
 
 
-def _root(logger: WandbLogger | TensorBoardLogger) -> str:
-    """What names begin with: as Lightning's loggers have it for the scalars."""
-    return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}autoprune" if logger._prefix else "autoprune"
+def _find_writer(logger: Logger) -> FigureWriter[Any] | None:
+    return next((writer for kind, writer in WRITERS.items() if isinstance(logger, kind)), None)

@@ -1,106 +1,92 @@
-"""The only place that imports wandb: figures of the run, and the pruned checkpoint as an artifact."""
+"""Figures and the pruned checkpoint for W&B. The only module that imports wandb, and only once a run is logged."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from typing_extensions import override
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.reporting.layer_table import LayerSummary, sum_layers
-from lightning_autoprune.reporting.run_history import RunHistory
-from lightning_autoprune.training.loggers.pruned_checkpoint import _best
+from lightning_autoprune.training.lightning_internals import dump_weights, logger_key
+from lightning_autoprune.training.loggers.figure_writer import LAYERS, PATH, SPARSITY_MAP, FigureWriter, RunFigures
+from lightning_autoprune.training.loggers.pruned_checkpoint import find_pruned_checkpoint
 
-__all__ = ["log_artifact", "log_figures"]
-
-
-def log_figures(
-    logger: WandbLogger,
-    root: str,
-    step: int,
-    rows: Sequence[LayerSummary],
-    history: RunHistory,
-    heatmap: Figure | None,
-    best: Mapping[str, float] | None,
-) -> None:
-    """Logs the figures of a run as one row, and sets its summary when fitting has ended.
-
-    Args:
-        logger: what to log to.
-        root: what all names begin with, before a slash.
-        step: number of training steps that are over.
-        rows: the layers.
-        history: the run so far.
-        heatmap: the picture of it; None where it can't be drawn.
-        best: best values of the monitored metric, by name, when fitting has ended; None before.
-    """
-    import wandb
-
-    run = logger.experiment
-    figures: dict[str, Any] = {f"{root}/layers": _table(rows)}
-    if heatmap is not None:
-        figures[f"{root}/sparsity_map"] = wandb.Image(heatmap)
-    for name, (counts, edges) in history.histograms.items():
-        figures[f"{root}/m/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
-    if history.metric and history.points:
-        points = wandb.Table(["sparsity", history.metric], [[sparsity, value] for _, sparsity, value in history.points])
-        title = f"{history.metric} against sparsity"
-        figures[f"{root}/path"] = wandb.plot.line(points, "sparsity", history.metric, title=title)
-    run.log({**figures, "trainer/global_step": step})
-    if best is not None:
-        whole = sum_layers(rows)
-        run.summary[f"{root}/final_sparsity"] = whole.sparsity
-        run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
-        for name, value in best.items():
-            run.summary[f"{root}/{name}"] = value
+__all__ = ["WandbFigures", "log_artifact"]
 
 
-def _table(rows: Sequence[LayerSummary]) -> Any:
+class WandbFigures(FigureWriter[WandbLogger]):
+    """Logs all figures as one row of the run, and sets the run's summary when fitting has ended."""
+
+    @override
+    def log(self, logger: WandbLogger, figures: RunFigures) -> None:
+        import wandb
+
+        sparsity_map, root = figures.draw_sparsity_map(), logger_key(logger, "autoprune")
+        run = logger.experiment
+        row: dict[str, Any] = {f"{root}/{LAYERS}": _layer_table(figures.layers)}
+        if sparsity_map is not None:
+            row[f"{root}/{SPARSITY_MAP}"] = wandb.Image(sparsity_map)
+        for name, (counts, edges) in figures.histograms.items():
+            row[f"{root}/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
+        metric = figures.history.metric
+        if metric and figures.path:  # as a chart of W&B's own, which needs no matplotlib
+            points = wandb.Table(["sparsity", metric], [list(point) for point in figures.path])
+            row[f"{root}/{PATH}"] = wandb.plot.line(points, "sparsity", metric, title=f"{metric} against sparsity")
+        run.log({**row, "trainer/global_step": figures.step})
+        if figures.best is not None:
+            whole = sum_layers(figures.layers)
+            run.summary[f"{root}/final_sparsity"] = whole.sparsity
+            run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
+            for name, value in figures.best.items():
+                run.summary[f"{root}/{name}"] = value
+
+
+def _layer_table(layers: Sequence[LayerSummary]) -> Any:
     import wandb
 
     table = wandb.Table(["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"])
-    for row in rows:
+    for row in layers:
         shape = "×".join(map(str, row.shape))
         table.add_data(row.name, shape, row.weights, row.kept, row.sparsity, row.flops, row.flops_kept, row.revived)
     return table
 
 
 def log_artifact(trainer: Trainer, pruner: Pruner, metadata: Mapping[str, Any]) -> None:
-    """Logs the best checkpoint that is pruned as an artifact of type ``model``, alias ``pruned``.
+    """Log the best pruned checkpoint to each ``WandbLogger``, as an artifact of type ``model`` with alias ``pruned``.
 
-    The best is that of a ``ModelCheckpoint`` with a ``monitor``, among its files that have the final masks; else the
-    last such file; else the model as it is now. A failure is a warning: the training is over, and its results are not
-    to be lost for it.
+    Only files with the final masks count. The best is taken from a ``ModelCheckpoint`` that has a ``monitor``; if there
+    is none, it is the last file of any ``ModelCheckpoint``; failing that, the model as it is now. An error becomes a
+    warning: the training is over, and its results must not be lost.
 
     Args:
         trainer: the trainer, when fitting has ended, on all processes.
-        pruner: whose masks are final.
-        metadata: figures to store with it; the monitored one is added.
+        pruner: the pruner, whose masks are final.
+        metadata: values to store with the artifact; the monitored metric is added.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
     if not loggers:
         return
     try:
-        # on all ranks, as the module's own `on_save_checkpoint` may wait for the others; nothing else here may
-        now = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+        # on all ranks: the module's own `on_save_checkpoint` may wait for the others. Nothing below may wait for them.
+        weights = dump_weights(trainer)
         if not trainer.is_global_zero:
             return
         import wandb
 
         with tempfile.TemporaryDirectory() as directory:
-            path, monitored = _best(trainer, pruner)
+            path, monitored = find_pruned_checkpoint(trainer, pruner)
             if path is None:
                 path = Path(directory) / "pruned.ckpt"
-                torch.save(now, path)
+                torch.save(weights, path)
             for logger in loggers:
                 run = logger.experiment
                 artifact = wandb.Artifact(f"pruned-{run.id}", type="model", metadata={**metadata, **monitored})

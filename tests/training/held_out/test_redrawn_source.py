@@ -1,4 +1,4 @@
-"""Shares of training batches that are held out, drawn anew: which batches are split, and which are refused."""
+"""Holding out a share of each training batch: which batches are split, and which are refused."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from lightning_autoprune import AutoPruneCallback, AutoPruneError
 
 
 class Detector(Net):
-    """Images as lists, and targets of as many dicts; notes how many each step has."""
+    """Takes lists of images and of target dicts; notes how many images each step has."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[int] = []
+        self.sizes: list[int] = []
 
     def training_step(self, batch):
         images, targets = batch
         assert all(image.shape == (3, 4) for image in images)
         labels = torch.stack([target["boxes"][0, 0] for target in targets])
         assert all((target["boxes"] == label).all() for target, label in zip(targets, labels, strict=True))
-        self.seen.append(len(images))
+        self.sizes.append(len(images))
         return nn.functional.cross_entropy(self(torch.stack([*images]).flatten(1)), labels.long())
 
 
 class Batches(Resumable):
-    """Eight images a batch, as ``tuple(zip(*samples))`` makes them; some batches have three boxes in every image."""
+    """Batches of eight images, as ``tuple(zip(*samples))`` makes them; unclear ones have three boxes in every image."""
 
     def __init__(self, unclear: range) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Batches(Resumable):
             for x, labels in loader(rows=64, batch=8)
         ]
         for i, (_, targets) in enumerate(self.batches):
-            if i not in unclear:  # one image has one box, so that one of two parts would not tell
+            if i not in unclear:  # one image has one box, so that one of the two parts is unclear by itself
                 targets[0]["boxes"] = targets[0]["boxes"][:1]
 
 
@@ -48,34 +48,34 @@ def pruning(**options) -> AutoPruneCallback:
     return AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, **options)
 
 
-def test_batches_and_parts_that_do_not_tell_their_rows_are_split_as_those_before():
+def test_unclear_batches_are_split_like_the_batches_before_them():
     model = Detector()
     fit(pruning(), model=model, train=Batches(range(1, 8)), epochs=2)
-    assert model.seen == [6, 2] * 16
+    assert model.sizes == [6, 2] * 16
 
 
-def test_a_first_batch_that_does_not_tell_its_rows_is_refused():
-    with pytest.raises(AutoPruneError, match="2 lists of 8 items with tensors of 3 rows, and it can't be told whether"):
+def test_an_unclear_first_batch_is_refused():
+    with pytest.raises(AutoPruneError, match="2 lists of 8 items with tensors of 3 rows, and it is unclear whether"):
         fit(pruning(), model=Detector(), train=Batches(range(1)))
 
 
-def test_a_later_batch_that_does_not_tell_its_rows_is_trained_on_whole_if_none_did():
+def test_an_unclear_later_batch_is_trained_on_whole_if_no_batch_was_clear():
     class Mixed(Detector):
         def training_step(self, batch):
             if isinstance(batch[0], tuple):
                 return super().training_step(batch)
-            self.seen.append(len(batch[0]))
+            self.sizes.append(len(batch[0]))
             return Net.training_step(self, batch)
 
     train = Batches(range(8))
     train.batches = [*loader(rows=16, batch=8), *train.batches[:2]]
     model = Mixed()
     fit(pruning(), model=model, train=train, epochs=1)
-    assert model.seen == [6, 2, 6, 2, 8, 8]
+    assert model.sizes == [6, 2, 6, 2, 8, 8]
 
 
-def test_what_batches_told_is_in_the_checkpoint(tmp_path):
-    def end(**options):
+def test_a_checkpoint_stores_the_layouts_of_earlier_batches(tmp_path):
+    def run(**options):
         callback = pruning()
         model, _ = fit(
             [callback, saving(str(tmp_path / "saved"), every_n_train_steps=3)],
@@ -85,28 +85,28 @@ def test_what_batches_told_is_in_the_checkpoint(tmp_path):
             enable_checkpointing=True,
             **options,
         )
-        return model.seen, dict(model.state_dict()), callback.state_dict()
+        return model.sizes, dict(model.state_dict()), callback.state_dict()
 
-    seen, *whole = end()
-    resumed_seen, *resumed = end(ckpt_path=tmp_path / "saved" / "step=3.ckpt")
-    assert (seen, resumed_seen) == ([6, 2] * 8, [6, 2] * 5)
+    sizes, *whole = run()
+    resumed_sizes, *resumed = run(ckpt_path=tmp_path / "saved" / "step=3.ckpt")
+    assert (sizes, resumed_sizes) == ([6, 2] * 8, [6, 2] * 5)
     assert same(resumed, whole)
 
 
-# Parts of one row
+# Parts with a single sample
 
 
-@pytest.mark.parametrize("rows", [2, 3])
-def test_a_part_of_one_row_is_refused_where_batchnorm_takes_its_statistics(rows):
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_part_with_a_single_sample_is_refused_if_batchnorm_takes_statistics(batch):
     message = (
-        rf"`held_out=0.25` of a training batch of {rows} rows leaves one side a single row, of which the BatchNorm1d"
-        " 'norm' can't take statistics: use a batch of at least four rows, `held_out=\"train\"`, or"
+        rf"`held_out=0.25` of a training batch of {batch} samples leaves one side a single sample, of which the"
+        " BatchNorm1d 'norm' can't take statistics: use a batch of at least four samples, `held_out=\"train\"`, or"
     )
     with pytest.raises(AutoPruneError, match=message):
-        fit(AutoPruneCallback(), train=loader(rows=24, batch=rows))
+        fit(AutoPruneCallback(), train=loader(rows=24, batch=batch))
 
 
-def test_a_part_of_one_row_is_trained_on_where_batchnorm_does_not_take_its_statistics():
+def test_a_part_with_a_single_sample_is_accepted_if_batchnorm_takes_no_statistics():
     class Frozen(Net):
         def train(self, mode=True):
             super().train(mode)
@@ -127,16 +127,16 @@ HOOKS += ("on_train_epoch_end", "on_validation_epoch_end")
 
 
 @pytest.mark.parametrize("train", [loader(), DataLoader([None, *loader(), None], batch_size=None)], ids=["", "none"])
-def test_batches_that_the_user_moves_are_left_whole_and_the_run_as_it_is(train):
+def test_batches_that_the_user_moves_are_not_split_and_change_nothing(train):
     class Moves(Callback):
         def __init__(self):
-            self.rows = {}
+            self.sizes = {}
             for hook in HOOKS:
                 setattr(self, hook, lambda trainer, module, *_, name=hook: self.move(trainer, name))
 
         def move(self, trainer, name):
             batch = trainer.strategy.batch_to_device([torch.zeros(40, 12)])
-            self.rows.setdefault(name, set()).add(len(batch[0]))
+            self.sizes.setdefault(name, set()).add(len(batch[0]))
 
     class Moving(Net):
         def training_step(self, batch):
@@ -146,7 +146,7 @@ def test_batches_that_the_user_moves_are_left_whole_and_the_run_as_it_is(train):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if self.current_epoch == 2 and batch_idx == 4 else None
 
-    def end(kind, *callbacks):
+    def run(kind, *callbacks):
         callback = pruning()
         torch.manual_seed(0)
         model, t = fit([callback, *callbacks], model=kind(), train=train, val=loader(seed=3))
@@ -156,5 +156,5 @@ def test_batches_that_the_user_moves_are_left_whole_and_the_run_as_it_is(train):
         training_step = Net.training_step
 
     moves = Moves()
-    assert same(end(Moving, moves), end(Plain))
-    assert moves.rows == {hook: {40} for hook in HOOKS}
+    assert same(run(Moving, moves), run(Plain))
+    assert moves.sizes == {hook: {40} for hook in HOOKS}

@@ -1,4 +1,4 @@
-"""Figures beside the curves, read back from what real loggers wrote; a failure of one never reaches the training."""
+"""Figures beside the curves, read back from real loggers' files; an error in a logger never stops the training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import torch
 from helpers import Net, csv_logger, fit, loader
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.rank_zero import WarningCache
 from wandb_file import read_history, read_records
 
 from lightning_autoprune import AutoPruneCallback, sparsity
-from lightning_autoprune.training.loggers import figures
+from lightning_autoprune.training.loggers import figure_writer
+from lightning_autoprune.training.loggers.figures import WRITERS
 
-LAYERS = ["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"]
+COLUMNS = ["layer", "shape", "weights", "kept", "sparsity", "flops", "flops_kept", "revived"]
 
 
 class Example(Net):
@@ -27,7 +29,7 @@ class Example(Net):
 
 
 def wandb_run(folder, callbacks=(), prefix="", **options):
-    """Fits with a real offline run; returns the callback, the rows that have figures, the summary and the folder."""
+    """Fit with a real offline run; return the callback, the rows with figures, the summary and the files' folder."""
     import wandb
 
     callback = AutoPruneCallback(target_sparsity=0.8, **options)
@@ -46,16 +48,16 @@ def wandb_run(folder, callbacks=(), prefix="", **options):
     return callback, rows, summary, files
 
 
-def table(files: Path, path: str) -> dict:
+def read_table(files: Path, path: str) -> dict:
     return json.loads((files / path).read_text())
 
 
-def test_wandb_gets_the_map_the_table_the_path_and_the_spread_of_m_when_fitting_ends(tmp_path):
+def test_wandb_gets_all_figures_when_fitting_ends(tmp_path):
     callback, [row], _, files = wandb_run(tmp_path)
     assert row["trainer/global_step"] == 32
     assert (files / row["autoprune/sparsity_map/path"]).read_bytes()[1:4] == b"PNG"
-    layers = table(files, row["autoprune/layers/path"])
-    assert layers["columns"] == LAYERS
+    layers = read_table(files, row["autoprune/layers/path"])
+    assert layers["columns"] == COLUMNS
     assert layers["data"] == [
         [r.name, "×".join(map(str, r.shape)), r.weights, r.kept, r.sparsity, r.flops, r.flops_kept, r.revived]
         for r in callback.layers()
@@ -64,32 +66,32 @@ def test_wandb_gets_the_map_the_table_the_path_and_the_spread_of_m_when_fitting_
     assert row["autoprune/m/first/_type"] == "histogram"
     assert sum(row["autoprune/m/first/values"]) == 192
     (path,) = (value for key, value in row.items() if key.startswith("autoprune/path") and key.endswith("/path"))
-    points = table(files, path)
+    points = read_table(files, path)
     assert points["columns"] == ["sparsity", "val_loss"]
     assert len(points["data"]) == 4
     assert points["data"][-1][0] == callback.sparsity
 
 
-def test_the_summary_holds_sparsity_compression_and_the_best_values(tmp_path):
+def test_the_wandb_summary_holds_sparsity_compression_and_the_best_values(tmp_path):
     saving = ModelCheckpoint(tmp_path / "c", monitor="val_loss")
     callback, _, summary, _ = wandb_run(tmp_path, [saving])
     assert summary["autoprune/final_sparsity"] == pytest.approx(callback.sparsity)
     assert summary["autoprune/final_compression"] == pytest.approx(1 / (1 - callback.sparsity))
     assert summary["autoprune/best_val_loss"] == pytest.approx(float(saving.best_model_score))
-    pruned = [value for _, then, value in callback._run.report.history.points if then == callback.sparsity]
+    pruned = [value for _, zeros, value in callback._run.report.history.points if zeros == callback.sparsity]
     assert len(pruned) == 2
     assert summary["autoprune/best_pruned_val_loss"] == min(pruned)
 
 
-def test_what_early_stopping_monitors_is_followed_too(tmp_path):
+def test_a_metric_that_early_stopping_monitors_is_followed_too(tmp_path):
     _, _, summary, _ = wandb_run(tmp_path, [EarlyStopping("val_loss", mode="max", patience=9)])
     assert summary["autoprune/best_val_loss"] >= summary["autoprune/best_pruned_val_loss"]
 
 
-def test_figures_come_at_the_interval_asked_for_and_never_where_that_is_none(tmp_path):
+def test_figures_are_logged_at_the_given_interval_and_never_if_it_is_none(tmp_path):
     _, rows, _, files = wandb_run(tmp_path / "a", figures_every_n_epochs=2)
     assert [row["trainer/global_step"] for row in rows] == [16, 32]
-    kept = [sum(layer[3] for layer in table(files, row["autoprune/layers/path"])["data"]) for row in rows]
+    kept = [sum(layer[3] for layer in read_table(files, row["autoprune/layers/path"])["data"]) for row in rows]
     assert 256 > kept[0] > kept[1] == 51
     assert rows[0]["autoprune/m/first/values"] != rows[1]["autoprune/m/first/values"]
     _, rows, summary, _ = wandb_run(tmp_path / "b", figures_every_n_epochs=None)
@@ -103,7 +105,7 @@ def tensorboard_events(folder, callback, **options):
     return EventAccumulator(str(folder), {"tensors": 0, "images": 0, "histograms": 0}).Reload()
 
 
-def test_tensorboard_gets_the_same(tmp_path):
+def test_tensorboard_gets_all_figures(tmp_path):
     callback = AutoPruneCallback(target_sparsity=0.8)
     events = tensorboard_events(tmp_path, callback)
     tags = events.Tags()
@@ -116,7 +118,7 @@ def test_tensorboard_gets_the_same(tmp_path):
     assert "| all |  | 256 | 51 | 80.08% |" in text
 
 
-def test_a_loggers_prefix_is_that_of_the_figures_too(tmp_path):
+def test_the_names_of_figures_begin_with_the_loggers_prefix(tmp_path):
     saving = ModelCheckpoint(tmp_path / "c", monitor="val_loss")
     _, [row], summary, _ = wandb_run(tmp_path / "w", [saving], prefix="exp")
     names = {"layers", "sparsity_map", "m", "path"}
@@ -130,7 +132,7 @@ def test_a_loggers_prefix_is_that_of_the_figures_too(tmp_path):
     assert not [name for name in [*row, *summary, *pictures] if name.startswith("autoprune")]
 
 
-def test_the_table_of_a_remote_csv_logger_is_beside_its_metrics(tmp_path):
+def test_a_remote_csv_logger_gets_the_table_beside_its_metrics(tmp_path):
     import fsspec
 
     fit(AutoPruneCallback(target_sparsity=0.8), logger=CSVLogger(f"memory://{tmp_path.name}"))
@@ -140,7 +142,7 @@ def test_the_table_of_a_remote_csv_logger_is_beside_its_metrics(tmp_path):
     assert not list(tmp_path.rglob("autoprune_layers.csv"))
 
 
-def test_a_csv_logger_gets_the_table_in_a_file_of_its_own():
+def test_a_csv_logger_gets_the_table_as_a_separate_file():
     callback = AutoPruneCallback(target_sparsity=0.8)
     fit(callback, logger=csv_logger(Path("logs")))
     with Path("logs/autoprune_layers.csv").open() as file:
@@ -149,11 +151,9 @@ def test_a_csv_logger_gets_the_table_in_a_file_of_its_own():
     assert int(first["kept"]) == callback.layers()[0].kept
 
 
-def test_without_matplotlib_the_rest_is_logged_all_the_same_and_a_warning_says_once_what_to_install(
-    tmp_path, monkeypatch
-):
+def test_without_matplotlib_the_other_figures_are_logged_and_one_warning_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    monkeypatch.setattr(figures, "_once", WarningCache(), raising=False)
+    monkeypatch.setattr(figure_writer, "_warnings", WarningCache())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _, rows, _, _ = wandb_run(tmp_path, figures_every_n_epochs=1)
@@ -164,7 +164,7 @@ def test_without_matplotlib_the_rest_is_logged_all_the_same_and_a_warning_says_o
     assert text.endswith("which need matplotlib: pip install 'lightning-autoprune[plots]'.")
 
 
-def test_a_logger_that_fails_is_a_warning_and_training_ends_well(tmp_path):
+def test_an_error_in_a_logger_becomes_a_warning_and_training_ends_well(tmp_path):
     import wandb
 
     class Broken(WandbLogger):
@@ -185,3 +185,22 @@ def test_a_logger_that_fails_is_a_warning_and_training_ends_well(tmp_path):
         model, _ = fit([Break(), AutoPruneCallback(target_sparsity=0.8)], logger=logger)
     wandb.finish()
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_new_kind_of_logger_gets_figures_once_it_has_a_writer(monkeypatch):
+    class Mine(DummyLogger):
+        """A logger that the package does not know."""
+
+    class Writer(figure_writer.FigureWriter[Mine]):
+        def log(self, logger, figures):
+            logged.append((type(logger), figures.step, [layer.name for layer in figures.layers]))
+
+    class Derived(Mine):
+        """A subclass has the writer of its base class."""
+
+    logged = []
+    fit(AutoPruneCallback(target_sparsity=0.8), logger=Mine())
+    assert logged == []
+    monkeypatch.setitem(WRITERS, Mine, Writer())
+    fit(AutoPruneCallback(target_sparsity=0.8), logger=[Mine(), DummyLogger(), Derived()])
+    assert logged == [(kind, 32, ["first", "last"]) for kind in (Mine, Derived)]

@@ -1,4 +1,4 @@
-"""The artifact: which checkpoint becomes one, what it says, and that no failure of it reaches the training."""
+"""The W&B artifact: which checkpoint it holds, its metadata, and that an error in it never stops the training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from wandb_file import read_models
 
 from lightning_autoprune import AutoPruneCallback, sparsity
 from lightning_autoprune.tensors.bitmasks import pack
-from lightning_autoprune.training.loggers.pruned_checkpoint import _is_pruned
+from lightning_autoprune.training.loggers.pruned_checkpoint import has_final_masks
 
 
 def artifacts(folder, callbacks, model=None, pruning=None, **options):
-    """Fits with a real offline run; returns the models among the artifacts that it wrote."""
+    """Fit with a real offline run; return the models among the artifacts that it logged."""
     import wandb
 
     fit(
@@ -32,7 +32,7 @@ def artifacts(folder, callbacks, model=None, pruning=None, **options):
     return read_models(folder)
 
 
-def test_the_best_of_the_pruned_checkpoints_is_logged_with_its_figures(tmp_path):
+def test_the_best_pruned_checkpoint_is_logged_with_its_metadata(tmp_path):
     saving = ModelCheckpoint(tmp_path / "c", monitor="val_loss", save_top_k=-1, filename="{step}")
     [artifact] = artifacts(tmp_path, [saving], epochs=6)
     assert set(artifact.aliases) == {"latest", "pruned"}
@@ -51,35 +51,35 @@ def test_the_best_of_the_pruned_checkpoints_is_logged_with_its_figures(tmp_path)
     assert entry.path == "model.ckpt"
 
 
-def masks_of(path):
+def read_masks(path):
     return {name: value != 0 for name, value in torch.load(path, weights_only=True)["state_dict"].items()}
 
 
 class Worse(Net):
-    """By its metric, the first checkpoint is the best."""
+    """By its metric, the first checkpoint would be the best."""
 
     def validation_step(self, batch):
         self.log("val_age", float(self.current_epoch))
 
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole files", "weights only"])
-def test_a_checkpoint_with_the_final_zeros_and_more_is_not_pruned(tmp_path, weights_only):
+def test_a_checkpoint_with_more_zeros_than_the_final_ones_does_not_count_as_pruned(tmp_path, weights_only):
     saving = ModelCheckpoint(
         tmp_path / "c", monitor="val_age", save_top_k=-1, filename="{epoch}", save_weights_only=weights_only
     )
     pruning = {"target_sparsity": 0.5, "finetune": 0.1}
     [artifact] = artifacts(tmp_path, [saving], Worse(), pruning, epochs=8, seed=3)
     names = ["first.weight", "last.weight"]
-    *early, last = (masks_of(tmp_path / "c" / f"epoch={epoch}.ckpt") for epoch in range(8))
-    assert any(all(not (masks[n] & ~last[n]).any() for n in names) for masks in early)  # all the zeros, and more
+    *early, last = (read_masks(tmp_path / "c" / f"epoch={epoch}.ckpt") for epoch in range(8))
+    assert any(all(not (masks[n] & ~last[n]).any() for n in names) for masks in early)  # the final zeros, and more
     [entry] = artifact.manifest.contents
-    assert all(torch.equal(masks_of(entry.local_path)[n], last[n]) for n in names)
+    assert all(torch.equal(read_masks(entry.local_path)[n], last[n]) for n in names)
     metadata = json.loads(artifact.metadata)
     assert metadata["val_age"] == 7
     assert metadata["sparsity"] == pytest.approx(float((~torch.cat([last[n].flatten() for n in names])).float().mean()))
 
 
-def test_the_masks_in_a_checkpoint_say_whether_it_is_pruned_and_without_them_its_zeros(tmp_path):
+def test_masks_in_a_checkpoint_tell_if_it_is_pruned_and_without_masks_its_zeros(tmp_path):
     model = Net()
     mask = torch.ones(16, 12, dtype=torch.bool)
     mask[:, :6] = False
@@ -91,16 +91,16 @@ def test_the_masks_in_a_checkpoint_say_whether_it_is_pruned_and_without_them_its
             model.first.weight[:, 7] = kept
         ours = {"pruner": {"auxiliary": {"masks": [pack(mask)], **auxiliary}}, "report": {}, "held_out": {}}
         torch.save({"state_dict": model.state_dict(), "callbacks": {"ours": ours} if auxiliary else {}}, "c.ckpt")
-        return _is_pruned("c.ckpt", {"first.weight": ~mask}, [pack(mask)])
+        return has_final_masks("c.ckpt", {"first.weight": ~mask}, [pack(mask)])
 
     assert pruned(1.0)
     assert not pruned(0.0)
-    assert pruned(0.0, frozen=True)  # a weight that is kept is 0 by chance
+    assert pruned(0.0, frozen=True)  # a kept weight is 0 by chance
     assert not pruned(1.0, frozen=False)
-    assert not pruned(1.0, frozen=True, masks=[pack(~mask)])  # of another fit
+    assert not pruned(1.0, frozen=True, masks=[pack(~mask)])  # the masks of another fit
 
 
-def test_without_a_pruned_checkpoint_the_model_as_it_is_gets_logged(tmp_path):
+def test_without_a_pruned_checkpoint_the_current_model_is_logged(tmp_path):
     class Example(Net):
         example_input_array = torch.zeros(2, 12)
 
@@ -109,7 +109,7 @@ def test_without_a_pruned_checkpoint_the_model_as_it_is_gets_logged(tmp_path):
     assert metadata["flops"] == pytest.approx(1 - metadata["sparsity"])
 
 
-def test_nothing_is_logged_unless_asked_for_or_without_wandb(tmp_path):
+def test_no_artifact_is_logged_by_default_or_without_wandb(tmp_path):
     import wandb
 
     fit(AutoPruneCallback(), logger=WandbLogger(project="test", save_dir=str(tmp_path)))
@@ -118,7 +118,7 @@ def test_nothing_is_logged_unless_asked_for_or_without_wandb(tmp_path):
     fit(AutoPruneCallback(log_artifact=True), logger=CSVLogger(str(tmp_path)))
 
 
-def test_a_failure_is_a_warning_and_training_ends_well(tmp_path):
+def test_an_error_becomes_a_warning_and_training_ends_well(tmp_path):
     import wandb
 
     class Broken(Net):
