@@ -22,7 +22,7 @@ __all__ = ["ESTIMATORS", "Estimator", "EstimatorName", "check_estimator", "strai
 
 EstimatorName = Literal["linear", "hard_sigmoid", "leaky_relu", "softplus"]
 
-Estimator: TypeAlias = Callable[[Tensor], "Tensor | None"]
+Estimator: TypeAlias = Callable[[Tensor], Tensor | None]
 """A user's own h'(m): takes M, returns a tensor of the same shape, or None for 1 everywhere."""
 
 

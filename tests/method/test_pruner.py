@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.method.schedule import Phases, target_path
+from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
@@ -25,12 +25,6 @@ def started(model, steps: int, **settings) -> Pruner:
     pruner = Pruner(prunable_weights(model), Settings(**settings), steps)
     pruner.start()
     return pruner
-
-
-def test_phases_cover_the_run():
-    assert Phases.of(38, 5 / 38, 13 / 38) == Phases(5, 25, 38)
-    assert Phases.of(10, 0.0, 0.0) == Phases(0, 10, 10)
-    assert Phases.of(1, 0.13, 0.34) == Phases(0, 1, 1)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.975])
