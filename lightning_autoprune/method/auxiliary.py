@@ -59,7 +59,7 @@ class AuxiliaryParameters(MaskedWeights):
         granularity: what has an m. None: each weight.
         initial_m: ``"magnitude"``: m = ``initial_scale`` · abs(w) / std(w) of its layer, so that small weights are the
             first to be pruned; ``"constant"``: m = ``initial_scale``. With the former, a weight of exactly 0 starts
-            pruned.
+            pruned. None: no weight is written until ``load_state_dict`` restores a state.
         initial_scale: size of the initial m, > 0.
         update_rule: a name in ``update_rules.UPDATE_RULES``, or an instance of an ``UpdateRule``.
         estimator: the straight-through estimator h'(m): a name in ``estimators.ESTIMATORS``, or a function of M.
@@ -105,7 +105,7 @@ class AuxiliaryParameters(MaskedWeights):
         weights: Mapping[str, Tensor],
         *,
         granularity: Granularity | None = None,
-        initial_m: InitialM = "magnitude",
+        initial_m: InitialM | None = "magnitude",
         initial_scale: float = 0.1,
         update_rule: UpdateRuleName | UpdateRule = "adaptive",
         estimator: EstimatorName | Estimator = "linear",
@@ -113,7 +113,8 @@ class AuxiliaryParameters(MaskedWeights):
         layer_floor: float = 0.001,
         decay: float = 0.999,
     ) -> None:
-        look_up("initial_m", initial_m, INITIAL_M)
+        if initial_m is not None:
+            look_up("initial_m", initial_m, INITIAL_M)
         check_estimator(estimator)
         check_range("initial_scale", initial_scale, 0, low_open=True)
         check_range("leaky_slope", leaky_slope, 0, 1)
@@ -127,9 +128,10 @@ class AuxiliaryParameters(MaskedWeights):
         super().__init__(weights)
         self.floors = self.granularity.floors(self.weights, layer_floor)
         self._make_M()
-        for M, m in zip(self.M, self.granularity.initial_M(self, initial_m, initial_scale), strict=True):
-            M.copy_(m)
-        self.update_masks()
+        if initial_m is not None:
+            for M, m in zip(self.M, self.granularity.initial_M(self, initial_m, initial_scale), strict=True):
+                M.copy_(m)
+            self.update_masks()
 
     @property
     def density(self) -> float:

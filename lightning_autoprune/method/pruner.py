@@ -94,7 +94,7 @@ class Pruner:
         self._check_target(weights)
         if self.auxiliary:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            self.auxiliary.join(self._attach(new), list(weights))
+            self.auxiliary.join(self._attach(new, self.settings.initial_m), list(weights))
         self.weights = dict(weights)
 
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
@@ -199,7 +199,7 @@ class Pruner:
 
     def _enter_phase(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.step >= self.phases.start:
-            self.auxiliary = self._attach(self.weights)
+            self.auxiliary = self._attach(self.weights, self.settings.initial_m)
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False
         if self._target is not None:
@@ -214,12 +214,12 @@ class Pruner:
             return NeuronGranularity(self.neurons)
         return GRANULARITIES[self.settings.granularity]()
 
-    def _attach(self, weights: Mapping[str, Tensor], initial_m: InitialM | None = None) -> AuxiliaryParameters:
+    def _attach(self, weights: Mapping[str, Tensor], initial_m: InitialM | None) -> AuxiliaryParameters:
         s = self.settings
         return AuxiliaryParameters(
             weights,
             granularity=self._make_granularity(),
-            initial_m=initial_m or s.initial_m,
+            initial_m=initial_m,
             initial_scale=s.initial_scale,
             update_rule=s.update_rule,
             estimator=s.estimator,
@@ -248,5 +248,5 @@ class Pruner:
             self._controller.mu, self._controller.error = state["pressure"]
         self.auxiliary = None
         if state["auxiliary"] is not None:
-            self.auxiliary = self._attach(self.weights, "constant")  # keeps all weights, so that none is written
+            self.auxiliary = self._attach(self.weights, None)
             self.auxiliary.load_state_dict(state["auxiliary"])

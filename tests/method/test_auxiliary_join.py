@@ -58,7 +58,7 @@ def test_joining_weights_is_as_if_they_had_been_there_and_not_trained(first, nam
         return {names[i]: count for bucket, count in pairs for i in bucket.numbers}
 
     assert updates(joined) == updates(whole)
-    restored = many(names, update_rule=rule, initial_m="constant")
+    restored = many(names, update_rule=rule, initial_m=None)
     for weight, other in zip(restored.weights.values(), joined.weights.values(), strict=True):
         weight.copy_(other)
     restored.load_state_dict(joined.state_dict())

@@ -93,7 +93,7 @@ def test_state_is_restored_exactly_and_every_later_step_is_the_same(make, final)
     torch.save(aux.state_dict(), file)
     file.seek(0)
     others = {name: w.clone() for name, w in aux.weights.items()}
-    restored = AuxiliaryParameters(others, granularity=make(), initial_m="constant")
+    restored = AuxiliaryParameters(others, granularity=make(), initial_m=None)
     for name, weight in others.items():
         weight.copy_(aux.weights[name])
     restored.load_state_dict(torch.load(file, weights_only=True))
