@@ -1,4 +1,4 @@
-"""Counts what a model costs: floating-point operations and parameters by layer, with and without the zero weights."""
+"""Count what a model costs: floating-point operations and parameters by layer, with and without the zero weights."""
 
 from __future__ import annotations
 
