@@ -54,7 +54,8 @@ def shrink(model: Model, example_input: ExampleInput, *, tolerance: float = 1e-4
 
     Args:
         model: a module or LightningModule, used in evaluation mode from here on; it is left as it was.
-        example_input: an input on which the model runs, with samples along the first dimension.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs, with samples
+            along the first dimension.
         tolerance: largest difference of an output entry, relative to the sum of its size and the median size of the
             entries; at least 8 times the resolution of the dtype.
 

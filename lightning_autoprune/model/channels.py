@@ -68,7 +68,7 @@ def find_channels(model: nn.Module, example_input: ExampleInput) -> list[Channel
 
     Args:
         model: a module; it is left as it was.
-        example_input: an input on which the model runs.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs.
 
     Returns:
         Channels. Every row and filter is in ``made_by`` of exactly one channel (in ``passes`` for depthwise

@@ -76,7 +76,8 @@ def model_cost(model: nn.Module, example_input: ExampleInput) -> ModelCost:
 
     Args:
         model: a module; run once in evaluation mode, and left as it was.
-        example_input: an input on which the model runs. Give one sample to get the cost per sample.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs. Give one
+            sample to get the cost per sample.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
