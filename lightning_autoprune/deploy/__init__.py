@@ -1,1 +1,1 @@
-"""Makes smaller models and files: shrink, sparse files, exports."""
+"""Make smaller models and files: shrink, sparse files, exports."""

@@ -1,4 +1,4 @@
-"""Writes files atomically: the whole file, or nothing."""
+"""Write files atomically: the whole file, or nothing."""
 
 from __future__ import annotations
 

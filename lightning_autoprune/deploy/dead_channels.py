@@ -1,4 +1,4 @@
-"""Finds dead channels, folds the constants that they add into biases, and zeroes their weights.
+"""Find dead channels, fold the constants that they add into biases, and zero their weights.
 
 A channel is dead if the input can't change it (no nonzero weight leads into it), or if nothing reads it. A channel that
 the input can't change still adds a constant to the layers that read it. This constant belongs in their biases.
@@ -29,9 +29,9 @@ Column = tuple[str, int]  # a layer's name, and the index of one of its columns
 
 
 class NonzeroWeights:
-    """Tells which rows and columns of a model's layers have nonzero weights.
+    """The rows and columns of a model's layers that have nonzero weights.
 
-    Each layer is looked at once, so make a new instance after weights have changed.
+    Each layer is read once, when it is first asked for: make a new instance after weights have changed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -129,7 +129,7 @@ def _measure_constants(
     """Return the constant value that each column reads; NaN if it is not constant.
 
     A value may be the same for all these inputs and still depend on the input: a ReLU may be off for all of them. So
-    the model also runs with NaN in place of all floats in the input. Only a value that is still the same is constant.
+    the model also runs with NaN in place of all floats in the input, and the value must be the same then.
     """
     not_constant = dict.fromkeys(columns, float("nan"))
     if not columns:
@@ -180,7 +180,7 @@ def _common_value(values: list[float]) -> float:
 def _stop_nan_at_zero_weights(model: nn.Module, channels: list[Channel], nonzero: NonzeroWeights) -> Iterator[None]:
     """Make rows without nonzero weights return their bias, although 0 * NaN is NaN; make embeddings return NaN.
 
-    So NaN reaches exactly what the input can change.
+    Then NaN in the input reaches what the input can change, and nothing else.
     """
 
     def stop(name: str, module: nn.Module, _: Any, y: Tensor) -> Tensor:

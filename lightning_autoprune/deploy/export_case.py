@@ -1,4 +1,4 @@
-"""Prepares a model for export, and checks that the file computes the model's outputs. Torch only."""
+"""Prepare a model for export, and check that the file computes the model's outputs. Torch only."""
 
 from __future__ import annotations
 

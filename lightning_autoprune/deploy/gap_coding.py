@@ -1,4 +1,4 @@
-"""Codes the positions of a mask's kept entries in nearly as few bits as possible. Torch only.
+"""Code the positions of a mask's kept entries in nearly as few bits as possible. Torch only.
 
 A mask is stored as the gaps between its kept entries: the number of pruned entries before each. The gaps are coded
 after Golomb and Rice: the lowest b bits of a gap are stored as they are, and the rest of it in unary, as that many

@@ -34,10 +34,11 @@ def shrink(model: Model, example_input: ExampleInput, *, tolerance: float = 1e-4
     into a network built with the printed sizes. Its outputs are checked against the model's, on the example and on
     random inputs like it.
 
-    Whether a channel is constant is found by running the model. So constant channels are removed only if every input
-    can be varied: pass numbers as tensors, and integers that differ between samples in each column. What a constant
-    adds is right for inputs of the example's shape, with any batch size. If the model's code compares inputs with
-    numbers (``x != 0`` for padding), this is seen only for inputs that are tried: random values of the example's scale,
+    Whether a channel is constant is found by running the model. Floats in the input may reach it only through its zero
+    weights, and it must stay the same when the other inputs vary. If one of them can't be varied, all channels that add
+    a constant stay: so pass integers that differ between samples in each column, and numbers as tensors. A constant
+    holds for inputs of the example's shape, with any batch size. If the model's code compares inputs with numbers
+    (``x != 0`` for padding), the effect is seen only on inputs that are tried: random values of the example's scale,
     and zeros at random places.
 
     Some channels stay although they are dead:
@@ -53,7 +54,8 @@ def shrink(model: Model, example_input: ExampleInput, *, tolerance: float = 1e-4
 
     Args:
         model: a module or LightningModule, used in evaluation mode from here on; it is left as it was.
-        example_input: an input on which the model runs, with samples along the first dimension.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs, with samples
+            along the first dimension.
         tolerance: largest difference of an output entry, relative to the sum of its size and the median size of the
             entries; at least 8 times the resolution of the dtype.
 
@@ -114,7 +116,7 @@ def _tied_layers(channels: Iterable[Channel], name: str) -> set[str]:
 
 
 class _Shrinker(Generic[Model]):
-    """Removes the dead channels of chosen layers from copies of a model, and checks the copies.
+    """A model, its channels, and the inputs and outputs with which smaller copies of it are made and checked.
 
     Attributes:
         removable: the channels that are not fixed.

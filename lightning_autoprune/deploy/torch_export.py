@@ -33,7 +33,8 @@ def export_program(
     Args:
         model: a module or LightningModule; it is left as it was.
         path: path of the file, by convention with the suffix ``.pt2``; it is replaced whole or not at all.
-        example_input: an input on which the model runs, with samples along the first dimension.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs, with samples
+            along the first dimension.
         shrunk: whether to :func:`shrink` the model first; zeros that remain are stored like other values.
         tolerance: as in :func:`shrink`.
 

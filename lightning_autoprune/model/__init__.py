@@ -1,1 +1,1 @@
-"""Reads a model: its prunable layers, sparsity, cost and channels."""
+"""Read a model: its prunable layers, sparsity, cost and channels."""

@@ -1,4 +1,4 @@
-"""Finds attention heads: the slices of an attention module's layers that can only be removed together.
+"""Find attention heads: the slices of an attention module's layers that can only be removed together.
 
 A head is made by rows of the layers for queries, keys and values, and read by columns of the layer after the attention.
 A graph of operations does not show that. So it is guessed from sizes, for modules that have their number of heads in an
@@ -49,6 +49,7 @@ def group_attention_heads(model: nn.Module, channels: list[Channel], example_inp
 
 
 def _replace_by_heads(channels: list[Channel], heads: list[Channel], path: str) -> list[Channel]:
+    """Return the channels with those that the heads consist of replaced, and those that overlap with them fixed."""
     makers, readers = heads[0].made_by.keys(), heads[0].read_by.keys()
     others = [channel for channel in channels if not channel.made_by.keys() <= makers]
     for channel in others:

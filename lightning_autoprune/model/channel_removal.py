@@ -1,4 +1,4 @@
-"""Cuts channels out of the layers that make and read them."""
+"""Cut channels out of the layers that make and read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds channels: the slices of several layers that can only be pruned or removed together.
+"""Find channels: the slices of several layers that can only be pruned or removed together.
 
 A channel is made by rows of linear layers and filters of convolutions, passes through normalizations, depthwise
 convolutions and functions, and is read by columns of other layers. Additions tie the channels of several layers
@@ -68,7 +68,7 @@ def find_channels(model: nn.Module, example_input: ExampleInput) -> list[Channel
 
     Args:
         model: a module; it is left as it was.
-        example_input: an input on which the model runs.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs.
 
     Returns:
         Channels. Every row and filter is in ``made_by`` of exactly one channel (in ``passes`` for depthwise
@@ -136,6 +136,7 @@ _Role = Literal["makes", "passes", "reads", "function", "parameter", "barrier"]
 
 
 def _collect_channels(model: nn.Module, graph: Any, outputs: list[Tensor]) -> list[Channel]:
+    """Return the channels that the graph shows, with each row in one channel only."""
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     traced = _TracedModel(
         graph=graph,
@@ -162,10 +163,12 @@ def _collect_channels(model: nn.Module, graph: Any, outputs: list[Tensor]) -> li
 
 
 def _rows(channel: Channel) -> list[tuple[str, int]]:
+    """Return the rows that make a channel, as layer names and indices."""
     return [(name, i) for name, indices in channel.made_by.items() for i in indices]
 
 
 def _merge_into(channel: Channel, other: Channel) -> None:
+    """Add to a channel what another one has."""
     for slices, other_slices in (
         (channel.made_by, other.made_by),
         (channel.passes, other.passes),
@@ -233,17 +236,15 @@ def _role(traced: _TracedModel, dependency: Any) -> _Role:
     if is_depthwise(module) or isinstance(module, (_BatchNorm, nn.PReLU)):
         return "passes"
     if isinstance(module, (nn.Linear, _ConvNd)):
-        makes, reads = (
-            graph.is_out_channel_pruning_fn(dependency.handler),
-            graph.is_in_channel_pruning_fn(dependency.handler),
-        )
+        makes = graph.is_out_channel_pruning_fn(dependency.handler)
+        reads = graph.is_in_channel_pruning_fn(dependency.handler)
         if makes != reads:
             return "makes" if makes else "reads"
     return "barrier"
 
 
 def _reasons_to_stay(traced: _TracedModel, node: Any, role: _Role, indices: list[int]) -> Iterator[str]:
-    """Yield each reason why a channel must stay that has such a member."""
+    """Yield each reason why a channel with this member must stay."""
     module, name = node.module, traced.names.get(node.module, "")
     if role != "reads" and (node.grad_fn in traced.output_functions or node.type.name == "OUTPUT"):
         yield "it is an output of the model"
@@ -261,6 +262,7 @@ def _reasons_to_stay(traced: _TracedModel, node: Any, role: _Role, indices: list
 
 
 def _slice_count(traced: _TracedModel, module: Any, role: _Role) -> int:
+    """Return the number of rows, columns or entries that a layer has for a role."""
     if role == "passes":
         count: int = max(traced.graph.get_out_channels(module), 1)
     else:
@@ -275,12 +277,12 @@ def _slice_count(traced: _TracedModel, module: Any, role: _Role) -> int:
 def fix_entangled(model: nn.Module, channels: list[Channel], example_input: ExampleInput) -> None:
     """Mark entangled channels as fixed: those that reach the outputs by a way that the graph does not show.
 
-    In ``self.b(self.a(x).flip(-1))`` all channels are entangled. The graph says that column 0 of ``b`` reads row 0 of
-    ``a``, and in fact it reads the last row. A softmax over channels entangles them too.
+    For example, all channels of ``self.b(self.a(x).flip(-1))`` are entangled: the graph says that column 0 of ``b``
+    reads row 0 of ``a``, but it reads the last row. A softmax over channels entangles them too.
 
-    If a channel is not entangled, its rows can't change the outputs once its columns are 0. This is tried on a copy for
-    the channels that the same layers make. If it were tried for all of them at once, a changed order would go unseen,
-    so it is tried for half of them at a time, with any two channels in different halves at least once.
+    If a channel is not entangled, its rows can't change the outputs once its columns are 0. This is tested on a copy,
+    for the channels that the same layers make. A test of all of them at once would not notice a changed order. So half
+    of them are tested at a time, and any two channels are in different halves at least once.
 
     Args:
         model: the module that the channels are of; it is left as it was.
@@ -313,7 +315,7 @@ def _rows_bypass_columns(
 ) -> bool:
     """Return whether the rows of some channels change the outputs while the columns of these channels are 0.
 
-    The weights of ``trial`` are overwritten for that, and restored.
+    The weights of ``trial`` are overwritten and then restored.
     """
     layers = {trial.get_submodule(name) for channel in channels for name in (*channel.made_by, *channel.read_by)}
     saved = [(layer.weight, layer.weight.clone()) for layer in layers]  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Counts what a model costs: floating-point operations and parameters by layer, with and without the zero weights."""
+"""Count what a model costs: floating-point operations and parameters by layer, with and without the zero weights."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def model_cost(model: nn.Module, example_input: ExampleInput) -> ModelCost:
 
     Args:
         model: a module; run once in evaluation mode, and left as it was.
-        example_input: an input on which the model runs. Give one sample to get the cost per sample.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs. Give one
+            sample to get the cost per sample.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))

@@ -1,4 +1,4 @@
-"""Builds the dependency graph of torch-pruning (Fang et al., "DepGraph", CVPR 2023), and works around its gaps.
+"""Build the dependency graph of torch-pruning (Fang et al., "DepGraph", CVPR 2023), and work around its gaps.
 
 This is the only module that reads or changes private parts of torch-pruning.
 """

@@ -1,4 +1,4 @@
-"""Makes inputs like a given example: with other batch sizes, with other values, and with NaN."""
+"""Make inputs like a given example: with other batch sizes, with other values, and with NaN."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def repeat_single_sample(model: nn.Module, example_input: ExampleInput) -> Any:
 
 
 def run_batch_sizes(model: nn.Module, example_input: ExampleInput) -> list[RecordedRun]:
-    """Run a model on the example with 1, 2, 3 and more samples than it has, and skip batch sizes that it refuses."""
+    """Run a model on the example with 1, 2, 3 and 2n + 1 samples, where it has n; skip batch sizes that it refuses."""
     sizes = (1, 2, 3, 2 * _batch_size(example_input) + 1)
     return list(_run_where_possible(model, (_resize_batch(example_input, size) for size in sizes)))
 

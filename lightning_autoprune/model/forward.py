@@ -1,4 +1,4 @@
-"""Runs a model on an example input in evaluation mode, leaves it as it was, and collects the output tensors."""
+"""Run a model on an example input in evaluation mode, leave it as it was, and collect the output tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the weights of a model that can be pruned, and names them. Torch only."""
+"""Find the weights of a model that can be pruned, and name them. Torch only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the channels of a model that can be pruned whole."""
+"""Find the channels of a model that can be pruned as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def find_neurons(model: nn.Module, weights: Mapping[str, Tensor], example_input:
     Args:
         model: a module; it is left as it was.
         weights: weights by layer name; those of layers that are neither linear nor convolutions are ignored.
-        example_input: an input on which the model runs.
+        example_input: an :data:`~lightning_autoprune.model.forward.ExampleInput` on which the model runs.
+
+    Returns:
+        The channels, numbered in the order of the model.
 
     Raises:
         AutoPruneError: if there are no such channels (says why), or the model does not run on the example.

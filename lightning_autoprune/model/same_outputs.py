@@ -1,4 +1,4 @@
-"""Checks whether outputs are as expected, up to rounding, and describes the first one that is not."""
+"""Check whether outputs are as expected, up to rounding, and describe the first one that is not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def describe_mismatch(
 
     An entry may differ by ``tolerance`` times the sum of its size and the median size of the entries that are not 0.
     If outputs have a large offset, this would hide differences in the part that varies. So a difference above a
-    hundredth of that must also be at most 100 ``tolerance`` times the spread of the entry.
+    hundredth of that must also be at most ``100 * tolerance`` times the spread of the entry.
 
     Args:
         outputs: tensors to check.

@@ -1,4 +1,4 @@
-"""Measures the sparsity of weights: as functions, and as a torchmetrics metric."""
+"""Measure the sparsity of weights: as functions, and as a torchmetrics metric."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_a_relu_that_is_off_for_all_tried_inputs_is_not_dead():
 
 
 class Padded(nn.Module):
-    """Finds padding, which the example does not have, by a comparison, which stops NaN."""
+    """A network that finds padding, which the example does not have, by a comparison, which stops NaN."""
 
     def __init__(self, integers: bool) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_a_constant_stays_if_padding_makes_it_zero(integers):
 
 
 class Coded(nn.Module):
-    """Returns integers that depend on the channels."""
+    """A network with an integer output that depends on its channels."""
 
     def __init__(self, code) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_a_single_layer_stays_as_it_is(layer, shape):
 
 
 class Masked(nn.Module):
-    """Sums over the steps that a mask selects."""
+    """A sum over the steps that a mask selects."""
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ class Batch:
 
 
 class Shifted(nn.Module):
-    """Adds an input to a dead channel without a weight."""
+    """A network that adds an input to its channels without a weight."""
 
     def __init__(self):
         super().__init__()
@@ -216,7 +216,7 @@ def test_constants_are_removed_if_the_input_reaches_them_only_through_weights():
 
 
 class Readout(nn.Module):
-    """Reads a sum or a mean over the samples."""
+    """A layer that reads a sum or a mean over the samples."""
 
     def __init__(self, over_samples):
         super().__init__()

@@ -13,7 +13,7 @@ EXPORTS = pytest.mark.parametrize("export", [export_onnx, export_program])
 
 
 class ReturnsBatchSize(nn.Module):
-    """Returns the batch size of the example as integers."""
+    """A network that returns the batch size of the example as integers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -106,7 +106,7 @@ def test_shrink_removes_exactly_the_masked_heads(kind, seed):
 
 def test_heads_that_interact_are_not_grouped():
     class InteractingHeads(CountedHeads):
-        """Mixes the heads with each other, so that none can be removed alone."""
+        """A block that mixes the heads with each other, so that none can be removed alone."""
 
         def forward(self, x):
             q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self.qkv(self.embed(x)).chunk(3, -1))

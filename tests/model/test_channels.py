@@ -193,7 +193,7 @@ def test_only_channels_that_a_recurrent_layer_reads_are_fixed():
 
 
 class Shifted(nn.Module):
-    """Takes differences along a sequence, whose slices torch-pruning mistakes for slices of channels."""
+    """The differences along a sequence, whose slices torch-pruning mistakes for slices of channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ def test_torchscript_and_inference_mode_are_refused():
 
 
 class Concatenated(nn.Module):
-    """Concatenates inputs with the outputs of layers, as DenseNet does."""
+    """Layers that read inputs concatenated with the outputs of layers, as in DenseNet."""
 
     def __init__(self, order):
         super().__init__()
@@ -277,9 +277,9 @@ def test_concatenated_inputs_shift_the_columns_after_them(order, first, second):
     network.a.weight.data[:4] = network.b.weight.data[:3] = 0
     channels = find_channels(network, x)
     fix_entangled(network, channels, x)
-    of = {(name, i): c for c in channels for name, rows in c.made_by.items() for i in rows}
-    assert of["a", 1].read_by == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
-    assert of["b", 1].read_by == {"c": [second + 1]}
+    channel_of = {(name, i): c for c in channels for name, rows in c.made_by.items() for i in rows}
+    assert channel_of["a", 1].read_by == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
+    assert channel_of["b", 1].read_by == {"c": [second + 1]}
     assert not any(c.fixed_reason for c in channels if "c" not in c.made_by)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -297,8 +297,8 @@ def test_several_concatenated_inputs_shift_columns_or_the_channels_stay(parts):
             self.a.weight.data[:4] = 0
 
         def forward(self, x):
-            of = {"x": x, "h": self.a(x).relu()}
-            return self.b(torch.cat([of[part] for part in parts], -1).relu())
+            tensors = {"x": x, "h": self.a(x).relu()}
+            return self.b(torch.cat([tensors[part] for part in parts], -1).relu())
 
     network, x = Concatenates(), torch.randn(4, 3)
     separate_inputs = parts == "xhx"  # only the sum of their widths is known

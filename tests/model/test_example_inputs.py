@@ -19,7 +19,7 @@ from lightning_autoprune.model.forward import tensors_in
 
 
 class Tokens(nn.Module):
-    """Averages over the tokens that a mask selects."""
+    """A mean over the tokens that a mask selects."""
 
     def __init__(self) -> None:
         super().__init__()

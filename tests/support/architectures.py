@@ -69,7 +69,7 @@ class Encoder(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Concatenates the outputs of all earlier layers, as DenseNet does."""
+    """Layers that read the concatenated outputs of all earlier layers, as in DenseNet."""
 
     def __init__(self):
         super().__init__()
@@ -110,7 +110,7 @@ EXACT = {
 
 
 class Shuffled(nn.Module):
-    """Reads channels in another order than they are made, which the graph does not show."""
+    """A layer that reads channels in another order than they are made, which the graph does not show."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Gated(nn.Module):
 
 
 class InputFirst(nn.Module):
-    """Concatenates the input in front of a layer's channels."""
+    """The input concatenated with a layer's channels, in front of them."""
 
     def __init__(self):
         super().__init__()
@@ -142,7 +142,7 @@ class InputFirst(nn.Module):
 
 
 class FunctionalUse(nn.Module):
-    """Uses a layer's weight without the layer."""
+    """A network that uses a layer's weight without the layer."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Tied(nn.Module):
 
 
 class UsedTwice(nn.Module):
-    """Uses one layer twice."""
+    """A network that uses one layer twice."""
 
     def __init__(self):
         super().__init__()
@@ -241,21 +241,21 @@ class TwoLayers(nn.Module):
 
 
 class LoopOverSamples(TwoLayers):
-    """Loops over the samples."""
+    """A network that loops over the samples."""
 
     def forward(self, x):
         return torch.stack([self.b(torch.relu(self.a(sample))) for sample in x])
 
 
 class DividedByBatchSize(TwoLayers):
-    """Divides by the batch size of the example as a plain number."""
+    """A network that divides by the batch size of the example as a plain number."""
 
     def forward(self, x):
         return self.b(torch.relu(self.a(x))).sum(0, keepdim=True) / torch.tensor(float(int(x.shape[0])))
 
 
 class Masked(TwoLayers):
-    """Takes a mask, which may have no dimension of samples."""
+    """A network with a mask, which may have no dimension of samples."""
 
     def forward(self, x, mask):
         return self.b(torch.relu(self.a(x)) * mask)
