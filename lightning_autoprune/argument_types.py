@@ -1,4 +1,4 @@
-"""Types for the command line's numbers: what argparse accepts, and what it says of anything else."""
+"""Parsers for numbers on the command line, with their error messages."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-autoprune",
-        description="Show what AutoPruneCallback pruned, and write small files.",
+        description="Show what AutoPruneCallback pruned, and export it as small files.",
         epilog=_format_examples(*_EXAMPLES) + "\n" + _NOTES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -92,7 +92,9 @@ def _build_parser() -> argparse.ArgumentParser:
     report.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures; it works offline")
     report.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")
 
-    compare = add_command("compare", _compare, "show which weights two checkpoints share, and which came and went")
+    compare = add_command(
+        "compare", _compare, "show which weights both checkpoints keep, and which were pruned or came back"
+    )
     compare.add_argument("first", type=Path, metavar="A", help="the earlier checkpoint")
     compare.add_argument("second", type=Path, metavar="B", help="the later checkpoint, with the same layers")
     compare.add_argument("--json", action="store_true", help="print all figures as JSON instead of the table")

@@ -84,8 +84,8 @@ input_survivors(model.network[1].weight, (8, 8))
 # %% [markdown]
 # ## Load the checkpoint into the plain model
 #
-# The file has zeros in place of the pruned weights, under the model's own keys. It loads with `strict=True`, and
-# loading does not need this package.
+# The file has zeros in place of the pruned weights, under the model's own keys. It loads with `strict=True`, and this
+# package is not needed to load it.
 
 # %%
 plain = Classifier(lenet_300_100(pixels=64))

@@ -32,7 +32,7 @@ def test_digits_are_real_and_need_no_download():
     assert sorted(set(images.test.labels.tolist())) == list(range(10))
 
 
-def write_idx(array: np.ndarray) -> bytes:
+def encode_idx(array: np.ndarray) -> bytes:
     header = bytes([0, 0, 8, array.ndim])
     return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes()
 
@@ -44,7 +44,7 @@ def small_mnist(tmp_path, monkeypatch):
     arrays = [rng.integers(0, 256, (6, 28, 28)), rng.integers(0, 10, 6), rng.integers(0, 256, (4, 28, 28)), range(4)]
     checksums = {}
     for i, (name, array) in enumerate(zip(data.MNIST_FILES, arrays, strict=True)):
-        content = write_idx(np.asarray(array))
+        content = encode_idx(np.asarray(array))
         checksums[name] = hashlib.sha256(content).hexdigest()
         (tmp_path / (name if i % 2 else f"{name}.gz")).write_bytes(content if i % 2 else gzip.compress(content))
     monkeypatch.setattr(data, "MNIST_FILES", checksums)

@@ -30,7 +30,7 @@ _BATCH_SIZE = {"digits": 32, "mnist": 128}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to a parser."""
-    epochs = " and ".join(f"{count} for {name}" for name, count in _EPOCHS.items())
+    epochs = ", ".join(f"{count} for {name}" for name, count in _EPOCHS.items())
     parser.add_argument("--data", choices=["digits", "mnist"], default="digits", help="digits come with scikit-learn")
     parser.add_argument(
         "--data-dir", type=Path, default=Path("data/mnist"), help="where MNIST's IDX files are, or will be downloaded"

@@ -1,4 +1,4 @@
-"""Read what a file says about its model and the pruning, without running anything in it."""
+"""A reader for checkpoints of several kinds, which never runs code from a file."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class RunHistory:
             self._thin_points()
 
     def _thin_points(self) -> None:
-        # The best points are those on the Pareto front, of the whole run and of the part with final masks.
+        """Drop every second point, except the last, and the best of the run and of its part with final masks."""
         first_final = sum(point.step < self.masks_final_at for point in self.points)
         best = {
             start + i
