@@ -147,9 +147,7 @@ def cost_table(rows: list[dict[str, str]]) -> str:
         [f"peak memory, {LABELS[row['network']]}", f"{row['peak_mib']} MiB", *format_ratios(row, "memory")]
         for row in rows
     ]
-    return markdown_table(
-        ["", "dense", "final masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines
-    )
+    return markdown_table(["", "dense", "final masks", "pruning, default", 'pruning, `"train"`', "ModelPruning"], lines)
 
 
 def last_rows(results: Path) -> list[dict[str, str]]:
