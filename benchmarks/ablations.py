@@ -1,6 +1,6 @@
-"""What each part of the method brings: one change of the default at a time.
+"""Measure what each part of the method contributes: one change of the default at a time.
 
-LeNet-300-100, the ResNet and the transformer, a third of the epochs, paired by seed. Rows go to
+LeNet-300-100, the ResNet and the transformer have a third of their epochs, and runs are paired by seed. Rows go to
 ``results/ablations.csv``:
 
     python benchmarks/ablations.py --data-dir DIR --tasks lenet-300-100 --seeds 0 1 2
@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accuracy import arguments, carry_out
-from harness.report import change_picture, markdown, save
-from harness.results import Run, means, read
+from accuracy import execute_missing, make_parser
+from harness.report import change_picture, markdown_table, save_picture
+from harness.results import Run, group_means, read_rows
 from harness.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "ablations.csv"
@@ -51,7 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULTS, PICTURE)
+    parser = make_parser(__doc__, RESULTS, PICTURE)
     parser.set_defaults(tasks=["lenet-300-100", "resnet", "transformer"])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, default=list(CHANGES))
     args = parser.parse_args()
@@ -62,15 +62,15 @@ def main() -> None:
         for name in args.changes
         if "batchnorm" not in CHANGES[name] or task == "resnet"
     ]
-    carry_out(runs, args.results, args.data_dir)
-    rows, names = read(args.results), {json.dumps(options): name for name, options in CHANGES.items()}
+    execute_missing(runs, args.results, args.data_dir)
+    rows, names = read_rows(args.results), {json.dumps(options): name for name, options in CHANGES.items()}
     for task in args.tasks:
-        found = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("options",))
+        found = group_means([row for row in rows if row["task"] == task], TASKS[task].metric, ("options",))
         named = {names[key]: mean for (key,), mean in found.items() if key in names}
         base = named["default"]
         lines = ([n, f"{m.mean:.3f} ± {m.spread:.3f}", f"{m.mean - base.mean:+.3f}"] for n, m in named.items())
-        print(markdown([f"{task}, {TARGETS[task]:g}×", TASKS[task].metric, "change"], lines))
-    save(change_picture(rows, args.tasks, names), args.picture)
+        print(markdown_table([f"{task}, {TARGETS[task]:g}×", TASKS[task].metric, "change"], lines))
+    save_picture(change_picture(rows, args.tasks, names), args.picture)
 
 
 if __name__ == "__main__":

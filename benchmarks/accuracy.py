@@ -1,9 +1,11 @@
-"""Error against compression of every method, at the same network, data, optimizer and epochs.
+"""Compare all methods: error against compression, on the same network, data, optimizer and epochs.
 
-One row a run goes to ``results/accuracy.csv``; runs that are there are skipped, so it can be stopped at any time and
-several may run at once, on other tasks or seeds:
+Each run adds a row to ``results/accuracy.csv``. Runs that have a row are skipped, so the benchmark can be stopped at
+any time, and several processes may work on different tasks or seeds:
 
     python benchmarks/accuracy.py --data-dir DIR --tasks tabular --methods dense autoprune gmp --seeds 0 1 2
+
+``--readme-picture`` also draws the README's picture, from all rows in the file.
 """
 
 from __future__ import annotations
@@ -13,54 +15,65 @@ import json
 from pathlib import Path
 
 from harness.methods import LABELS, METHODS
-from harness.methods.settings import settings
-from harness.report import compression_picture, compression_table, no_target_table, save
-from harness.results import Run, append, missing, read
+from harness.methods.settings import best_settings
+from harness.report import compression_picture, compression_table, no_target_table, readme_picture, save_picture
+from harness.results import Run, append_outcome, missing_runs, read_rows
 from harness.tasks import TASKS
-from harness.training import quiet, train
+from harness.training import silence, train_and_test
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
-PICTURE = Path(__file__).parents[1] / "docs" / "accuracy.png"
+DOCS = Path(__file__).parents[1] / "docs"
+PICTURE, README_PICTURE = DOCS / "accuracy.png", DOCS / "readme_accuracy.png"
 
 
-def arguments(description: str | None, results: Path, picture: Path | None = None) -> argparse.ArgumentParser:
-    """The arguments that the benchmarks share."""
+def make_parser(description: str | None, results: Path, picture: Path | None = None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that the benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="directory of MNIST's IDX files")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, help="in place of the task's")
-    parser.add_argument("--results", type=Path, default=results)
+    parser.add_argument("--epochs", type=int, help="default: the task's")
+    parser.add_argument("--results", type=Path, default=results, help="CSV file to which rows are appended")
     if picture:
-        parser.add_argument("--picture", type=Path, default=picture)
+        parser.add_argument("--picture", type=Path, default=picture, help="PNG file to write")
     return parser
 
 
-def carry_out(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
-    """Carries out the runs that the file does not have, and shows each; ``validate``: without the test rows."""
-    quiet()
+def execute_missing(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
+    """Execute and print the runs that have no row in the file.
+
+    Args:
+        runs: all runs that are wanted.
+        results: the file.
+        data_dir: directory of MNIST's IDX files.
+        validate: whether to test on training samples that were kept out of training, for choosing settings.
+    """
+    silence()
     for i, run in enumerate(runs, 1):
-        if not missing(results, [run]):
+        if not missing_runs(results, [run]):
             continue
         task = TASKS[run.task]
         method = METHODS[run.method](run.target, run.seed, **json.loads(run.options))
-        outcome = train(task, method, run.seed, data_dir, run.epochs, validate)
-        append(results, run, outcome)
+        outcome = train_and_test(task, method, run.seed, data_dir, run.epochs, validate)
+        append_outcome(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"
-        print(f"[{i}/{len(runs)}]", *run.key().values(), "→", figures, f"{outcome.seconds:.0f} s", flush=True)
+        print(f"[{i}/{len(runs)}]", *run.cells().values(), "→", figures, f"{outcome.seconds:.0f} s", flush=True)
 
 
-def at_its_settings(row: dict[str, str]) -> bool:
-    """Whether a run had the settings that its method has now."""
+def has_current_settings(row: dict[str, str]) -> bool:
+    """Return True if a run had the settings that its method has now."""
     target = float(row["target"]) if row["target"] else None
-    return json.loads(row["options"]) == settings(row["task"], row["method"], target)
+    return json.loads(row["options"]) == best_settings(row["task"], row["method"], target)
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULTS, PICTURE)
+    parser = make_parser(__doc__, RESULTS, PICTURE)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", *LABELS])
-    parser.add_argument("--compressions", nargs="+", help="in place of the task's; none: no target")
-    parser.add_argument("--options", help="of the methods, as JSON, in place of their settings")
+    parser.add_argument("--compressions", nargs="+", help="default: the task's; none: no target")
+    parser.add_argument("--options", help="of the methods, as JSON; default: their best settings")
+    parser.add_argument(
+        "--readme-picture", type=Path, nargs="?", const=README_PICTURE, help="also draw the README's picture"
+    )
     args = parser.parse_args()
     runs = []
     for seed in args.seeds:
@@ -68,14 +81,16 @@ def main() -> None:
             for method in args.methods:
                 for text in args.compressions or task.compressions:
                     compression = None if method == "dense" or text == "none" else float(text)
-                    options = args.options or json.dumps(settings(task.name, method, compression))
+                    options = args.options or json.dumps(best_settings(task.name, method, compression))
                     runs.append(Run(task.name, method, compression, args.epochs or task.epochs, seed, options))
-    carry_out(list(dict.fromkeys(runs)), args.results, args.data_dir)
-    rows = [row for row in read(args.results) if at_its_settings(row)]
+    execute_missing(list(dict.fromkeys(runs)), args.results, args.data_dir)
+    rows = [row for row in read_rows(args.results) if has_current_settings(row)]
     for name in args.tasks:
         print("\n" + compression_table(rows, name, LABELS))
     print("\n" + no_target_table(rows))
-    save(compression_picture(rows, args.tasks, LABELS), args.picture)
+    save_picture(compression_picture(rows, args.tasks, LABELS), args.picture)
+    if args.readme_picture:
+        save_picture(readme_picture(rows, LABELS), args.readme_picture)
 
 
 if __name__ == "__main__":

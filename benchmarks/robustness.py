@@ -1,8 +1,7 @@
-"""How much the result depends on the settings: each swept at equal compression, beside the strengths of two peers.
+"""Measure how much the error depends on the settings, and on the strengths of two other methods, at equal compression.
 
-All over a factor of 100, but for the size of the initial m, over 10.
-
-LeNet-300-100 at 80×, a third of the epochs. Rows go to ``results/robustness.csv``:
+Each setting is multiplied by 0.1 to 10; the size of the initial m by 0.316 to 3.16. LeNet-300-100 at 80× has a third of
+its epochs. Rows go to ``results/robustness.csv``:
 
     python benchmarks/robustness.py --data-dir DIR --seeds 0 1 2
 """
@@ -12,9 +11,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from accuracy import arguments, carry_out
-from harness.report import markdown, save, sweep_picture
-from harness.results import Run, means, read
+from accuracy import execute_missing, make_parser
+from harness.report import markdown_table, save_picture, sweep_picture
+from harness.results import Run, group_means, read_rows
 from harness.tasks import TASKS
 
 RESULTS = Path(__file__).parent / "results" / "robustness.csv"
@@ -30,29 +29,29 @@ SWEEPS = (
 )
 
 
-def changed(option: str, value: float, factor: float) -> str:
-    """The options, as JSON, with one multiplied by a factor."""
+def scaled_option(option: str, value: float, factor: float) -> str:
+    """Return the options, as JSON, with one option multiplied by a factor."""
     return json.dumps({option: float(f"{value * factor:.3g}")})
 
 
 def main() -> None:
-    parser = arguments(__doc__, RESULTS, PICTURE)
+    parser = make_parser(__doc__, RESULTS, PICTURE)
     parser.set_defaults(tasks=["lenet-300-100"])
     parser.add_argument("--target", type=float, default=80.0, help="compression")
     args = parser.parse_args()
     runs = [
-        Run(task, method, args.target, args.epochs or TASKS[task].third, seed, changed(option, value, factor))
+        Run(task, method, args.target, args.epochs or TASKS[task].third, seed, scaled_option(option, value, factor))
         for task in args.tasks
         for seed in args.seeds
         for method, option, value, factors in SWEEPS
         for factor in factors
     ]
-    carry_out(list(dict.fromkeys(runs)), args.results, args.data_dir)
-    rows = read(args.results)
+    execute_missing(list(dict.fromkeys(runs)), args.results, args.data_dir)
+    rows = read_rows(args.results)
     for task in args.tasks:
-        found = means([row for row in rows if row["task"] == task], TASKS[task].metric, ("method", "options"))
+        found = group_means([row for row in rows if row["task"] == task], TASKS[task].metric, ("method", "options"))
         sweeps = [
-            (method, option, [(factor, found[method, changed(option, value, factor)]) for factor in factors])
+            (method, option, [(factor, found[method, scaled_option(option, value, factor)]) for factor in factors])
             for method, option, value, factors in SWEEPS
         ]
         lines = []
@@ -60,8 +59,8 @@ def main() -> None:
             values = [mean.mean for _, mean in points]
             name = f"{method}: `{option}` × {points[0][0]:g} to {points[-1][0]:g}"
             lines.append([name, " ".join(f"{v:.2f}" for v in values), f"{max(values) - min(values):.2f}"])
-        print(markdown([task, f"{TASKS[task].metric} along the sweep", "largest − least"], lines))
-        save(sweep_picture(sweeps, TASKS[task].metric), args.picture)
+        print(markdown_table([task, f"{TASKS[task].metric} along the sweep", "largest − smallest"], lines))
+        save_picture(sweep_picture(sweeps, TASKS[task].metric), args.picture)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The documentation site: ``make docs`` builds it into ``docs/_build/html``. It needs no network."""
+"""The documentation site; ``make docs`` builds it into ``docs/_build/html``, without a network."""
 
 from __future__ import annotations
 
@@ -31,38 +31,40 @@ html_theme = "furo"
 html_title = f"{project} {version}"
 html_show_copyright = False
 
-smartquotes = False  # messages and code are quoted as they are
+smartquotes = False  # they would change quoted messages and code
 myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 myst_substitutions = tables.substitutions()
 
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
-napoleon_custom_sections = ["Source", "Returns"]  # of the latter napoleon takes all before a colon for a type
-napoleon_use_ivar = True  # attributes in the text of their class; they would be described twice otherwise
+napoleon_custom_sections = ["Source", "Returns"]  # by default napoleon takes text before a colon in "Returns" as a type
+napoleon_use_ivar = True  # otherwise attributes are described twice: by their class, and each on its own
 autodoc_member_order = "bysource"
-autosummary_generate = False  # the tables link to the same page
+autosummary_generate = False  # the summary tables link to entries on the same page
 maximum_signature_line_length = 80
 python_use_unqualified_type_names = True
 python_display_short_literal_types = True
 
 
-def home(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Puts the README before the home page's own text, with its links as they are from this folder."""
+def prepend_readme(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put the README before the text of the home page, with links that are valid from this folder."""
     if docname == "index":
         readme = HERE.parent / "README.md"
         app.env.note_dependency(str(readme))
         text = re.sub(r"\]\((?!\w+:|#)", "](../", readme.read_text(encoding="utf-8"))
-        source[0] = text.replace("](../docs/", "](").replace("](../CHANGELOG.md", "](changelog.md") + source[0]
+        for old, new in (("docs/", ""), ("CHANGELOG.md", "changelog.md"), ("CONTRIBUTING.md", "contributing.md")):
+            text = text.replace(f"](../{old}", f"]({new}")
+        source[0] = text + source[0]
 
 
-def tidy(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Leaves prose as it is where reStructuredText or napoleon would read something into it."""
-    lines[:] = [re.sub(r"(?<!\\)\|(\w)\|", r"\\|\1\\|", line) for line in lines]  # |w| is no substitution
+def escape_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Escape prose that reStructuredText or napoleon would interpret."""
+    lines[:] = [re.sub(r"(?<!\\)\|(\w)\|", r"\\|\1\\|", line) for line in lines]  # |w| is not a substitution
     if what == "property" and lines:
-        lines[0] = f": {lines[0]}"  # the type, which would be all before a colon, is in the signature
+        lines[0] = f": {lines[0]}"  # an empty type, since napoleon takes text before a colon as the type
 
 
 def setup(app: Sphinx) -> None:
-    """Connects what Sphinx has no setting for."""
-    app.connect("source-read", home)
-    app.connect("autodoc-process-docstring", tidy, priority=400)  # before napoleon
+    """Connect the handlers to Sphinx's events."""
+    app.connect("source-read", prepend_readme)
+    app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon

@@ -1,4 +1,4 @@
-"""The measured figures of ``settings.md``, from the rows in ``benchmarks/results`` at the time the site is built."""
+"""The measured figures of ``settings.md`` and ``large_models.md``, read from ``benchmarks/results`` in each build."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import ablations
 import cost
 import robustness
-from harness.report import markdown
-from harness.results import read
+from harness.report import markdown_table
+from harness.results import read_rows
 from harness.tasks import TASKS
 
 from lightning_autoprune import AutoPruneCallback
@@ -23,26 +23,26 @@ DEFAULTS = {name: p.default for name, p in signature(AutoPruneCallback).paramete
 SETTINGS = {name: options for name, options in ablations.CHANGES.items() if options.keys() <= DEFAULTS.keys()}
 
 Seeds = dict[int, float]
-"""A figure by seed."""
+"""The figure of each seed."""
 
 
 def substitutions() -> dict[str, str]:
-    """What the pages write in double braces: the tables, their commands, and the figures of each setting."""
-    tasks = _tasks()
+    """Return the text for each name in double braces: tables, their commands, and the figures of each setting."""
+    tasks = _ablation_results()
     return {
-        **{name: _measured(name, tasks) for name in DEFAULTS},
-        "ablations": _ablations(tasks, SETTINGS),
-        "other_parts": _ablations(tasks, {k: v for k, v in ablations.CHANGES.items() if k not in SETTINGS}),
+        **{name: _describe_setting(name, tasks) for name in DEFAULTS},
+        "ablations": _ablation_table(tasks, SETTINGS),
+        "other_parts": _ablation_table(tasks, {k: v for k, v in ablations.CHANGES.items() if k not in SETTINGS}),
         "ablations_command": _command("ablations.py", _ablation_rows()),
-        "sweeps": _sweeps(),
+        "sweeps": _sweep_table(),
         "sweeps_command": _command("robustness.py", _sweep_rows()),
-        "cost_of_a_weight": _cost_of_a_weight(),
-        "large_models": _large_models(),
+        "cost_of_a_weight": _weight_cost_table(),
+        "large_models": _large_model_table(),
     }
 
 
-def code(options: Mapping[str, Any]) -> str:
-    """Options as they are written in Python."""
+def format_options(options: Mapping[str, Any]) -> str:
+    """Return options as they are written in Python."""
     return ", ".join(f"{name}={json.dumps(v) if isinstance(v, str) else v}" for name, v in options.items())
 
 
@@ -53,16 +53,16 @@ def _command(script: str, rows: Iterable[Mapping[str, str]]) -> str:
 
 
 def _ablation_rows() -> list[dict[str, str]]:
-    """Those of the length and the target that ``ablations.py`` has by default."""
+    """Return the rows with the length and the target that ``ablations.py`` has by default."""
     return [
         row
-        for row in read(ablations.RESULTS)
+        for row in read_rows(ablations.RESULTS)
         if row["epochs"] == str(TASKS[row["task"]].third) and float(row["target"]) == ablations.TARGETS[row["task"]]
     ]
 
 
-def _tasks() -> dict[str, dict[str, Seeds]]:
-    """By task and options (as JSON), the figure that ranks; of the tasks whose default has been run."""
+def _ablation_results() -> dict[str, dict[str, Seeds]]:
+    """Return the metric by task and options (as JSON), for the tasks whose default has been run."""
     found: dict[str, dict[str, Seeds]] = {}
     for row in _ablation_rows():
         seeds = found.setdefault(row["task"], {}).setdefault(row["options"], {})
@@ -78,13 +78,13 @@ def _mean(values: Iterable[float], digits: int, sign: str = "") -> str:
 
 
 def _change(task: str, seeds: Seeds, base: Seeds) -> str | None:
-    """The difference from the default over the seeds that both have; None where there is none."""
+    """Return the difference from the default over the seeds that both have; None if they share no seed."""
     both = sorted(seeds.keys() & base.keys())
     return _mean([seeds[s] - base[s] for s in both], DIGITS[TASKS[task].metric], "+") if both else None
 
 
-def _measured(name: str, tasks: dict[str, dict[str, Seeds]]) -> str:
-    """What has been measured of a setting. A change of several belongs to the last of them."""
+def _describe_setting(name: str, tasks: dict[str, dict[str, Seeds]]) -> str:
+    """Return what was measured for a setting. A change of several settings belongs to the last of them."""
     parts = []
     if len(sweep := _sweep(name)) > 1:
         figures = [figure for _, figure in sweep]
@@ -98,22 +98,22 @@ def _measured(name: str, tasks: dict[str, dict[str, Seeds]]) -> str:
                 task: _change(task, found.get(json.dumps(options), {}), found["{}"]) for task, found in tasks.items()
             }
             if known := ", ".join(f"{change} ({task})" for task, change in changes.items() if change):
-                shown = code(options).removeprefix(f"{name}=")
+                shown = format_options(options).removeprefix(f"{name}=")
                 parts.append(f"`{shown}`: {known}")
     return " <br> ".join(parts) or "not measured"
 
 
-def _ablations(tasks: dict[str, dict[str, Seeds]], changes: Mapping[str, Mapping[str, Any]]) -> str:
+def _ablation_table(tasks: dict[str, dict[str, Seeds]], changes: Mapping[str, Mapping[str, Any]]) -> str:
     head = ["change"]
     for task, found in tasks.items():
         seeds = ", ".join(map(str, sorted(found["{}"])))
         head.append(f"{task}, {ablations.TARGETS[task]:g}×: {UNITS[TASKS[task].metric]} (default: seeds {seeds})")
     lines = []
     for name, options in {"default": {}, **changes}.items():
-        written = f" (`{code(options)}`)" if options and options.keys() <= DEFAULTS.keys() else ""
+        written = f" (`{format_options(options)}`)" if options and options.keys() <= DEFAULTS.keys() else ""
         cells = [_cell(task, found, json.dumps(options)) for task, found in tasks.items()]
         lines.append([name + written, *cells])
-    return markdown(head, lines)
+    return markdown_table(head, lines)
 
 
 def _cell(task: str, found: dict[str, Seeds], options: str) -> str:
@@ -128,7 +128,7 @@ def _cell(task: str, found: dict[str, Seeds], options: str) -> str:
 
 
 def _sweep_rows() -> list[dict[str, str]]:
-    return [row for row in read(robustness.RESULTS) if row["method"] == "autoprune"]
+    return [row for row in read_rows(robustness.RESULTS) if row["method"] == "autoprune"]
 
 
 def _sweep_task() -> str:
@@ -137,7 +137,7 @@ def _sweep_task() -> str:
 
 
 def _sweep(name: str) -> list[tuple[float, float]]:
-    """The values that a setting was given, and the mean error of each."""
+    """Return the values that a setting was given, in ascending order, and the mean error of each."""
     errors: dict[float, list[float]] = {}
     for row in _sweep_rows():
         options = json.loads(row["options"])
@@ -146,57 +146,61 @@ def _sweep(name: str) -> list[tuple[float, float]]:
     return [(value, statistics.mean(errors[value])) for value in sorted(errors)]
 
 
-def _sweeps() -> str:
-    """Each setting's error along its sweep, the default in bold."""
+def _sweep_table() -> str:
+    """Return the error of each setting along its sweep, with the default in bold."""
     lines = []
     for name in DEFAULTS:
         if sweep := _sweep(name):
             shown = [f"**{figure:.2f}**" if value == DEFAULTS[name] else f"{figure:.2f}" for value, figure in sweep]
             values = " ".join(f"{value:g}" for value, _ in sweep)
             lines.append([f"`{name}`", values, " ".join(shown)])
-    return markdown([_sweep_task(), "values", "error, %"], lines)
+    return markdown_table([_sweep_task(), "values", "error, %"], lines)
 
 
-BFLOAT16 = {"pruning": 14, "held-out gradients": 2, "state": 10}  # bytes for each weight, as the page counts them
+BFLOAT16 = {"pruning": 14, "held-out gradients": 2, "state": 10}
+"""Bytes per bfloat16 weight, as in the table in ``large_models.md``."""
 
 
-def _nanoseconds() -> dict[str, float]:
-    """What each mode adds to a training step for each weight of the largest network."""
-    row = max(read(cost.RESULTS), key=lambda row: (int(row["weights"]), row["date"]))
+def _nanoseconds_per_weight() -> dict[str, float]:
+    """Return the time per weight and step of dense training, and what each mode adds, for the largest network."""
+    row = max(read_rows(cost.RESULTS), key=lambda row: (int(row["weights"]), row["date"]))
     dense = float(row["step_ms"]) * 1e6 / int(row["weights"])
     return {"weights": int(row["weights"]), "dense": dense} | {
         mode: dense * (float(row[f"{mode}_time"]) - 1) for mode in cost.OTHERS
     }
 
 
-def _cost_of_a_weight() -> str:
-    found = _nanoseconds()
-    head = ["nanoseconds for each weight and step", f"of {found['weights'] / 1e6:.0f} million weights"]
+def _weight_cost_table() -> str:
+    found = _nanoseconds_per_weight()
+    head = ["nanoseconds per weight and step", f"of {found['weights'] / 1e6:.0f} million weights"]
     modes = {
         "dense": "dense training, a batch of 128",
-        "frozen": "frozen masks, added to it",
-        "pruning": "pruning, default, added to it: with the held-out pass",
-        "train": 'pruning, `"train"`, added to it',
-        "ModelPruning": "Lightning's ModelPruning, added to it",
+        "frozen": "added by final masks",
+        "pruning": "added by pruning at the defaults, with the held-out pass",
+        "train": 'added by pruning with `held_out="train"`',
+        "ModelPruning": "added by Lightning's ModelPruning",
     }
-    return markdown(
+    return markdown_table(
         head, [[text, f"{found[mode]:{'' if mode == 'dense' else '+'}.1f}"] for mode, text in modes.items()]
     )
 
 
-def _large_models() -> str:
+def _large_model_table() -> str:
     head = ["", "1B weights, 8 ranks", "70B weights, 64 ranks"]
-    sizes, nanoseconds = ((1e9, 8), (70e9, 64)), _nanoseconds()["train"]
+    sizes, nanoseconds = ((1e9, 8), (70e9, 64)), _nanoseconds_per_weight()["train"]
 
-    def gigabytes(text: str, of: Callable[[float, int], float]) -> list[str]:
-        return [text, *(f"{of(weights, ranks) / 1e9:.3g} GB" for weights, ranks in sizes)]
+    def gigabytes(text: str, count_bytes: Callable[[float, int], float]) -> list[str]:
+        return [text, *(f"{count_bytes(weights, ranks) / 1e9:.3g} GB" for weights, ranks in sizes)]
 
     lines = [
-        gigabytes("memory of a rank while pruning", lambda p, n: BFLOAT16["pruning"] * p / n),
-        gigabytes("and of the held-out gradients", lambda p, n: BFLOAT16["held-out gradients"] * p / n),
-        gigabytes("memory of a rank with frozen masks", lambda p, n: p / n / 8),
-        gigabytes("state of pruning in a checkpoint", lambda p, n: BFLOAT16["state"] * p),
-        gigabytes("sent by a held-out pass (default)", lambda p, n: 6 * p * (n - 1) / n),
+        gigabytes("memory per rank while pruning", lambda p, n: BFLOAT16["pruning"] * p / n),
+        gigabytes(
+            "memory per rank for the held-out gradients, in addition",
+            lambda p, n: BFLOAT16["held-out gradients"] * p / n,
+        ),
+        gigabytes("memory per rank with final masks", lambda p, n: p / n / 8),
+        gigabytes("pruning state in a checkpoint", lambda p, n: BFLOAT16["state"] * p),
+        gigabytes("communication per held-out pass (default)", lambda p, n: 6 * p * (n - 1) / n),
         ["time of an auxiliary step on one core", *(f"{nanoseconds * p / n / 1e9:.3g} s" for p, n in sizes)],
     ]
-    return markdown(head, lines)
+    return markdown_table(head, lines)

@@ -1,4 +1,4 @@
-"""``python -m lightning_autoprune`` is the command ``lightning-autoprune``."""
+"""Run the command ``lightning-autoprune`` as ``python -m lightning_autoprune``."""
 
 import sys
 

@@ -14,8 +14,9 @@
 # %% [markdown]
 # # Quickstart: prune a model while it trains
 #
-# We train LeNet-300-100 on the handwritten digits that scikit-learn ships, prune 95% of its weights on the way, look at
-# every layer's sparsity curve, and load the checkpoint into the plain model.
+# We train LeNet-300-100 on the handwritten digits that come with scikit-learn: 1,000 images to train on, 797 to test
+# on. During training, 95% of the weights are pruned. Then we look at the sparsity curve of each layer, and load the
+# checkpoint into the plain model.
 
 # %%
 # %matplotlib inline
@@ -28,7 +29,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_autoprune import AutoPruneCallback, layer_sparsity, sparsity
-from lightning_autoprune.demo.data import load_digits, loader
+from lightning_autoprune.demo.data import load_digits, make_loader
 from lightning_autoprune.demo.networks import Classifier, lenet_300_100
 from lightning_autoprune.plots import input_survivors, read_curves, sparsity_curves
 
@@ -40,8 +41,8 @@ output = "quickstart-output"
 # %% [markdown]
 # ## Train
 #
-# Nothing of the model or the data is changed. The callback is the one new line; `target_sparsity` may be left out, and
-# the pressure alone then decides how far to prune.
+# The callback is the only new line: the model and the data do not change. Without `target_sparsity`, the pressure
+# alone decides how many weights are pruned.
 
 # %%
 seed_everything(0, verbose=False)
@@ -49,7 +50,7 @@ digits = load_digits()
 model = Classifier(lenet_300_100(pixels=64))
 prune = AutoPruneCallback(target_sparsity=0.95)
 checkpoint = ModelCheckpoint(dirpath=output, filename="pruned", enable_version_counter=False)
-logger = CSVLogger(output, name="logs", version=0)  # or WandbLogger, TensorBoardLogger, several, none
+logger = CSVLogger(output, name="logs", version=0)  # or WandbLogger, TensorBoardLogger, several loggers, none
 trainer = Trainer(
     max_epochs=40,
     accelerator="cpu",
@@ -59,22 +60,23 @@ trainer = Trainer(
     enable_progress_bar=False,
     enable_model_summary=False,
 )
-trainer.fit(model, loader(digits.train, 32, shuffle=True))
-(result,) = trainer.test(model, loader(digits.test, 360), verbose=False)
-print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}%")
+trainer.fit(model, make_loader(digits.train, 32, shuffle=True))
+(result,) = trainer.test(model, make_loader(digits.test, 797), verbose=False)
+wrong = round(result["test_error"] / 100 * len(digits.test))
+print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}% ({wrong} of {len(digits.test)} images)")
 
 # %% [markdown]
 # ## Look at the curves
 #
-# Every layer's sparsity is logged as `autoprune/sparsity/<layer>`. No layer was told how much to keep: what the last
-# layer needs, it keeps.
+# The sparsity of each layer is logged as `autoprune/sparsity/<layer>`. No layer has a target of its own: the method
+# finds out that the last layer needs a larger share of its weights.
 
 # %%
 curves = read_curves(f"{logger.log_dir}/metrics.csv")
 sparsity_curves(curves)
 
 # %% [markdown]
-# Which pixels does the pruned network still read?
+# The pixels that the pruned network still reads:
 
 # %%
 input_survivors(model.network[1].weight, (8, 8))
@@ -82,7 +84,8 @@ input_survivors(model.network[1].weight, (8, 8))
 # %% [markdown]
 # ## Load the checkpoint into the plain model
 #
-# The file holds true zeros under the model's own keys, so it loads strictly and needs nothing of this package.
+# The file has zeros in place of the pruned weights, under the model's own keys. It loads with `strict=True`, and
+# loading does not need this package.
 
 # %%
 plain = Classifier(lenet_300_100(pixels=64))

@@ -14,8 +14,8 @@
 # %% [markdown]
 # # Your own model: a character transformer
 #
-# A causal transformer of two layers, written here, learns the text of Python's language reference, and 90% of its
-# weights are pruned on the way. The run is stopped in the middle and resumed. Then the model is shrunk, stored and
+# A causal transformer with two layers, defined below, learns the text of Python's language reference, and 90% of its
+# weights are pruned during training. The run is stopped in the middle and resumed. Then the model is shrunk, saved and
 # exported.
 
 # %%
@@ -44,15 +44,15 @@ from lightning_autoprune.plots import read_curves, sparsity_curves, sparsity_hea
 warnings.filterwarnings("ignore", module="lightning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 torch.set_num_threads(1)
-temporary = TemporaryDirectory()  # is removed with the kernel
+temporary = TemporaryDirectory()  # removed when the kernel stops
 folder = Path(temporary.name)
-BATCHES = 400  # in an epoch
+BATCHES = 400  # per epoch
 
 # %% [markdown]
 # ## The text
 #
-# Python ships it for `help`. We keep its letters, in lower case, full stops, commas and single spaces, and cut it into
-# windows of 65 characters: 64 are read, and each next one is to be predicted.
+# The text comes with Python, for `help`. We keep lower-case letters, periods, commas and single spaces, and cut it into
+# windows of 65 characters: the model reads the first 64, and at each place it predicts the next one.
 
 # %%
 CONTEXT = 64
@@ -61,19 +61,19 @@ alphabet = sorted(set(text))
 codes = torch.tensor([alphabet.index(character) for character in text])
 windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
 train, val = windows[: len(windows) * 9 // 10], windows[len(windows) * 9 // 10 :]
-print(f"{len(text):,} characters, {len(alphabet)} different ones")
-print(f"{len(train)} windows to train on, {len(val)} to validate, for instance")
+print(f"{len(text):,} characters, {len(alphabet)} of them different")
+print(f"{len(train)} windows to train on, {len(val)} to validate on; the first of these:")
 print("".join(alphabet[code] for code in val[0]))
 
 # %% [markdown]
 # ## The model
 #
-# A LightningModule as any other. Nothing in it knows of pruning.
+# An ordinary LightningModule, with no code for pruning.
 
 
 # %%
 class Block(nn.Module):
-    """Causal self-attention and a feed-forward part, with a LayerNorm before each."""
+    """Causal self-attention and a feed-forward network, each after a LayerNorm."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class CharacterModel(LightningModule):
-    """Logits of the next character at each place of a window."""
+    """A transformer that gives the logits of the next character at each place of a window."""
 
     def __init__(self, width=48, heads=4):
         super().__init__()
@@ -102,11 +102,11 @@ class CharacterModel(LightningModule):
         x = self.characters(codes) + self.places.weight[: codes.shape[1]]
         return self.head(self.norm(self.blocks(x)))
 
-    def loss(self, windows):
+    def compute_loss(self, windows):
         return cross_entropy(self(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
     def training_step(self, batch):
-        return self.loss(batch[0])
+        return self.compute_loss(batch[0])
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.parameters(), fused=True)
@@ -118,21 +118,21 @@ class CharacterModel(LightningModule):
 # %% [markdown]
 # ## Train, stop, resume
 #
-# A run of two epochs, stopped after the first. Its order of batches depends on the epoch alone (`DistributedSampler`,
-# also on one device), so that a resumed run sees the batches that it would have seen. Going on, we start from a new
-# model of other initial weights, which the checkpoint replaces.
+# The run has two epochs and is stopped after the first. `DistributedSampler`, which also works on one device, makes the
+# order of the batches depend only on the epoch, so the resumed run sees the same batches as an unbroken one. We resume
+# with a new model, whose initial weights are different; the checkpoint replaces them.
 
 
 # %%
-class Stop(Callback):
-    """Ends training after its first epoch."""
+class StopAfterFirstEpoch(Callback):
+    """Stops training after the first epoch."""
 
     def on_train_epoch_end(self, trainer, pl_module):
         trainer.should_stop = True
 
 
-def fit(name, seed, *callbacks, ckpt_path=None):
-    """Trains a new model and prunes it on the way."""
+def train_and_prune(name, seed, *callbacks, ckpt_path=None):
+    """Train and prune a new model, and return it."""
     torch.manual_seed(seed)
     model, prune = CharacterModel(), AutoPruneCallback(target_sparsity=0.9)
     data = TensorDataset(train)
@@ -152,21 +152,21 @@ def fit(name, seed, *callbacks, ckpt_path=None):
     return model.eval()
 
 
-fit("stopped", 0, Stop())
-model = fit("resumed", 1, ckpt_path=folder / "stopped" / "last.ckpt")
+train_and_prune("stopped", 0, StopAfterFirstEpoch())
+model = train_and_prune("resumed", 1, ckpt_path=folder / "stopped" / "last.ckpt")
 
 # %% [markdown]
-# The same run without a stop, for comparison.
+# For comparison, the same run without a stop:
 
 # %%
-unbroken = fit("unbroken", 0).state_dict()
+unbroken = train_and_prune("unbroken", 0).state_dict()
 assert all(torch.equal(value, unbroken[name]) for name, value in model.state_dict().items())
 print("all weights are equal, bit for bit")
 
 # %% [markdown]
 # ## The curves
 #
-# The logs of both parts, one after the other, are those of the unbroken run.
+# The logs of both parts, joined, equal those of the unbroken run.
 
 # %%
 stopped, resumed, whole = (
@@ -182,31 +182,31 @@ sparsity_heatmap(curves)
 # %% [markdown]
 # ## What it learned
 #
-# The pruned model goes on with a beginning, character by character.
+# The pruned model continues a text, character by character.
 
 
 # %%
 @torch.no_grad()
-def sample(model, beginning, length, seed=0):
-    """Goes on with a text, each character drawn from the model's probabilities to the power 2."""
+def continue_text(model, beginning, length, seed=0):
+    """Continue a text; draw each character from the squared and renormalized probabilities of the model."""
     random = torch.Generator().manual_seed(seed)
-    written = [alphabet.index(character) for character in beginning]
+    codes = [alphabet.index(character) for character in beginning]
     for _ in range(length):
-        logits = model(torch.tensor([written[-CONTEXT:]]))[0, -1]
-        written.append(int(torch.multinomial((2 * logits).softmax(0), 1, generator=random)))
-    return "".join(alphabet[code] for code in written)
+        logits = model(torch.tensor([codes[-CONTEXT:]]))[0, -1]
+        codes.append(int(torch.multinomial((2 * logits).softmax(0), 1, generator=random)))
+    return "".join(alphabet[code] for code in codes)
 
 
 with torch.no_grad():
-    print(f"loss on the validation windows: {model.loss(val):.3f} nats a character\n")
-print(textwrap.fill(sample(model, "the function ", 400), 100))
+    print(f"loss on the validation windows: {model.compute_loss(val):.3f} nats per character\n")
+print(textwrap.fill(continue_text(model, "the function ", 400), 100))
 
 # %% [markdown]
 # ## Smaller files, a smaller model
 #
-# `save_sparse` stores no zeros. `shrink` takes out what is dead as a whole, such as neurons of which no weight is left.
-# `export_onnx` writes the shrunk model; in its file zeros are stored like other values. All give the outputs of the
-# pruned model: the file to the bit, the others up to rounding.
+# `save_sparse` stores no zeros. `shrink` removes dead channels, such as neurons without any weights. `export_onnx`
+# writes the shrunk model; its file stores zeros like other values. All of them give the outputs of the pruned model:
+# the sparse file exactly, the others up to rounding.
 
 # %%
 example = val[:4, :-1]
@@ -229,14 +229,14 @@ load_sparse_into(loaded, folder / "pruned.safetensors")
 session = onnxruntime.InferenceSession(folder / "shrunk.onnx")
 (onnx_outputs,) = session.run(None, {session.get_inputs()[0].name: example.numpy()})
 with torch.no_grad():
-    found = {"from the file": loaded(example), "shrunk": small(example), "ONNX": torch.from_numpy(onnx_outputs)}
-for name, other in found.items():
-    print(f"{name:>13}: largest difference {float((other - outputs).abs().max()):.1e}")
+    results = {"from the file": loaded(example), "shrunk": small(example), "ONNX": torch.from_numpy(onnx_outputs)}
+for name, result in results.items():
+    print(f"{name:>13}: largest difference {float((result - outputs).abs().max()):.1e}")
 
 before, after = model_cost(model, example), model_cost(small, example)
-print(f"operations: {before.flops:,} dense, {after.flops:,} shrunk, {after.effective_flops:,} with weights not 0")
+print(f"FLOPs: {before.flops:,} dense, {after.flops:,} shrunk, {after.effective_flops:,} with nonzero weights")
 
 # %%
-assert torch.equal(found["from the file"], outputs)
-assert all(torch.allclose(other, outputs, rtol=1e-3, atol=1e-3) for other in found.values())
+assert torch.equal(results["from the file"], outputs)
+assert all(torch.allclose(result, outputs, rtol=1e-3, atol=1e-3) for result in results.values())
 print("resumed as if never stopped, same outputs from the file, the shrunk model and ONNX")

@@ -1,4 +1,4 @@
-"""The command: what it prints and writes, its exit codes, and that errors come without a traceback."""
+"""The command line: its output and files, its exit codes, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory):
     return [str(folder / f"epoch={epoch}.ckpt") for epoch in range(4)]
 
 
-def test_a_report_is_a_line_of_what_it_is_and_a_table_of_the_layers(checkpoints, capsys):
+def test_a_report_has_a_description_and_a_table_of_the_layers(checkpoints, capsys):
     assert main(["report", checkpoints[3]]) == 0
     first, _, head, *lines = capsys.readouterr().out.splitlines()
     assert first == (f"{checkpoints[3]}: 80.08% of 256 weights are 0 (5.0×). Epoch 3, step 32. The masks are final.")
@@ -38,7 +38,7 @@ def test_a_report_is_a_line_of_what_it_is_and_a_table_of_the_layers(checkpoints,
     assert lines[2].split()[1:4] == ["256", "51", "80.08%"]
 
 
-def test_a_report_in_json_has_all_figures(checkpoints, capsys):
+def test_a_json_report_has_all_figures(checkpoints, capsys):
     assert main(["report", checkpoints[3], "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["phase"] == "frozen"
@@ -46,24 +46,24 @@ def test_a_report_in_json_has_all_figures(checkpoints, capsys):
     assert figures["curves"]["all"][-1] == [31, pytest.approx(figures["sparsity"])]
 
 
-def test_a_report_as_a_page_is_written_whole(checkpoints, tmp_path, capsys):
+def test_an_html_report_is_written_completely(checkpoints, tmp_path, capsys):
     page = tmp_path / "report.html"
     assert main(["report", checkpoints[3], "--html", str(page)]) == 0
     assert page.read_text(encoding="utf-8").endswith("</html>\n")
-    assert f"{page} is written" in capsys.readouterr().err
+    assert f"wrote {page}" in capsys.readouterr().err
 
 
-def test_a_file_without_pruning_is_reported_with_its_zeros(tmp_path, capsys):
+def test_a_file_without_a_pruning_state_is_reported_with_its_zeros(tmp_path, capsys):
     torch.save({"a.weight": torch.eye(4)}, tmp_path / "plain.pt")
     assert main(["report", str(tmp_path / "plain.pt")]) == 0
     out = capsys.readouterr().out
-    assert "75.00% of 16 weights are 0 (4.0×). It has no state of a pruning" in out
+    assert "75.00% of 16 weights are 0 (4.0×). It has no pruning state" in out
 
 
 def test_two_checkpoints_are_compared(checkpoints, capsys):
     assert main(["compare", checkpoints[1], checkpoints[3]]) == 0
     out = capsys.readouterr().out
-    assert "Saved while the masks still changed." in out
+    assert "Saved while the masks were still changing." in out
     assert main(["compare", checkpoints[1], checkpoints[3], "--json"]) == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     state = [torch.load(path, weights_only=True)["state_dict"] for path in (checkpoints[1], checkpoints[3])]
@@ -73,7 +73,7 @@ def test_two_checkpoints_are_compared(checkpoints, capsys):
     assert layers[-1]["name"] == "all"
 
 
-def test_layers_that_are_not_in_both_are_named(tmp_path, capsys):
+def test_layers_missing_from_one_checkpoint_are_named(tmp_path, capsys):
     torch.save({"a.weight": torch.eye(4), "b.weight": torch.eye(2)}, tmp_path / "one.pt")
     torch.save({"a.weight": torch.eye(4), "b.weight": torch.eye(3), "c.weight": torch.eye(2)}, tmp_path / "two.pt")
     assert main(["compare", str(tmp_path / "one.pt"), str(tmp_path / "two.pt")]) == 0
@@ -91,7 +91,7 @@ def test_a_sparse_file_is_exact_and_needs_no_model(checkpoints, tmp_path, capsys
     assert "smaller than the dense weights (" in capsys.readouterr().out
 
 
-def test_a_shrunk_program_and_an_onnx_file_give_the_models_outputs(checkpoints, tmp_path):
+def test_a_shrunk_program_and_an_onnx_file_give_the_outputs_of_the_model(checkpoints, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     onnx, program = tmp_path / "net.onnx", tmp_path / "net.pt2"
     arguments = ["--model", "test_cli:Example", "--onnx", str(onnx), "--shrunk", str(program)]
@@ -104,25 +104,25 @@ def test_a_shrunk_program_and_an_onnx_file_give_the_models_outputs(checkpoints, 
     assert torch.allclose(torch.from_numpy(output), model(x), atol=1e-5)
 
 
-def make() -> torch.nn.Module:
-    """For ``--model``: a plain function."""
+def make_net() -> torch.nn.Module:
+    """Return a model: a plain function for ``--model``."""
     return Net()
 
 
-def fails() -> torch.nn.Module:
-    """For ``--model``: code of the user's that raises."""
+def raise_error() -> torch.nn.Module:
+    """Raise an error, as the user's own code may do."""
     return 1 / 0
 
 
-def test_a_function_and_an_input_shape_serve_as_well(checkpoints, tmp_path):
+def test_a_model_can_come_from_a_function_and_an_input_shape(checkpoints, tmp_path):
     program = tmp_path / "net.pt2"
-    arguments = ["--model", "test_cli:make", "--input-shape", "1", "12", "--shrunk", str(program)]
+    arguments = ["--model", "test_cli:make_net", "--input-shape", "1", "12", "--shrunk", str(program)]
     assert main(["export", checkpoints[3], *arguments]) == 0
     assert torch.export.load(program).module()(torch.zeros(3, 12)).shape == (3, 4)
 
 
 @pytest.mark.parametrize("save", [torch.save, save_file, save_sparse], ids=["torch", "safetensors", "sparse"])
-def test_a_lightning_module_takes_a_state_that_lightning_has_not_saved(save, checkpoints, tmp_path):
+def test_a_lightning_module_takes_a_state_that_lightning_did_not_save(save, checkpoints, tmp_path):
     state, program = torch.load(checkpoints[3], weights_only=True)["state_dict"], tmp_path / "net.pt2"
     save(state, tmp_path / "state")
     assert main(["export", str(tmp_path / "state"), "--model", "test_cli:Example", "--shrunk", str(program)]) == 0
@@ -130,15 +130,15 @@ def test_a_lightning_module_takes_a_state_that_lightning_has_not_saved(save, che
     assert torch.allclose(torch.export.load(program).module()(x), model(x), atol=1e-5)
 
 
-def test_a_model_that_need_not_run_needs_no_input(checkpoints, tmp_path):
-    assert main(["export", checkpoints[3], "--sparse", str(tmp_path / "a"), "--model", "test_cli:make"]) == 0
+def test_a_sparse_export_needs_no_example_input(checkpoints, tmp_path):
+    assert main(["export", checkpoints[3], "--sparse", str(tmp_path / "a"), "--model", "test_cli:make_net"]) == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["report", "none.ckpt"], "error: [Errno 2] No such file or directory: 'none.ckpt'"),
-        (["report", "broken.ckpt"], "error: broken.ckpt is not a checkpoint, or not a whole one"),
+        (["report", "broken.ckpt"], "error: broken.ckpt is not a checkpoint, or not a complete one"),
         (["report", "."], "error: [Errno 21] Is a directory"),
         (["export", "plain.pt"], "error: Nothing to write: give `--sparse`, `--onnx` or `--shrunk`."),
         (["export", "plain.pt", "--onnx", "a"], "error: `--onnx` and `--shrunk` need to run the model: give `--model"),
@@ -151,11 +151,11 @@ def test_a_model_that_need_not_run_needs_no_input(checkpoints, tmp_path):
             "error: `--model` is 'test_cli', which can't be im",
         ),
         (
-            ["export", "plain.pt", "--onnx", "a", "--model", "test_cli:make"],
-            "error: test_cli:make does not take the w",
+            ["export", "plain.pt", "--onnx", "a", "--model", "test_cli:make_net"],
+            "error: test_cli:make_net does not take the w",
         ),
         (
-            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:make"],
+            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:make_net"],
             "error: Net has no `example_input_array`: ",
         ),
         (
@@ -163,8 +163,8 @@ def test_a_model_that_need_not_run_needs_no_input(checkpoints, tmp_path):
             "error: `--model` is 'broken_module:Net', which can't be imported: SyntaxError: ",
         ),
         (
-            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:fails"],
-            "error: test_cli:fails does not take the weights of net.pt: ZeroDivisionError: division by zero. Name a",
+            ["export", "net.pt", "--onnx", "a", "--model", "test_cli:raise_error"],
+            "error: test_cli:raise_error does not take the weights of net.pt: ZeroDivisionError: division by zero.",
         ),
         (
             ["export", "plain.pt", "--sparse", "no/folder/a"],
@@ -173,7 +173,10 @@ def test_a_model_that_need_not_run_needs_no_input(checkpoints, tmp_path):
         (["report", "plain.pt", "--html", "no/folder/a"], "error: [Errno 2] No such file or directory: 'no/folder/a'"),
         (["report", "plain.pt", "--html", "."], "error: [Errno 22] not a regular file: '.'"),
         (["report", "plain.pt", "--html", "plain.pt/a"], "error: [Errno 20] Not a directory: 'plain.pt/a'"),
-        (["compare", "plain.pt", "net.pt"], "error: No layer is in both with one shape. The first has a (4, 4)."),
+        (
+            ["compare", "plain.pt", "net.pt"],
+            "error: No layer has the same name and shape in both. The first has a (4, 4).",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -193,13 +196,13 @@ def test_errors_are_one_line_on_stderr_and_exit_code_1(arguments, message, capsy
     [[], ["prune"], ["report"], ["export", "a", "--input-shape", "x"], ["demo", "--epochs", "0"]],
     ids=str,
 )
-def test_arguments_that_it_does_not_know_are_exit_code_2(arguments):
+def test_invalid_arguments_give_exit_code_2(arguments):
     with pytest.raises(SystemExit) as exit_code:
         main(arguments)
     assert exit_code.value.code == 2
 
 
-def test_a_reader_that_has_had_enough_is_no_error(checkpoints):
+def test_a_closed_pipe_is_no_error(checkpoints):
     command = [sys.executable, "-m", "lightning_autoprune", "report", checkpoints[3]]
     reading = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     reading.stdout.close()
@@ -207,17 +210,17 @@ def test_a_reader_that_has_had_enough_is_no_error(checkpoints):
     assert reading.stderr.read() == ""
 
 
-def test_the_command_is_installed_under_its_name_and_its_help_has_examples():
+def test_the_command_is_installed_and_its_help_has_examples():
     command = Path(sys.executable).with_name("lightning-autoprune")
     text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-    for line in ("lightning-autoprune report pruned.ckpt --html report.html", "exit codes: 0, done;"):
+    for line in ("lightning-autoprune report pruned.ckpt --html report.html", "exit codes: 0 success;"):
         assert line in text
     for name in ("demo", "report", "compare", "export"):
         assert f"    {name} " in text
 
 
 @pytest.mark.parametrize("name", ["demo", "report", "compare", "export"])
-def test_each_command_has_its_help(name, capsys):
+def test_each_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as exit_code:
         main([name, "--help"])
     assert exit_code.value.code == 0
@@ -231,16 +234,17 @@ def test_each_command_has_its_help(name, capsys):
     [
         (["export", "a", "--input-shape", "0", "4"], "argument --input-shape: 0 is not at least 1"),
         (["demo", "--seed", "-1"], "argument --seed: -1 is not from 0 to 4294967295"),
+        (["demo", "--epochs", "few"], "argument --epochs: 'few' is not an integer"),
     ],
 )
-def test_numbers_out_of_range_are_refused_as_arguments(arguments, message, capsys):
+def test_invalid_numbers_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(arguments)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_file_of_others_may_call_anything_a_step(capsys, tmp_path):
+def test_a_file_that_lightning_did_not_write_may_have_any_entry_named_step(capsys, tmp_path):
     torch.save({"a.weight": torch.zeros(4, 0), "epoch": torch.ones(1), "global_step": "b"}, "other.pt")
     assert main(["report", "other.pt", "--json", "--html", str(tmp_path / "a.html")]) == 0
     torch.save({"state_dict": {"a.weight": torch.eye(4)}, "global_step": 5}, "step.pt")

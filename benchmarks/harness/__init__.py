@@ -1,1 +1,1 @@
-"""What the benchmarks share: tasks, one way to train, the methods under comparison, tables of results."""
+"""Shared by the benchmarks: tasks, training, the methods under comparison, files and tables of results."""

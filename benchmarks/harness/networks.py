@@ -1,4 +1,4 @@
-"""The networks that the package's demo does not have; only linear layers and convolutions hold prunable weights."""
+"""Networks beyond those of the package's demo; only their linear layers and convolutions have prunable weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with BatchNorm beside a shortcut (He et al., 2016), halving height and width."""
+    """Two 3×3 convolutions with BatchNorm, and a shortcut (He et al., 2016), which halve height and width."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -18,13 +18,13 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, inputs, height, width) to (batch, outputs, height / 2, width / 2)."""
+        """Map (batch, inputs, height, width) to (batch, outputs, height / 2, width / 2)."""
         y = torch.relu(self.norm1(self.conv1(x)))
         return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
 def small_resnet() -> nn.Sequential:
-    """A ResNet of 11 layers with weights (77,424 of them), for images of 28×28 pixels."""
+    """Return a ResNet for images of 28×28 pixels, with 77,424 prunable weights in 11 layers."""
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(16),
@@ -39,12 +39,12 @@ def small_resnet() -> nn.Sequential:
 
 
 def mlp() -> nn.Sequential:
-    """Three linear layers on 30 measurements: 20,480 weights."""
+    """Return three linear layers for 30 measurements, with 20,480 prunable weights."""
     return nn.Sequential(nn.Linear(30, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
 
 
 class AttentionBlock(nn.Module):
-    """Causal self-attention and a feed-forward part, normalized before each (Vaswani et al., 2017; pre-norm)."""
+    """Causal self-attention and a feed-forward part, each normalized first (Vaswani et al., 2017; pre-norm)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -54,15 +54,15 @@ class AttentionBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, length, width) to the same shape."""
-        parts = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        attended = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
+        """Map (batch, length, width) to the same shape."""
+        query_key_value = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(*query_key_value, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).flatten(2))
         return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
 
 
 class CharTransformer(nn.Module):
-    """A causal transformer on characters: 2 blocks of width 64, 104,448 prunable weights (the embeddings are not)."""
+    """A causal transformer on characters: 2 blocks of width 64, 104,448 prunable weights (embeddings stay dense)."""
 
     def __init__(self, alphabet: int = 96, context: int = 64, width: int = 64, heads: int = 4) -> None:
         super().__init__()
@@ -71,6 +71,6 @@ class CharTransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, alphabet)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Logits of the next character, (batch, length, alphabet), for codes (batch, length)."""
+        """Return logits of the next characters (batch, length, alphabet) for codes (batch, length)."""
         x = self.tokens(codes) + self.positions(torch.arange(codes.size(1)))
         return self.head(self.norm(self.blocks(x)))

@@ -10,54 +10,57 @@ from matplotlib.figure import Figure
 
 from lightning_autoprune.plots import COLORS
 
-from .results import Mean, means
+from .results import Mean, group_means
 from .tasks import TASKS
 
 UNITS = {"error": "error, %", "loss": "loss, nats"}
 MARKERS = "osD^vPX<>*h"
 
 
-def cell(mean: Mean | None, figure: str) -> str:
-    """Mean ± spread for a table, the value alone of one seed; a dash where there was no run."""
+def format_mean(mean: Mean | None, metric: str) -> str:
+    """Return "mean ± spread" for a table; the mean alone for one seed; a dash if there was no run."""
     if mean is None:
         return "–"
-    digits = 2 if figure == "error" else 3
-    spread = f" ± {mean.spread:.{digits}f}" if len(mean.values) > 1 else ""  # of one seed there is none
+    digits = 2 if metric == "error" else 3
+    spread = f" ± {mean.spread:.{digits}f}" if len(mean.values) > 1 else ""
     return f"{mean.mean:.{digits}f}{spread}"
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table."""
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Return a Markdown table."""
     header = list(header)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def full_runs(rows: list[dict[str, str]], task: str) -> list[dict[str, str]]:
-    """The rows of a task that had its whole budget."""
+def full_length_rows(rows: list[dict[str, str]], task: str) -> list[dict[str, str]]:
+    """Return the rows of a task whose runs had all of its epochs."""
     return [row for row in rows if row["task"] == task and row["epochs"] == str(TASKS[task].epochs)]
 
 
-def by_target(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Mean]:
-    """The figure that ranks, by method and target, over the runs of the task's whole budget."""
-    return means(full_runs(rows, task), TASKS[task].metric, ("method", "target"))
+def means_by_target(rows: list[dict[str, str]], task: str) -> dict[tuple[str, ...], Mean]:
+    """Return the mean of the task's metric by (method, target), over the runs with all epochs."""
+    return group_means(full_length_rows(rows, task), TASKS[task].metric, ("method", "target"))
 
 
 def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
-    """Methods down, compressions across; the best of a column is bold.
+    """Return a table with a line per method and a column per compression; the best cell of a column is bold.
 
-    In brackets: the number of seeds where it is less than the most in the table; such a cell is never the best.
+    A cell with fewer seeds than the most in the table has their number in parentheses, and is never the best.
     """
-    figure, runs = TASKS[task].metric, by_target(rows, task)
+    metric, runs = TASKS[task].metric, means_by_target(rows, task)
     found = {key: mean for key, mean in runs.items() if key[0] in labels}
     columns = sorted({column for _, column in found if column}, key=float)
-    most = max((len(mean.values) for mean in found.values()), default=0)
-    whole = {key: mean.mean for key, mean in found.items() if len(mean.values) == most}
-    best = {column: min((m for (_, where), m in whole.items() if where == column), default=None) for column in columns}
+    most_seeds = max((len(mean.values) for mean in found.values()), default=0)
+    complete = {key: mean.mean for key, mean in found.items() if len(mean.values) == most_seeds}
+    best = {
+        column: min((mean for (_, target), mean in complete.items() if target == column), default=None)
+        for column in columns
+    }
 
-    def written(mean: Mean | None, column: str) -> str:
-        text = cell(mean, figure)
-        if mean and len(mean.values) < most:
+    def format_cell(mean: Mean | None, column: str) -> str:
+        text = format_mean(mean, metric)
+        if mean and len(mean.values) < most_seeds:
             return f"{text} ({len(mean.values)})"
         return f"**{text}**" if mean and mean.mean == best[column] else text
 
@@ -65,34 +68,35 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
     for method, label in labels.items():
         cells = [found.get((method, column)) for column in columns]
         if any(cells):
-            lines.append([label, *map(written, cells, columns)])
-    head = f"{task}: {UNITS[figure]} (dense {cell(runs.get(('dense', '')), figure)})"
-    return markdown([head, *(f"{column}×" for column in columns)], lines)
+            lines.append([label, *map(format_cell, cells, columns)])
+    head = f"{task}: {UNITS[metric]} (dense {format_mean(runs.get(('dense', '')), metric)})"
+    return markdown_table([head, *(f"{column}×" for column in columns)], lines)
 
 
 def no_target_table(rows: list[dict[str, str]], method: str = "autoprune") -> str:
-    """A line for each task where the method ran without a target: what it reached beside dense, of the same seeds."""
+    """Return a table of what the method reaches without a target, beside dense runs of the same seeds."""
     lines = []
     for name, task in TASKS.items():
-        full = full_runs(rows, name)
-        if ran := [row for row in full if (row["method"], row["target"]) == (method, "")]:
-            seeds = {row["seed"] for row in ran}
+        full = full_length_rows(rows, name)
+        if pruned := [row for row in full if (row["method"], row["target"]) == (method, "")]:
+            seeds = {row["seed"] for row in pruned}
             dense = [row for row in full if row["method"] == "dense" and row["seed"] in seeds]
-            figures = (cell(means(part, task.metric, ()).get(()), task.metric) for part in (dense, ran))
-            compression = means(ran, "compression", ())[()].mean
-            lines.append([f"{name}: {UNITS[task.metric]}", *figures, f"{compression:.1f}×", str(len(ran))])
-    return markdown(["no target", "dense", "pruned", "compression", "seeds"], lines)
+            results = (
+                format_mean(group_means(group, task.metric, ()).get(()), task.metric) for group in (dense, pruned)
+            )
+            compression = group_means(pruned, "compression", ())[()].mean
+            lines.append([f"{name}: {UNITS[task.metric]}", *results, f"{compression:.1f}×", str(len(pruned))])
+    return markdown_table(["no target", "dense", "pruned", "compression", "seeds"], lines)
 
 
 def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Mapping[str, str]) -> Figure:
-    """One panel a task: the figure that ranks against compression, a line a method, bars of one standard deviation."""
+    """Draw the metric against compression: a panel per task, a line per method, bars of one standard deviation."""
     tasks = list(tasks)
     picture = Figure(figsize=(4.6 * len(tasks), 4.4), layout="constrained")
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        figure, found = TASKS[task].metric, by_target(rows, task)
+        metric, found = TASKS[task].metric, means_by_target(rows, task)
         for i, (method, label) in enumerate(labels.items()):
-            points = sorted((float(c), mean) for (name, c), mean in found.items() if name == method and c)
-            if points:
+            if points := _points(found, method):
                 ours = method.startswith("autoprune")
                 axes.errorbar(
                     [x for x, _ in points],
@@ -108,12 +112,8 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
                 )
         if ("dense", "") in found:
             axes.axhline(found["dense", ""].mean, color="gray", ls=":", label="dense")
-        _style(axes, task, "compression of the prunable weights", UNITS[figure])
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        ticks = TASKS[task].compressions
-        axes.set_xticks(ticks, [f"{tick:g}×" for tick in ticks], minor=False)
-        axes.set_xticks([], minor=True)
+        _style(axes, task, "compression of the prunable weights", UNITS[metric])
+        _log_scales(axes, task)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
@@ -122,12 +122,68 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
     return picture
 
 
+README_PANELS = {
+    "lenet-300-100": ("LeNet-300-100, MNIST", (1.5, 2, 3, 5, 10)),
+    "resnet": ("small ResNet, MNIST", (1, 2, 5, 10, 20, 50)),
+    "transformer": ("character transformer", (1.6, 1.8, 2, 2.3, 2.7, 3.1)),
+}
+"""Title and vertical ticks per task in the README's picture."""
+
+README_LINES = {
+    "autoprune": ("AutoPruneCallback, defaults", {"color": "black", "marker": "o", "lw": 2.6, "zorder": 4}),
+    "gmp": ("gradual magnitude pruning", {"color": COLORS[2], "marker": "D", "lw": 1.6, "zorder": 3}),
+    "lightning": ("Lightning's ModelPruning", {"color": COLORS[3], "marker": "^", "lw": 1.6, "zorder": 3}),
+}
+"""Label and style per method that has a line of its own in the README's picture."""
+
+
+def readme_picture(rows: list[dict[str, str]], labels: Mapping[str, str]) -> Figure:
+    """Draw the README's picture: AutoPrune and two common methods as lines, the other methods as a band.
+
+    The band reaches from the best to the worst mean among the methods in ``labels`` that have no line.
+    """
+    picture = Figure(figsize=(10.5, 4.2), layout="constrained")
+    band_methods = [method for method in labels if method not in README_LINES and not method.startswith("autoprune")]
+    for axes, (task, (title, ticks)) in zip(
+        picture.subplots(1, len(README_PANELS)), README_PANELS.items(), strict=True
+    ):
+        found = means_by_target(rows, task)
+        for method, (label, style) in README_LINES.items():
+            points = _points(found, method)
+            axes.plot([x for x, _ in points], [mean.mean for _, mean in points], label=label, ms=6, **style)
+        band = [_points(found, method) for method in band_methods]
+        compressions = [float(x) for x in TASKS[task].compressions]
+        columns = [[mean.mean for points in band for x, mean in points if x == column] for column in compressions]
+        axes.fill_between(
+            compressions,
+            [min(column, default=float("nan")) for column in columns],
+            [max(column, default=float("nan")) for column in columns],
+            color="0.87",
+            lw=0,
+            label=f"{len(band_methods)} other methods, best to worst",
+        )
+        if ("dense", "") in found:
+            axes.axhline(found["dense", ""].mean, color="0.45", ls=":", lw=1.6, label="not pruned")
+        _style(axes, title, "compression of the weights", f"test {UNITS[TASKS[task].metric]}")
+        _log_scales(axes, task)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.tick_params(labelsize=11)
+        axes.title.set_fontsize(13)
+        axes.xaxis.label.set_fontsize(11.5)
+        axes.yaxis.label.set_fontsize(11.5)
+    picture.legend(
+        *picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=11.5
+    )
+    return picture
+
+
 def change_picture(rows: list[dict[str, str]], tasks: Sequence[str], names: Mapping[str, str]) -> Figure:
-    """One panel a task: the figure that ranks for each change of the default, with each seed as a dot."""
+    """Draw the metric of each change of the default: a panel per task, a dot per seed, a bar at the mean."""
     picture = Figure(figsize=(6.2 * len(tasks), 5.4), layout="constrained")
     for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        figure = TASKS[task].metric
-        found = means([row for row in rows if row["task"] == task], figure, ("options",))
+        metric = TASKS[task].metric
+        found = group_means([row for row in rows if row["task"] == task], metric, ("options",))
         named = [(name, found[key,]) for key, name in names.items() if (key,) in found]
         for y, (name, mean) in enumerate(reversed(named)):
             color = "black" if name == "default" else COLORS[0]
@@ -136,12 +192,17 @@ def change_picture(rows: list[dict[str, str]], tasks: Sequence[str], names: Mapp
             if name == "default":
                 axes.axvline(mean.mean, color="gray", ls=":")
         axes.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
-        _style(axes, task, UNITS[figure], "")
+        _style(axes, task, UNITS[metric], "")
     return picture
 
 
-def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], figure: str) -> Figure:
-    """The figure that ranks as each setting (of a method) is multiplied by factors, bars of one standard deviation."""
+def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], metric: str) -> Figure:
+    """Draw the metric as settings are multiplied by factors: a line per setting, bars of one standard deviation.
+
+    Args:
+        sweeps: method, option, and the mean at each factor.
+        metric: the metric of the means.
+    """
     picture = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = picture.subplots()
     for i, (method, option, points) in enumerate(sweeps):
@@ -159,9 +220,22 @@ def sweep_picture(sweeps: Iterable[tuple[str, str, list[tuple[float, Mean]]]], f
     axes.xaxis.set_major_formatter("×{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:.0e}"[0] in "235" else "")
-    _style(axes, "Error at equal compression as settings change", "factor on the setting", UNITS[figure])
+    _style(axes, "Error at equal compression as settings change", "factor on the setting", UNITS[metric])
     axes.legend(frameon=False)
     return picture
+
+
+def _points(found: Mapping[tuple[str, ...], Mean], method: str) -> list[tuple[float, Mean]]:
+    """Return the means of a method with their compressions, in ascending order."""
+    return sorted((float(target), mean) for (name, target), mean in found.items() if name == method and target)
+
+
+def _log_scales(axes: Axes, task: str) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    compressions = TASKS[task].compressions
+    axes.set_xticks(compressions, [f"{x:g}×" for x in compressions], minor=False)
+    axes.set_xticks([], minor=True)
 
 
 def _style(axes: Axes, title: str, x: str, y: str) -> None:
@@ -170,8 +244,8 @@ def _style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save(picture: Figure, path: Path) -> None:
-    """Writes a PNG."""
+def save_picture(picture: Figure, path: Path) -> None:
+    """Write a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=110)
     print("picture:", path)

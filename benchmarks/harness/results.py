@@ -1,4 +1,4 @@
-"""A CSV file of runs: one row a run, appended when it ends, so that a benchmark can be stopped and go on."""
+"""A CSV file of runs: one row per run, appended when it ends, so that a stopped benchmark can continue."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from .training import Outcome
 
 @dataclass(frozen=True)
 class Run:
-    """What makes a run; equal runs are made once.
+    """The parameters of a run; of equal runs only one is executed.
 
     Attributes:
-        target: compression to reach; None for the dense network and where there is none.
+        task: name of the task.
+        method: name of the method.
+        target: compression to reach; None for the dense network and for runs without a target.
+        epochs: length of the run.
+        seed: of the initial weights, the order of the samples and the method.
         options: of the method, as JSON.
     """
 
@@ -36,33 +40,33 @@ class Run:
     seed: int
     options: str = "{}"
 
-    def key(self) -> dict[str, str]:
-        """The cells that name it."""
+    def cells(self) -> dict[str, str]:
+        """Return the parameters as they are written in the file."""
         return {k: "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for k, v in asdict(self).items()}
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file; none if it is not there."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a file, or none if it does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def missing(path: Path, runs: Iterable[Run]) -> list[Run]:
-    """Those of the runs that the file does not have."""
+def missing_runs(path: Path, runs: Iterable[Run]) -> list[Run]:
+    """Return those runs that have no row in the file."""
     names = [field.name for field in fields(Run)]
-    done = {tuple(row[name] for name in names) for row in read(path)}
-    return [run for run in runs if tuple(run.key().values()) not in done]
+    done = {tuple(row[name] for name in names) for row in read_rows(path)}
+    return [run for run in runs if tuple(run.cells().values()) not in done]
 
 
-def append(path: Path, run: Run, outcome: Outcome) -> None:
-    """Adds the row of a run."""
-    write_row(path, {**run.key(), **asdict(outcome)})
+def append_outcome(path: Path, run: Run, outcome: Outcome) -> None:
+    """Append the row of a run."""
+    append_row(path, {**run.cells(), **asdict(outcome)})
 
 
-def write_row(path: Path, figures: Mapping[str, object]) -> None:
-    """Adds a row of any figures, with the date, the versions and the command.
+def append_row(path: Path, figures: Mapping[str, object]) -> None:
+    """Append a row of figures, with the date, the versions and the command.
 
     Raises:
         ValueError: if the file has other columns.
@@ -83,7 +87,9 @@ def write_row(path: Path, figures: Mapping[str, object]) -> None:
         if header is None:
             writer.writeheader()
         elif header != list(row):
-            raise ValueError(f"{path} has the columns {header}, and the row {list(row)}: move the file away.")
+            raise ValueError(
+                f"{path} has the columns {header}, but the new row has {list(row)}: move the file elsewhere."
+            )
         writer.writerow(row)
 
 
@@ -92,7 +98,9 @@ class Mean:
     """Mean and spread of a figure over the seeds.
 
     Attributes:
+        mean: arithmetic mean.
         spread: sample standard deviation; 0 for one seed.
+        values: the figure of each seed.
     """
 
     mean: float
@@ -100,8 +108,12 @@ class Mean:
     values: tuple[float, ...]
 
 
-def means(rows: Iterable[dict[str, str]], figure: str, by: Iterable[str]) -> dict[tuple[str, ...], Mean]:
-    """The mean of a figure over the rows that have it and agree in the columns ``by``."""
+def group_means(rows: Iterable[dict[str, str]], figure: str, by: Iterable[str]) -> dict[tuple[str, ...], Mean]:
+    """Group the rows by the columns `by`, and return the mean of a figure per group.
+
+    Rows in which the figure is empty are left out.
+    """
+    by = tuple(by)
     groups: dict[tuple[str, ...], list[float]] = defaultdict(list)
     for row in rows:
         if row[figure]:

@@ -1,4 +1,4 @@
-"""The tasks: data, network and budget. Every method trains the same network on the same data for the same steps."""
+"""The tasks: data, network and budget. Every method trains the same network on the same data for as many steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from lightning_autoprune.demo.data import Split, load_mnist, loader
+from lightning_autoprune.demo.data import Split, load_mnist, make_loader
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
 
 from .networks import CharTransformer, mlp, small_resnet
@@ -19,37 +19,42 @@ from .networks import CharTransformer, mlp, small_resnet
 
 @dataclass(frozen=True)
 class Data:
-    """Rows to train and to test on; ``inputs`` and ``labels`` have the rows first."""
+    """Samples to train and to test on.
+
+    Attributes:
+        train: inputs and labels to train on, samples in the first dimension.
+        test: inputs and labels to test on, samples in the first dimension.
+    """
 
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
 
-    def without_test(self) -> Data:
-        """The training rows alone, their last sixth to test on: for choosing settings."""
+    def without_test_set(self) -> Data:
+        """Return the training samples alone, with their last sixth to test on, for choosing settings."""
         inputs, labels = self.train
         cut = len(inputs) * 5 // 6
         return Data((inputs[:cut], labels[:cut]), (inputs[cut:], labels[cut:]))
 
 
-def batches(rows: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """A loader of batches (inputs, labels) in an order that the seed alone decides."""
-    split = Split(*rows)
-    return loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
+def make_seeded_loader(samples: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return a loader of batches (inputs, labels) whose order depends on the seed alone."""
+    split = Split(*samples)
+    return make_loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
 
 
 @dataclass(frozen=True)
 class Task:
-    """A network, its data and the budget that every method has.
+    """A network, its data and the budget that every method gets.
 
     Attributes:
-        name: as on the command line.
-        data: reads the data; it takes the directory of MNIST. The rows to test on are the same for all seeds.
+        name: on the command line.
+        data: reads the data, given the directory of MNIST. The test samples are the same for all seeds.
         network: makes the network.
-        epochs: passes over the training rows.
-        batch: rows in a batch.
-        lr: of Adam, with a cosine to 0 over the run.
-        metric: the figure that ranks, ``"error"`` (percent) or ``"loss"`` (cross-entropy in nats), on the test rows.
-        compressions: dense prunable weights / kept ones, for the tables.
+        epochs: passes over the training samples.
+        batch: samples in a batch.
+        lr: learning rate of Adam, which falls to 0 on a cosine over the run.
+        metric: what ranks the methods on the test samples, ``"error"`` (percent) or ``"loss"`` (cross-entropy in nats).
+        compressions: prunable weights / kept ones, for the tables.
     """
 
     name: str
@@ -63,21 +68,21 @@ class Task:
 
     @property
     def third(self) -> int:
-        """A third of the epochs, rounded up, for benchmarks of many runs."""
+        """Return a third of the epochs, rounded up, for benchmarks with many runs."""
         return -(-self.epochs // 3)
 
 
 @functools.cache
 def mnist(directory: Path) -> Data:
-    """MNIST: 60,000 and 10,000 images."""
+    """Return MNIST: 60,000 training and 10,000 test images."""
     images = load_mnist(directory)
-    shape = torch.channels_last  # convolutions are almost twice as fast
-    parts = [(part.images.contiguous(memory_format=shape), part.labels) for part in (images.train, images.test)]
-    return Data(*parts)
+    layout = torch.channels_last  # convolutions are almost twice as fast
+    splits = [(split.images.contiguous(memory_format=layout), split.labels) for split in (images.train, images.test)]
+    return Data(*splits)
 
 
 def breast_cancer(directory: Path) -> Data:
-    """569 biopsies with 30 measurements each, which scikit-learn ships (Wolberg et al., UCI); 30% are to test on."""
+    """Return scikit-learn's 569 biopsies with 30 measurements each (Wolberg et al., UCI); 30% are test samples."""
     from sklearn.datasets import load_breast_cancer
 
     values, target = load_breast_cancer(return_X_y=True)
@@ -95,7 +100,7 @@ ALPHABET = 96  # printable ASCII and the line feed
 
 @functools.cache
 def python_help(directory: Path) -> Data:
-    """The language reference that Python ships as help topics: 64 characters predict the next ones; the end tests."""
+    """Return windows of 64 characters from Python's help topics, labeled with the next ones; the last tenth tests."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -103,11 +108,11 @@ def python_help(directory: Path) -> Data:
     codes = codes[(codes == 10) | (codes >= 32) & (codes < 127)]
     codes = torch.where(codes == 10, ALPHABET - 1, codes - 32)
     cut = len(codes) * 9 // 10
-    parts = []
-    for part in (codes[:cut], codes[cut:]):
-        windows = part.unfold(0, CONTEXT + 1, CONTEXT)
-        parts.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
-    return Data(*parts)
+    splits = []
+    for split in (codes[:cut], codes[cut:]):
+        windows = split.unfold(0, CONTEXT + 1, CONTEXT)
+        splits.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+    return Data(*splits)
 
 
 TASKS = {

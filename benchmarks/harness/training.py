@@ -1,4 +1,4 @@
-"""One way to train and test for all methods: Lightning's Trainer, Adam with a cosine, one thread."""
+"""Trains and tests every method in the same way: Lightning's Trainer, Adam with a cosine schedule, one thread."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
-from .tasks import Task, batches
+from .tasks import Task, make_seeded_loader
 
 
-def quiet(threads: int = 1) -> None:
-    """No warnings, no notes of Lightning, and the same number of threads for all that is compared.
+def silence(threads: int = 1) -> None:
+    """Switch off warnings and Lightning's messages, and set the number of threads.
 
-    Denormals are 0: what vanishes, under an L2 penalty or in a hundred layers, would slow its runs up to seven times.
+    Denormal numbers are flushed to 0: values that vanish, under an L2 penalty or in a hundred layers, would make a run
+    up to seven times slower.
     """
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -29,8 +30,8 @@ def quiet(threads: int = 1) -> None:
     torch.set_flush_denormal(True)
 
 
-def quiet_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
-    """A Trainer on the CPU that writes nothing."""
+def make_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
+    """Return a Trainer on the CPU that writes nothing."""
     return Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -43,26 +44,31 @@ def quiet_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
 
 
 class Method(Callback):
-    """A way to prune: a callback of the Trainer with a few more hooks. This one does nothing: dense training."""
+    """A way to prune: a Lightning callback with a few more hooks. The base class prunes nothing: dense training."""
 
     def callbacks(self) -> list[Callback]:
-        """What goes into the Trainer."""
+        """Return the callbacks for the Trainer."""
         return [self]
 
     def prepare(self, network: nn.Module, inputs: Tensor) -> nn.Module:
-        """The network to train in place of ``network`` (which may be changed); ``inputs`` is one batch of inputs."""
+        """Return the network to train.
+
+        Args:
+            network: the task's network, which may be changed in place.
+            inputs: one batch of inputs.
+        """
         return network
 
     def parameters(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups for Adam; a group without ``lr`` has the task's."""
+        """Return parameter groups for Adam; a group without ``lr`` gets the task's."""
         return [{"params": list(network.parameters())}]
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """Added to the training loss."""
+        """Return a term to add to the training loss."""
         return 0.0
 
     def finish(self, network: nn.Module) -> nn.Module:
-        """The network with plain weights, zeros where they are pruned."""
+        """Return the trained network with plain weights, zero where they are pruned."""
         return network
 
 
@@ -70,27 +76,28 @@ class Learner(LightningModule):
     """Cross-entropy over the last dimension of the logits, plus the method's penalty.
 
     Attributes:
-        rows: number of rows passed forward and backward so far (in a list, which no copy of the module's state resets).
+        samples: number of samples passed forward and backward so far. It is in a list, so that restoring the module's
+            state does not reset it.
     """
 
     def __init__(self, network: nn.Module, method: Method, lr: float) -> None:
         super().__init__()
-        self.network, self.lr, self.rows = network, lr, [0]
-        object.__setattr__(self, "method", method)
+        self.network, self.lr, self.samples = network, lr, [0]
+        object.__setattr__(self, "method", method)  # not as a submodule
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The logits."""
+        """Return the logits."""
         return self.network(inputs)
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Loss of a batch (inputs, labels)."""
+        """Return the loss of a batch (inputs, labels)."""
         inputs, labels = batch
-        self.rows[0] += len(inputs)
+        self.samples[0] += len(inputs)
         logits = self.network(inputs)
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()) + self.method.penalty(self.network)
 
     def configure_optimizers(self) -> Any:
-        """Adam and a cosine over the steps of the run."""
+        """Return Adam and a cosine schedule over the steps of the run."""
         optimizer = torch.optim.Adam(self.method.parameters(self.network), self.lr, fused=True)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -99,17 +106,17 @@ class Learner(LightningModule):
 
 @dataclass
 class Outcome:
-    """The figures of one run.
+    """The results of one run, with a column in the file for each.
 
     Attributes:
-        error: wrong predictions on the test rows, in percent.
-        loss: cross-entropy on the test rows, in nats.
+        error: wrong predictions on the test samples, in percent.
+        loss: cross-entropy on the test samples, in nats.
         sparsity: fraction of prunable weights that are 0.
-        compression: prunable weights / those that are not 0.
-        compression_all: the same with biases, norms and embeddings counted on both sides.
-        passes: rows passed forward and backward / those of dense training.
-        layers: share of weights kept, in percent, by layer.
-        seconds: length of the training.
+        compression: prunable weights / nonzero prunable weights.
+        compression_all: all parameters / nonzero ones; biases, normalizations and embeddings all count as nonzero.
+        passes: samples passed forward and backward / samples that dense training passes.
+        layers: percentage of weights kept, by layer.
+        seconds: duration of the training.
     """
 
     error: float
@@ -123,11 +130,11 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, rows: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Error in percent and cross-entropy in nats, over all labels."""
+def evaluate(network: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
+    """Return the error in percent and the cross-entropy in nats, over all labels."""
     network.eval()
     wrong, loss, count = 0.0, 0.0, 0
-    for inputs, labels in zip(rows[0].split(1000), rows[1].split(1000), strict=True):
+    for inputs, labels in zip(samples[0].split(1000), samples[1].split(1000), strict=True):
         logits, labels = network(inputs).flatten(0, -2), labels.flatten()
         wrong += float((logits.argmax(1) != labels).sum())
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
@@ -136,12 +143,14 @@ def evaluate(network: nn.Module, rows: tuple[Tensor, Tensor]) -> tuple[float, fl
 
 
 @dataclass
-class Trained:
+class TrainedNetwork:
     """A network after training, with plain weights.
 
     Attributes:
-        test: rows to test on.
-        passes, seconds: as of :class:`Outcome`.
+        network: the network, zero where it is pruned.
+        test: inputs and labels to test on.
+        passes: see :class:`Outcome`.
+        seconds: see :class:`Outcome`.
     """
 
     network: nn.Module
@@ -150,41 +159,50 @@ class Trained:
     seconds: float
 
 
-def trained(
+def train_network(
     task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
-) -> Trained:
-    """Trains one network; ``validate``: with a sixth of the training rows in place of the test rows."""
+) -> TrainedNetwork:
+    """Train one network.
+
+    Args:
+        task: network, data and budget.
+        method: how to prune.
+        seed: of the initial weights and the order of the samples.
+        directory: directory of MNIST's IDX files.
+        epochs: length of the run; None: the task's.
+        validate: whether to keep a sixth of the training samples out of training, to test on in place of the test set.
+    """
     data, epochs = task.data(directory), epochs or task.epochs
     if validate:
-        data = data.without_test()
+        data = data.without_test_set()
     seed_everything(seed, verbose=False)
     network = task.network().to(memory_format=torch.channels_last)
     learner = Learner(method.prepare(network, data.train[0][: task.batch]), method, task.lr)
     learner.example_input_array = data.train[0][:1]
-    trainer = quiet_trainer(epochs, method.callbacks())
-    began = time.perf_counter()
-    trainer.fit(learner, batches(data.train, task.batch, seed))
-    seconds = time.perf_counter() - began
-    passes = learner.rows[0] / (len(data.train[0]) * epochs)
-    return Trained(method.finish(learner.network), data.test, round(passes, 2), round(seconds, 1))
+    trainer = make_trainer(epochs, method.callbacks())
+    start = time.perf_counter()
+    trainer.fit(learner, make_seeded_loader(data.train, task.batch, seed))
+    seconds = time.perf_counter() - start
+    passes = learner.samples[0] / (len(data.train[0]) * epochs)
+    return TrainedNetwork(method.finish(learner.network), data.test, round(passes, 2), round(seconds, 1))
 
 
-def train(
+def train_and_test(
     task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
 ) -> Outcome:
-    """Trains and tests one network; ``validate``: tests on a sixth of the training rows in place of the test rows."""
-    run = trained(task, method, seed, directory, epochs, validate)
-    error, loss = evaluate(run.network, run.test)
-    weights = prunable_weights(run.network)
+    """Train and test one network; the arguments are those of :func:`train_network`."""
+    trained = train_network(task, method, seed, directory, epochs, validate)
+    error, loss = evaluate(trained.network, trained.test)
+    weights = prunable_weights(trained.network)
     total, kept = sum(w.numel() for w in weights.values()), sum(int(w.count_nonzero()) for w in weights.values())
-    rest = sum(p.numel() for p in run.network.parameters()) - total
+    rest = sum(p.numel() for p in trained.network.parameters()) - total
     return Outcome(
         error=round(error, 3),
         loss=round(loss, 5),
         sparsity=round(1 - kept / total, 6),
         compression=round(total / kept, 1),
         compression_all=round((total + rest) / (kept + rest), 1),
-        passes=run.passes,
+        passes=trained.passes,
         layers=" ".join(f"{n}:{100 * float(w.count_nonzero()) / w.numel():.2f}%" for n, w in weights.items()),
-        seconds=run.seconds,
+        seconds=trained.seconds,
     )

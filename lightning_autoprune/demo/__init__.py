@@ -1,1 +1,1 @@
-"""The demo: data and networks to try the callback on. ``lightning-autoprune demo`` runs it."""
+"""Data and networks to try the callback on; ``lightning-autoprune demo`` trains them."""

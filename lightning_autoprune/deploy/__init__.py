@@ -1,1 +1,1 @@
-"""Smaller models and files: shrink, sparse files, exports."""
+"""Makes smaller models and files: shrink, sparse files, exports."""

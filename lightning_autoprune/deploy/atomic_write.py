@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writes files atomically: the whole file, or nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ __all__ = ["atomic_write"]
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in place of another, which it replaces if nothing is raised. The mode of a file stays.
+    """Yield a temporary path to write to, and move it to ``path`` unless an error is raised.
+
+    An existing file keeps its mode. A link stays a link, and the file that it points to is replaced.
 
     Raises:
-        OSError: if there is no such folder, it can't be written to, or the path is no file but a folder, a pipe or a
-            device. (A link stays one: what it leads to is replaced.)
+        OSError: if the folder does not exist or can't be written to, or if the path is not a regular file but a folder,
+            a pipe or a device.
 
     Example:
         >>> import tempfile
@@ -29,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # others may write the same file
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # another process may write the same file
     try:
         try:
             temporary.touch()
@@ -42,5 +44,5 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(mode)  # some libraries make files that no one else may read
         os.replace(temporary, target)
     finally:
-        with suppress(OSError):  # there may be no such folder
+        with suppress(OSError):  # the folder may not exist
             temporary.unlink(missing_ok=True)

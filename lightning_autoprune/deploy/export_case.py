@@ -1,4 +1,4 @@
-"""What the exports share: the model that is written, and the check that a file gives its outputs. Torch only."""
+"""Prepares a model for export, and checks that the file computes the model's outputs. Torch only."""
 
 from __future__ import annotations
 
@@ -10,55 +10,64 @@ from torch import Tensor, nn
 
 from lightning_autoprune.deploy.shrink import shrink
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.model.example_inputs import any_rows, as_arguments, by_rows, copied, outputs, probes, two_rows
-from lightning_autoprune.model.same_outputs import difference, disagreement, spreads
+from lightning_autoprune.model.example_inputs import (
+    dynamic_batch_shapes,
+    repeat_single_sample,
+    run_batch_sizes,
+    run_variations,
+)
+from lightning_autoprune.model.forward import ExampleInput, RecordedRun, as_arguments, copy_model, run_model
+from lightning_autoprune.model.same_outputs import describe_mismatch, find_mismatch, measure_spread
 
 __all__ = ["ExportCase"]
 
 
 class ExportCase:
-    """A model that is to be written for any number of rows, and the outputs that its file must give.
+    """A model to export for any batch size, and the outputs that its file must compute.
 
     Args:
         model: a module; it is left as it was.
-        example_input: what its ``forward`` takes.
-        shrunk: whether :func:`shrink` comes first.
+        example_input: an input on which the model runs.
+        shrunk: whether the model is shrunk first.
 
     Attributes:
-        name: of the model's class.
-        small: the module to write, in evaluation mode.
-        args: positional arguments to write it with.
-        kwargs: keyword arguments.
+        name: class name of the model.
+        module: the module to export, in evaluation mode.
+        args: positional arguments to export it with.
+        kwargs: keyword arguments to export it with.
         dynamic_shapes: as ``torch.export`` takes them.
-        tried: inputs, each with the outputs of the model.
+        expected_runs: inputs, each with the outputs of the model.
     """
 
-    def __init__(self, model: nn.Module, example_input: Any, shrunk: bool) -> None:
+    def __init__(self, model: nn.Module, example_input: ExampleInput, shrunk: bool) -> None:
         self.name, self._model = type(model).__name__, model
-        self._example = two_rows(model, example_input)  # one row would be taken for a constant
-        self.small = (shrink(model, self._example) if shrunk else copied(model)).eval()
+        self._example = repeat_single_sample(model, example_input)
+        self.module = (shrink(model, self._example) if shrunk else copy_model(model)).eval()
         self.args, self.kwargs = as_arguments(self._example)
-        self.dynamic_shapes = any_rows(self.args, self.kwargs)
+        self.dynamic_shapes = dynamic_batch_shapes(self.args, self.kwargs)
         with torch.no_grad():
-            self.tried = [(example_input, outputs(model, example_input)), *probes(model, self._example)]
+            example_run = RecordedRun(example_input, run_model(model, example_input))
+            self.expected_runs = [example_run, *run_variations(model, self._example)]
 
-    def check(self, runs: list[list[Tensor]], run: Callable[[Any], list[Tensor]], where: str, tolerance: float) -> None:
-        """Raises unless the outputs are those of the model, for any number of rows on which it runs.
+    def check_outputs(
+        self, outputs: list[list[Tensor]], run: Callable[[Any], list[Tensor]], where: str, tolerance: float
+    ) -> None:
+        """Raise an error unless the file computes the model's outputs, for any batch size on which the model runs.
 
         Args:
-            runs: outputs of the file for the inputs ``tried``.
-            run: gives them for others.
-            where: it runs, for the message.
-            tolerance: as of :func:`shrink`.
+            outputs: outputs of the file for the inputs in ``expected_runs``.
+            run: returns the outputs of the file for other inputs.
+            where: in what the file runs, for the message.
+            tolerance: as in :func:`shrink`.
         """
-        spread = spreads([aims for _, aims in self.tried])
-        for found, (_, aims) in zip(runs, self.tried, strict=True):
-            if problem := difference(found, aims, spread, tolerance):
+        spread = measure_spread([expected for _, expected in self.expected_runs])
+        for actual, (_, expected) in zip(outputs, self.expected_runs, strict=True):
+            if mismatch := describe_mismatch(actual, expected, spread, tolerance):
                 raise AutoPruneError(
-                    f"{self.name} gives other outputs {where}: {problem}. Raise `tolerance` if that is close enough."
+                    f"{self.name} gives other outputs {where}: {mismatch}. Raise `tolerance` if that is close enough."
                 )
-        if problem := disagreement(run, by_rows(self._model, self._example), tolerance):
+        if mismatch := find_mismatch(run, run_batch_sizes(self._model, self._example), tolerance):
             raise AutoPruneError(
-                f"{self.name} is right {where} for the number of rows of the example alone: {problem}. Leave that"
-                " number out of its `forward`: use `x.shape[0]`, without `int`, `len` or a loop over rows."
+                f"{self.name} gives the right outputs {where} only for the batch size of the example: {mismatch}. Its"
+                " `forward` must not fix the batch size: use `x.shape[0]`, without `int`, `len` or a loop over samples."
             )

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_autoprune.deploy.atomic_write import atomic_write
 from lightning_autoprune.deploy.export_case import ExportCase
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.model.example_inputs import as_arguments, tensors_in
+from lightning_autoprune.model.forward import ExampleInput, as_arguments, tensors_in
 
 __all__ = ["export_program"]
 
@@ -20,27 +20,26 @@ __all__ = ["export_program"]
 def export_program(
     model: nn.Module,
     path: str | os.PathLike[str],
-    example_input: Any,
+    example_input: ExampleInput,
     *,
     shrunk: bool = True,
     tolerance: float = 1e-4,
 ) -> None:
-    """Writes a model as a program of ``torch.export`` for any number of rows, without its dead channels.
+    """Write a model as a program of ``torch.export`` for any batch size, without its dead channels.
 
-    ``torch.export.load(path).module()`` gives a module that runs wherever torch does; the classes of the model are not
-    needed. The file is read back, and its outputs on the example and on inputs like it are those of the model.
+    ``torch.export.load(path).module()`` returns a module that runs wherever torch does, without the model's classes.
+    The file is read back, and its outputs on the example and on inputs like it must be those of the model.
 
     Args:
         model: a module or LightningModule; it is left as it was.
-        path: of the file, which ends in ``.pt2`` by custom; it is replaced whole or not at all.
-        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments, with
-            a first dimension of rows.
-        shrunk: whether :func:`shrink` comes first; zeros are stored like other values either way.
-        tolerance: as of :func:`shrink`.
+        path: path of the file, by convention with the suffix ``.pt2``; it is replaced whole or not at all.
+        example_input: an input on which the model runs, with samples along the first dimension.
+        shrunk: whether to :func:`shrink` the model first; zeros that remain are stored like other values.
+        tolerance: as in :func:`shrink`.
 
     Raises:
-        AutoPruneError: if the model can't be shrunk or exported, or its outputs are others, for any number of rows on
-            which it runs.
+        AutoPruneError: if the model can't be shrunk or exported, or if the outputs of the program differ from the
+            model's for any batch size on which the model runs.
 
     Example:
         >>> import tempfile
@@ -50,20 +49,18 @@ def export_program(
         ...     torch.export.load(f"{directory}/pruned.pt2").module()(torch.zeros(3, 4)).shape
         torch.Size([3, 2])
     """
-    exported = ExportCase(model, example_input, shrunk)
+    case = ExportCase(model, example_input, shrunk)
     with atomic_write(path) as temporary:
         try:
-            program = torch.export.export(
-                exported.small, exported.args, exported.kwargs, dynamic_shapes=exported.dynamic_shapes
-            )
+            program = torch.export.export(case.module, case.args, case.kwargs, dynamic_shapes=case.dynamic_shapes)
             with temporary.open("wb") as file:
                 torch.export.save(program, file)
             with temporary.open("rb") as file:
                 run = partial(_run, torch.export.load(file).module())
-            runs = [run(inputs) for inputs, _ in exported.tried]
+            outputs = [run(inputs) for inputs, _ in case.expected_runs]
         except Exception as error:
-            raise AutoPruneError(f"{exported.name} can't be exported by torch.export: {error}") from error
-        exported.check(runs, run, "as a program", tolerance)
+            raise AutoPruneError(f"{case.name} can't be exported by torch.export: {error}") from error
+        case.check_outputs(outputs, run, "as a program", tolerance)
 
 
 @torch.no_grad()

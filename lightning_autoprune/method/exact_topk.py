@@ -1,9 +1,9 @@
-"""Which entries of M are the largest, exactly, without putting all in one place. Torch only.
+"""Which entries of M are the largest, exactly, without gathering all of them in one place. Torch only.
 
-For a threshold t a layer i keeps max(floorᵢ, nᵢ(t)) entries, with nᵢ(t) the number of its m >= t, as its floor and what
-is above a threshold are both its largest ones. The sum over the layers falls as t grows, so the largest t for which it
-is not below the count is found by bisection over the numbers that the type has, in one step a bit. Each step needs nᵢ
-alone, which are summed up over the ranks where M is sharded.
+For a threshold t, layer i keeps max(floorᵢ, nᵢ(t)) entries, where nᵢ(t) is the number of its m >= t: both its floor and
+the entries above the threshold are its largest ones. The sum over the layers falls as t grows. The largest t for which
+the sum is not below the wanted count is found by bisection over the numbers that the dtype can represent, one step per
+bit. Each step needs the counts nᵢ only, which are summed over the ranks where M is sharded.
 """
 
 from __future__ import annotations
@@ -17,19 +17,26 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_count", "keep_largest", "lift_largest", "minimum_counts"]
+__all__ = ["check_count", "keep_largest", "largest_count", "lift_largest", "minimum_counts"]
+
+_BARELY_KEPT = 1e-8  # an m that must be kept is raised to this, and is the first to be pruned again
 
 
 def minimum_counts(totals: Sequence[int], layer_floor: float) -> list[int]:
-    """Number of weights that each layer keeps whatever happens: a share of them, at least one."""
+    """Return the number of entries that each layer always keeps: the given fraction of them, but at least one.
+
+    Example:
+        >>> minimum_counts([10, 5000], layer_floor=0.001)
+        [1, 5]
+    """
     return [max(1, math.ceil(layer_floor * total * (1 - 1e-12))) for total in totals]  # 0.07 · 100 is above 7
 
 
 def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
-    """Raises unless ``count`` weights can be kept in layers of ``totals`` weights.
+    """Raise unless ``count`` weights can be kept in layers of ``totals`` weights.
 
     Raises:
-        AutoPruneError: naming the numbers, and what to change.
+        AutoPruneError: with the numbers, and what to change.
     """
     least, total = sum(minimum_counts(totals, layer_floor)), sum(totals)
     if not least <= count <= total:
@@ -41,29 +48,26 @@ def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
         )
 
 
-_BARELY_KEPT = 1e-8  # what m is lifted to where it must be kept: the first to go again
-
-
 def keep_largest(
     M: Sequence[Tensor],
     floors: Sequence[int],
     count: int,
     *,
     prune: bool = True,
-    over_ranks: Callable[[list[float]], list[float]] = list,
-    before: Callable[[int], int] = lambda own: 0,
+    sum_over_ranks: Callable[[list[float]], list[float]] = list,
+    sum_over_lower_ranks: Callable[[int], int] = lambda own: 0,
 ) -> None:
-    """Moves the entries of M in place so that the ``count`` largest of all are kept, each tensor's floor first.
+    """Move the entries of M in place so that the ``count`` largest of all are kept, each tensor's floor first.
 
-    Of equal entries the first ones are kept. NaN becomes -inf, the last to be kept.
+    Among equal entries the first ones are kept. NaN becomes -inf, the last to be kept.
 
     Args:
-        M: auxiliary parameters, one tensor a layer, or this rank's part of it.
-        floors: number of entries that each layer keeps whatever happens.
+        M: auxiliary parameters, one tensor per layer, or this rank's shards of them.
+        floors: number of entries that each layer always keeps.
         count: number of entries to keep, at least the sum of ``floors``.
-        prune: whether all others are pruned; otherwise they stay as they are.
-        over_ranks: makes sums over this rank's parts those over whole layers.
-        before: makes a number of this rank the sum of those of the ranks before it.
+        prune: whether all other entries are pruned; otherwise they stay unchanged.
+        sum_over_ranks: turns counts in this rank's shards into counts in whole layers.
+        sum_over_lower_ranks: turns a count of this rank into the sum of it over the ranks before this one.
 
     Example:
         >>> M = [torch.tensor([0.3, 0.2]), torch.tensor([-5.0, -4.0])]
@@ -72,34 +76,44 @@ def keep_largest(
         [[True, False], [False, True]]
     """
 
-    def counts(compare: Callable[[Tensor, float], Tensor], t: float) -> list[int]:
-        found = [float(torch.count_nonzero(compare(m, t))) for m in M]
-        return [round(n) for n in over_ranks(found)]
+    def counts(compare: Callable[[Tensor, float], Tensor], threshold: float) -> list[int]:
+        """Return how many entries of each layer compare as true to a threshold."""
+        mine = [float(torch.count_nonzero(compare(m, threshold))) for m in M]
+        return [round(n) for n in sum_over_ranks(mine)]
 
-    def kept(t: float) -> int:
-        return sum(max(n, floor) for n, floor in zip(counts(torch.ge, t), floors, strict=True))
+    def total_kept(threshold: float) -> int:
+        return sum(max(n, floor) for n, floor in zip(counts(torch.ge, threshold), floors, strict=True))
 
     for m in M:
-        _without_nan_(m)
-    t = _largest(lambda t: kept(t) >= count, double=any(m.dtype == torch.float64 for m in M))
-    spare = kept(t) - count  # entries equal to t that are too many
-    layers = list(zip(M, floors, counts(torch.ge, t), counts(torch.gt, t), strict=True))
-    for m, floor, n, above in reversed(layers):
+        _replace_nan_(m)
+    double = any(m.dtype == torch.float64 for m in M)
+    t = _largest_number(lambda threshold: total_kept(threshold) >= count, double=double)
+    surplus = total_kept(t) - count  # so many entries equal to t must go
+    at_least, above = counts(torch.ge, t), counts(torch.gt, t)
+    for m, floor, n, n_above in reversed(list(zip(M, floors, at_least, above, strict=True))):
         if n < floor:
-            keep_largest([m], [0], floor, prune=prune, over_ranks=over_ranks, before=before)
+            keep_largest(
+                [m],
+                [0],
+                floor,
+                prune=prune,
+                sum_over_ranks=sum_over_ranks,
+                sum_over_lower_ranks=sum_over_lower_ranks,
+            )
             continue
-        dropped = min(spare, n - max(above, floor))
-        spare -= dropped
-        chosen = m >= t
+        dropped = min(surplus, n - max(n_above, floor))
+        surplus -= dropped
+        kept = m >= t
         if dropped:
             equal = m == t
-            place = torch.cumsum(equal.flatten(), 0).view(m.shape) + before(int(torch.count_nonzero(equal)))
-            chosen &= ~equal | (place <= n - above - dropped)
-        m.copy_(torch.where(chosen, m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
+            first = sum_over_lower_ranks(int(torch.count_nonzero(equal)))
+            place = torch.cumsum(equal.flatten(), 0).view(m.shape) + first  # among the entries equal to t, from 1
+            kept &= ~equal | (place <= n - n_above - dropped)
+        m.copy_(torch.where(kept, m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
 
 
 def lift_largest(m: Tensor, count: int) -> None:
-    """Moves the ``count`` largest entries of a tensor just above 0, in place, where they are not above it.
+    """Raise the ``count`` largest entries of a tensor just above 0, in place, where they are not above it.
 
     NaN becomes -inf.
 
@@ -109,29 +123,47 @@ def lift_largest(m: Tensor, count: int) -> None:
         >>> (m > 0).tolist()
         [False, True, False]
     """
-    flat = _without_nan_(m).flatten()
+    flat = _replace_nan_(m).flatten()
     best = flat.topk(count).indices
     flat[best] = flat[best].clamp_min(_BARELY_KEPT)
     m.copy_(flat.view_as(m))
 
 
-def _without_nan_(m: Tensor) -> Tensor:
+def largest_count(fits: Callable[[int], bool], low: int, high: int) -> int:
+    """Return the largest number in [low, high] that fits, by bisection; ``low`` if none above it does.
+
+    Args:
+        fits: True up to some number and False from there on.
+        low: returned without being tried.
+        high: the largest number to try.
+
+    Example:
+        >>> largest_count(lambda n: n * n <= 50, 1, 100)
+        7
+    """
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _replace_nan_(m: Tensor) -> Tensor:
     return m.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 
 
-def _largest(holds: Callable[[float], bool], *, double: bool) -> float:
-    """The largest number of single or double precision for which something holds that holds below it."""
+def _largest_number(holds: Callable[[float], bool], *, double: bool) -> float:
+    """Return the largest number of single or double precision for which a falling condition holds."""
     real, whole, bits = ("<d", "<q", 63) if double else ("<f", "<i", 31)
 
-    def order(x: float) -> int:
-        """The place of a number among all there are; its bits, but that negative ones run the other way."""
+    def place(x: float) -> int:
+        """Return the place of a number among all there are: its bits, with those of negative numbers reversed."""
         i: int = struct.unpack(whole, struct.pack(real, x))[0]
         return i if i >= 0 else i ^ (2**bits - 1)
 
     def number(i: int) -> float:
         return float(struct.unpack(real, struct.pack(whole, i if i >= 0 else i ^ (2**bits - 1)))[0])
 
-    low, high = order(-math.inf), order(math.inf) + 1
+    low, high = place(-math.inf), place(math.inf) + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(number(middle)) else (low, middle)

@@ -1,9 +1,4 @@
-"""How hard pruning pushes: the pressure μ, free of the loss's scale. Pure Python.
-
-The loss's part of the auxiliary gradient is divided by s, a running root mean square of it over all prunable weights,
-so that η and μ are plain numbers: multiplying the loss by a constant changes neither the masks nor the settings. (How
-the paper scales its loss is not stated.)
-"""
+"""The controller that moves the pressure μ so that the density follows a path. Pure Python."""
 
 from __future__ import annotations
 
@@ -12,29 +7,29 @@ from dataclasses import dataclass
 
 __all__ = ["PressureController"]
 
-_LARGEST_ANSWER = 1.0  # of ln μ to one change of the error
-
-_LARGEST = 1e15  # μ
+_LARGEST_CHANGE = 1.0  # of ln μ, in answer to one change of the error
+_LARGEST_MU = 1e15
 
 
 @dataclass
 class PressureController:
-    """Moves μ so that the density follows a path; without a target μ stays as it is.
+    """Moves μ so that the density follows a path.
 
     With the error e = ln(density / path),
 
-        ln μ ← ln μ + gain · clip(5e, −1, 1) + clip(response · (e − e before), −1, 1).
+        ln μ ← ln μ + gain · clip(5e, −1, 1) + clip(response · (e − previous e), −1, 1).
 
-    The first term ends a lasting error, even one that swings, the second answers a change at once and so damps
-    swings. Working on logarithms it is free of scale. Too many weights left raise μ; too few lower it, and weights
-    come back. μ stays above a hundredth of where it started, so that it never has far to climb, and does not exceed
-    1e15: where it can't reach the path, as a layer is not trained for a while, it would grow without end, and its
-    square must be far from float32's largest number, 3e38. (With the default settings it seldom is above 100.)
+    The first term ends a lasting error, even one that swings. The second term answers a change at once and so damps
+    swings. Logarithms make both free of scale. Too many kept weights raise μ. Too few lower it, and weights come back.
+
+    μ stays above a hundredth of its first value, so that it never has far to climb. It does not exceed 1e15: where it
+    can't reach the path, because a layer is not trained for a while, it would grow without end, and its square must be
+    far below float32's largest number, 3e38. (With the default settings it is seldom above 100.)
 
     Attributes:
-        mu: the pressure, in units of the running root mean square; above 0.
-        gain: largest change of ln μ in one update by a lasting error.
-        response: change of ln μ by a change of the error.
+        mu: the pressure, in units of the running root mean square s; above 0.
+        gain: largest change of ln μ per update in answer to a lasting error.
+        response: change of ln μ per change of the error.
         error: e at the last update.
 
     Example:
@@ -52,10 +47,10 @@ class PressureController:
         self._least = self.mu / 100
 
     def update(self, density: float, path: float) -> float:
-        """Takes the density there is and the one there should be (both > 0), and returns the new μ."""
-        error, before = math.log(density / path), self.error
-        answer = min(max(self.response * (error - before), -_LARGEST_ANSWER), _LARGEST_ANSWER)
+        """Return the new μ, given the present density and the wanted one (both > 0)."""
+        error, previous = math.log(density / path), self.error
+        answer = min(max(self.response * (error - previous), -_LARGEST_CHANGE), _LARGEST_CHANGE)
         change = self.gain * min(max(5 * error, -1.0), 1.0) + answer
-        self.mu = min(max(self.mu * math.exp(change), self._least), _LARGEST)
+        self.mu = min(max(self.mu * math.exp(change), self._least), _LARGEST_MU)
         self.error = error
         return self.mu

@@ -3,134 +3,201 @@ r"""The update rules: what drives m, in one auxiliary step m ← m − η · h'(
 ================= =================================== =================================================
 rule              g                                   source
 ================= =================================== =================================================
-``"vanilla"``     dL/dT · w / s + μ                   the plain chain rule
-``"autoprune"``   dL/dT · sgn(w) / s + μ              the paper
+``"vanilla"``     g₀ = dL/dT · w / s + μ              the plain chain rule
+``"autoprune"``   g₀ = dL/dT · sgn(w) / s + μ         the paper
 ``"adaptive"``    g₀ / √v, g₀ = dL/dT · w / s + μ     ours: ``"vanilla"``, each weight by its own scale
 ================= =================================== =================================================
 
-s is a running root mean square over all weights (see ``pressure``), v the running mean square of each weight's own g₀.
+s is a running root mean square over all weights (:class:`GradientScale`), and v is the running mean square of each
+weight's own g₀.
 
 The paper asks for three consistencies. Sensitivity: the step must not scale with abs(w). Under ``"vanilla"`` it does;
-``"autoprune"`` takes the factor out, and so does the division by √v. Correlation and direction depend on the sign of
-the loss's part alone, which is that of dL/d|w| in all three. What ``"adaptive"`` adds is in the pressure: it is
-μ / √v, so that it weighs little on a weight that the loss is sensitive to (abs(w) times the root mean square of dL/dT,
-the diagonal Fisher information that Optimal Brain Damage prunes by), and most on one that it never notices.
+``"autoprune"`` takes the factor out, and so does the division by √v. Correlation and direction depend only on the sign
+of the loss's part, which is the sign of dL/d|w| in all three rules. What ``"adaptive"`` adds is in the pressure, which
+becomes μ / √v. It weighs little on a weight that the loss is sensitive to (abs(w) times the root mean square of dL/dT,
+the diagonal Fisher information that Optimal Brain Damage prunes by), and most on a weight that the loss never notices.
 
-Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, section 3. The division is that of RMSProp (Tieleman and
-Hinton, 2012).
+To add a rule, write a class here and give it a name in :data:`UPDATE_RULES` and :data:`UpdateRuleName`. Users can pass
+an instance of their own class to ``update_rule=``.
+
+Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, section 3. The division by √v is that of RMSProp (Tieleman
+and Hinton, 2012).
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
+
+from lightning_autoprune.method.registry import look_up
 
 __all__ = [
     "UPDATE_RULES",
+    "AdaptiveRule",
+    "AutoPruneRule",
     "GradientScale",
-    "RunningSquares",
     "UpdateRule",
-    "at_least_float32",
-    "decay_for",
-    "sensitivity",
+    "UpdateRuleName",
+    "VanillaRule",
+    "make_rule",
 ]
 
-UpdateRule = Literal["adaptive", "autoprune", "vanilla"]
-
-UPDATE_RULES: tuple[UpdateRule, ...] = get_args(UpdateRule)
+UpdateRuleName = Literal["adaptive", "autoprune", "vanilla"]
 
 
-def sensitivity(dL_dT: Tensor, W: Tensor, rule: UpdateRule) -> Tensor:
-    """The loss's part of dL/dm, without h'(m): how much the loss wants each weight's magnitude to shrink.
+class UpdateRule(ABC):
+    """What drives m: a subclass gives the loss's part of dL/dm, and may change g₀ and keep running averages.
 
-    * ``"autoprune"``: dL/dT · sgn(w) = dL/d|w|. It does not scale with |w| (sensitivity consistency), and m
-      moves as |w| wants to move (correlation consistency). A weight of exactly 0 has no direction: 0.
-    * ``"vanilla"`` and ``"adaptive"``: dL/dT · w, the plain chain rule.
-
-    Args:
-        dL_dT: gradient with respect to effective weights, pruned entries included.
-        W: latent weights, of the same shape.
-        rule: one of :data:`UPDATE_RULES`.
-
-    Returns:
-        A new tensor of that shape, in at least float32.
-
-    Example:
-        >>> sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]), "autoprune")
-        tensor([-2.,  2.])
-        >>> sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]), "vanilla")
-        tensor([-1.,  8.])
-    """
-    return at_least_float32(dL_dT) * at_least_float32(W.sign() if rule == "autoprune" else W)
-
-
-def decay_for(steps: float) -> float:
-    """Decay with which s and v remember a fortieth of the pruning phase, though at least 10 steps and at most 1000.
-
-    The pressure that the path to a target needs rises and falls by powers of ten, and v has its square in it: with a
-    memory of 1000 steps in a run of as many, M would hardly move after the steepest part of the path, which costs at
-    high targets (docs/settings.md).
-
-    Args:
-        steps: number of auxiliary steps in the phase.
-
-    Example:
-        >>> decay_for(4000)
-        0.99
-    """
-    return 1 - 1 / min(max(steps / 40, 10.0), 1000.0)
-
-
-class RunningSquares:
-    """Running mean square v of each entry of a tensor, as an exponential average without bias.
-
-    Args:
-        like: a tensor of the shape, dtype and device.
-        decay: weight of the past at each update, in [0, 1).
+    An instance holds settings only. Its running averages are tensors of the shape of M, which are passed to
+    :meth:`direction` by name, start at 0, and are saved, resumed and sharded together with M.
 
     Attributes:
-        v: the average so far, biased toward 0.
-        updates: number of updates so far.
+        state_names: names of the running averages.
+        removes_scale: True if g does not depend on the scale of g₀. Otherwise the sum over the weights of a channel is
+            divided by the root of their number.
 
     Example:
-        >>> squares = RunningSquares(torch.zeros(2))
-        >>> squares.count()
-        >>> squares.normalize(torch.tensor([-0.5, 40.0]), squares.v)  # the first is its own root mean square
+        >>> import torch
+        >>> class Momentum(UpdateRule):
+        ...     state_names = ("mean",)
+        ...     def sensitivity(self, dL_dT, W):
+        ...         return dL_dT * W.sign()
+        ...     def direction(self, g0, state, updates, decay):
+        ...         return state["mean"].lerp_(g0, 0.1)
+        >>> from lightning_autoprune import AuxiliaryParameters
+        >>> aux = AuxiliaryParameters({"layer": torch.ones(3)}, update_rule=Momentum())
+        >>> aux.step([torch.tensor([1.0, -1.0, 1.0])], lr=0.1, mu=0.5)
+        True
+    """
+
+    state_names: ClassVar[tuple[str, ...]] = ()
+    removes_scale: ClassVar[bool] = False
+
+    @abstractmethod
+    def sensitivity(self, dL_dT: Tensor, W: Tensor) -> Tensor:
+        """Return the loss's part of dL/dm without h'(m): how much the loss wants each magnitude to shrink.
+
+        Args:
+            dL_dT: gradient with respect to the effective weights, pruned entries included; at least float32. It is
+                the user's own gradient and must not be changed.
+            W: latent weights, of the same shape and dtype.
+
+        Returns:
+            A tensor of that shape.
+        """
+
+    def direction(self, g0: Tensor, state: Mapping[str, Tensor], updates: int, decay: float) -> Tensor:
+        """Return g for g₀ = sensitivity / s + μ; by default g₀ itself.
+
+        Args:
+            g0: g₀ of some entries; it may be changed in place.
+            state: the running averages of the same entries, by name, to be updated in place.
+            updates: number of auxiliary steps so far, this one included.
+            decay: weight of the past in the running averages, in [0, 1).
+        """
+        return g0
+
+    def decay(self, steps: float) -> float:
+        """Return the decay with which s and the running averages forget, for ``steps`` auxiliary steps.
+
+        By default they remember a fortieth of the pruning phase, but at least 10 steps and at most 1000. The pressure
+        that the path to a target needs rises and falls by powers of ten, and v contains its square: with a memory of
+        1000 steps in a run of 1000 steps, M would hardly move after the steepest part of the path, which costs accuracy
+        at high targets (docs/settings.md).
+
+        Example:
+            >>> AdaptiveRule().decay(4000)
+            0.99
+        """
+        return 1 - 1 / min(max(steps / 40, 10.0), 1000.0)
+
+
+class VanillaRule(UpdateRule):
+    """The plain chain rule: g = dL/dT · w / s + μ.
+
+    Example:
+        >>> import torch
+        >>> VanillaRule().sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]))
+        tensor([-1.,  8.])
+    """
+
+    def sensitivity(self, dL_dT: Tensor, W: Tensor) -> Tensor:
+        """Return dL/dT · w."""
+        return dL_dT * W
+
+
+class AutoPruneRule(UpdateRule):
+    """The paper's rule: g = dL/dT · sgn(w) / s + μ.
+
+    It does not scale with abs(w) (sensitivity consistency), and m moves as abs(w) wants to move (correlation
+    consistency). A weight of exactly 0 has no direction: 0.
+
+    Example:
+        >>> import torch
+        >>> AutoPruneRule().sensitivity(torch.tensor([2.0, 2.0]), torch.tensor([-0.5, 4.0]))
+        tensor([-2.,  2.])
+    """
+
+    def sensitivity(self, dL_dT: Tensor, W: Tensor) -> Tensor:
+        """Return dL/dT · sgn(w) = dL/d|w|."""
+        return dL_dT * W.sign()
+
+
+class AdaptiveRule(UpdateRule):
+    """The default: g = g₀ / √v with g₀ = dL/dT · w / s + μ, and v the running mean square of g₀.
+
+    v is an exponential average without bias. An entry that never had a gradient stays 0.
+
+    Example:
+        >>> import torch
+        >>> g0, v = torch.tensor([-0.5, 40.0]), torch.zeros(2)
+        >>> AdaptiveRule().direction(g0, {"v": v}, updates=1, decay=0.999)  # each is its own root mean square
         tensor([-1.,  1.])
     """
 
-    def __init__(self, like: Tensor, decay: float = 0.999) -> None:
-        self.decay, self.updates = decay, 0
-        self.v = torch.zeros_like(like)
+    state_names = ("v",)
+    removes_scale = True
 
-    def count(self) -> None:
-        """Begins an update; :meth:`normalize` takes its values."""
-        self.updates += 1
+    def sensitivity(self, dL_dT: Tensor, W: Tensor) -> Tensor:
+        """Return dL/dT · w."""
+        return dL_dT * W
 
-    def normalize(self, G: Tensor, v: Tensor) -> Tensor:
-        """Takes one more value of each entry, and divides it by the root mean square so far, in place.
-
-        Args:
-            G: the values of a part of the entries.
-            v: the same part of the averages.
-        """
-        v.mul_(self.decay).addcmul_(G, G, value=1 - self.decay)
-        root = (v / (1 - self.decay**self.updates)).sqrt_()
-        return G.div_(root.clamp_min_(1e-6))  # an entry that never had a gradient stays 0
+    def direction(self, g0: Tensor, state: Mapping[str, Tensor], updates: int, decay: float) -> Tensor:
+        """Return g₀ / √v, in place of g₀."""
+        v = state["v"].mul_(decay).addcmul_(g0, g0, value=1 - decay)
+        root = (v / (1 - decay**updates)).sqrt_()
+        return g0.div_(root.clamp_min_(1e-6))
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """The tensor itself if it is float32 or float64, else a float32 copy."""
-    return x if x.dtype == torch.float64 else x.float()
+UPDATE_RULES: Mapping[str, type[UpdateRule]] = {
+    "adaptive": AdaptiveRule,
+    "autoprune": AutoPruneRule,
+    "vanilla": VanillaRule,
+}
+
+
+def make_rule(rule: UpdateRuleName | UpdateRule) -> UpdateRule:
+    """Return the rule that a name stands for, or the user's own.
+
+    Raises:
+        AutoPruneError: for an unknown name, and for what is no :class:`UpdateRule`.
+    """
+    if isinstance(rule, UpdateRule):
+        return rule
+    return look_up("update_rule", rule, UPDATE_RULES, own="an instance of an `UpdateRule`")()
 
 
 @dataclass
 class GradientScale:
-    """Running root mean square s of the sensitivities, as an exponential average without bias.
+    """Running root mean square s of the sensitivities, as an exponential average without bias. Pure Python.
+
+    The loss's part of the auxiliary gradient is divided by s, so that η and μ are plain numbers: multiplying the loss
+    by a constant changes neither the masks nor the settings. (The paper does not state how its loss is scaled.)
 
     Attributes:
         decay: weight of the past at each update, in [0, 1).
@@ -139,7 +206,7 @@ class GradientScale:
 
     Example:
         >>> scale = GradientScale(decay=0.9)
-        >>> scale.update(4.0)  # the first value is taken as it is
+        >>> scale.update(4.0)  # the first value is returned unchanged
         2.0
     """
 
@@ -148,7 +215,7 @@ class GradientScale:
     updates: int = 0
 
     def update(self, mean_square: float) -> float:
-        """Takes the mean square of one gradient and returns the root mean square s so far."""
+        """Add the mean square of one gradient, and return the root mean square s so far."""
         self.updates += 1
         self.mean_square += (1 - self.decay) * (mean_square - self.mean_square)
         return math.sqrt(self.mean_square / (1 - self.decay**self.updates))

@@ -1,1 +1,1 @@
-"""What can be read of a model: its prunable layers, sparsity, cost, and channels."""
+"""Reads a model: its prunable layers, sparsity, cost and channels."""

@@ -1,9 +1,9 @@
-"""Attention heads: what of the layers of an attention module goes only as one.
+"""Finds attention heads: the slices of an attention module's layers that can only be removed together.
 
-A head is made by rows of the layers of queries, keys and values, and read by columns of the one after the attention. A
-graph of operations does not show that. It is guessed from sizes, where a module has the number of its heads in an
-attribute, and tried: a guess is right if the rows have no say without the columns, and the module with a head less
-gives the same.
+A head is made by rows of the layers for queries, keys and values, and read by columns of the layer after the attention.
+A graph of operations does not show that. So it is guessed from sizes, for modules that have their number of heads in an
+attribute, and tested: a guess is right if the rows can't change the outputs once the columns are 0, and the module
+computes the same with one head less.
 """
 
 from __future__ import annotations
@@ -11,102 +11,132 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.model.channel_removal import remove_channels, zero_slices
 from lightning_autoprune.model.channels import Channel, fix_entangled
-from lightning_autoprune.model.example_inputs import copied, outputs, probes
-from lightning_autoprune.model.same_outputs import disagreement
+from lightning_autoprune.model.example_inputs import run_variations
+from lightning_autoprune.model.forward import ExampleInput, copy_model, run_model
+from lightning_autoprune.model.same_outputs import find_mismatch
 
-__all__ = ["HEAD_NUMBERS", "with_heads"]
+__all__ = ["HEAD_COUNT_ATTRIBUTES", "group_attention_heads"]
 
-HEAD_NUMBERS = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
+HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
 
 
-def with_heads(model: nn.Module, channels: list[Channel], example_input: Any) -> list[Channel]:
-    """Puts attention heads in the place of the channels that they are made of.
+def group_attention_heads(model: nn.Module, channels: list[Channel], example_input: ExampleInput) -> list[Channel]:
+    """Return the channels with each attention head as one channel, in place of the channels that it is made of.
 
-    Those of modules with an attribute of :data:`HEAD_NUMBERS`, whose queries, keys and values are made by linear layers
-    in it, three or one for all, and that run with fewer heads. ``nn.MultiheadAttention`` does not.
+    Heads are found in modules that have one of :data:`HEAD_COUNT_ATTRIBUTES`, whose queries, keys and values come from
+    linear layers of the module (three, or one for all), and whose ``forward`` runs with fewer heads. This excludes
+    ``nn.MultiheadAttention``.
 
     Args:
-        model: the module that they are of; it is left as it was.
-        channels: those that :func:`~lightning_autoprune.model.channels.find_channels` gave.
-        example_input: what its ``forward`` takes.
+        model: the module that the channels are of; it is left as it was.
+        channels: the result of :func:`~lightning_autoprune.model.channels.find_channels`; those that share a layer with
+            the heads are marked as fixed, in place.
+        example_input: an input on which the model runs.
     """
     for path, module in model.named_modules():
-        right = (heads for heads in _guesses(path, module) if _come_apart(model, path, heads, example_input))
-        if heads := next(right, []):
-            layers = heads[0].made.keys()
-            channels = [channel for channel in channels if not channel.made.keys() <= layers]
-            for channel in channels:
-                if channel.made.keys() & layers or channel.read.keys() & heads[0].read.keys():
-                    channel.fixed = channel.fixed or f"it has a part in the attention heads of {path!r}"
-            channels += heads
+        for heads in _candidate_heads(path, module):
+            if _can_be_removed_one_by_one(model, path, heads, example_input):
+                channels = _replace_by_heads(channels, heads, path)
+                break
     return channels
 
 
-def _guesses(path: str, module: nn.Module) -> Iterator[list[Channel]]:
-    """All heads of a module, in each way that the sizes of its linear layers allow."""
+def _replace_by_heads(channels: list[Channel], heads: list[Channel], path: str) -> list[Channel]:
+    makers, readers = heads[0].made_by.keys(), heads[0].read_by.keys()
+    others = [channel for channel in channels if not channel.made_by.keys() <= makers]
+    for channel in others:
+        if channel.made_by.keys() & makers or channel.read_by.keys() & readers:
+            channel.fixed_reason = channel.fixed_reason or f"it has a part in the attention heads of {path!r}"
+    return others + heads
+
+
+# Guessing
+
+
+class _HeadLayout(NamedTuple):
+    """A way in which the linear layers of a module may make its heads.
+
+    Attributes:
+        reader: name of the layer after the attention.
+        makers: names of the layers that make queries, keys and values.
+        rows: rows by maker and head; shape (makers, heads, …).
+    """
+
+    reader: str
+    makers: Sequence[str]
+    rows: Tensor
+
+
+def _candidate_heads(path: str, module: nn.Module) -> Iterator[list[Channel]]:
+    """Yield all heads of a module, for each attribute that may count them and each layout that the sizes allow."""
     linear = {f"{path}.{name}".lstrip("."): m for name, m in module.named_children() if isinstance(m, nn.Linear)}
-    for attribute in HEAD_NUMBERS:
-        count = vars(module).get(attribute)  # no property: the number is to be changed
+    for attribute in HEAD_COUNT_ATTRIBUTES:
+        count = vars(module).get(attribute)  # not a property: removing a head sets the attribute
         if not isinstance(count, int) or count < 2:
             continue
-        for reader, names, places in _ways(linear, count):
-            columns = torch.arange(linear[reader].in_features).view(count, -1)
+        for layout in _candidate_layouts(linear, count):
+            columns = torch.arange(linear[layout.reader].in_features).view(count, -1)
             yield [
                 Channel(
-                    made={name: places[i, head].flatten().tolist() for i, name in enumerate(names)},
-                    read={reader: columns[head].tolist()},
-                    follows={name: {reader} for name in names},
-                    counted={path: {attribute: 1}},
+                    made_by={name: layout.rows[i, head].flatten().tolist() for i, name in enumerate(layout.makers)},
+                    read_by={layout.reader: columns[head].tolist()},
+                    successors={name: {layout.reader} for name in layout.makers},
+                    counted_in={path: {attribute: 1}},
                 )
                 for head in range(count)
             ]
 
 
-def _ways(linear: Mapping[str, nn.Linear], count: int) -> Iterator[tuple[str, Sequence[str], Tensor]]:
-    """Which layer may read so many heads, which may make them, and the rows by maker and head."""
+def _candidate_layouts(linear: Mapping[str, nn.Linear], count: int) -> Iterator[_HeadLayout]:
+    """Yield the layouts of ``count`` heads that the sizes of a module's linear layers allow."""
     for reader, layer in linear.items():
         width = layer.in_features
         if width % count:
             continue
-        by_width = {n: [m for m in linear if m != reader and linear[m].out_features == n * width] for n in (1, 3)}
+        others = {name: other.out_features for name, other in linear.items() if name != reader}
         rows = torch.arange(3 * width)
-        for name in by_width[3]:
-            yield reader, [name], rows.view(1, 3, count, -1).transpose(1, 2)
-            yield reader, [name], rows.view(1, count, 3, -1)
-        for names in combinations(by_width[1], 3):
-            yield reader, names, rows[:width].view(1, count, -1).expand(3, -1, -1)
+        for name in (name for name, size in others.items() if size == 3 * width):
+            yield _HeadLayout(reader, [name], rows.view(1, 3, count, -1).transpose(1, 2))  # q, k, v of all heads each
+            yield _HeadLayout(reader, [name], rows.view(1, count, 3, -1))  # q, k and v head by head
+        for names in combinations([name for name, size in others.items() if size == width], 3):
+            yield _HeadLayout(reader, names, rows[:width].view(1, count, -1).expand(3, -1, -1))
+
+
+# Testing
 
 
 @torch.no_grad()
-def _come_apart(model: nn.Module, path: str, heads: list[Channel], example_input: Any) -> bool:
-    """Whether the rows of heads have no say without their columns, and the model runs with a head less."""
+def _can_be_removed_one_by_one(model: nn.Module, path: str, heads: list[Channel], example_input: ExampleInput) -> bool:
+    """Return whether the guess is right, tested with the first and the last head.
+
+    If the module does not run with its number of heads reduced alone, the attributes with the width of all heads are
+    reduced as well; they are added to the heads' ``counted_in``.
+    """
     fix_entangled(model, heads, example_input)
-    if any(head.fixed for head in heads):
+    if any(head.fixed_reason for head in heads):
         return False
-    if all(_can_go(model, head, example_input) for head in (heads[0], heads[-1])):
+    if all(_is_removable(model, head, example_input) for head in (heads[0], heads[-1])):
         return True
-    # the width of all heads together may be an attribute as well
-    size = len(next(iter(heads[0].read.values())))
-    wide = {
-        a: size for a, n in vars(model.get_submodule(path)).items() if isinstance(n, int) and n == size * len(heads)
-    }
+    head_width = len(next(iter(heads[0].read_by.values())))
+    attributes = vars(model.get_submodule(path)).items()
+    widths = {a: head_width for a, n in attributes if isinstance(n, int) and n == head_width * len(heads)}
     for head in heads:
-        head.counted[path].update(wide)
-    return bool(wide) and all(_can_go(model, head, example_input) for head in (heads[0], heads[-1]))
+        head.counted_in[path].update(widths)
+    return bool(widths) and all(_is_removable(model, head, example_input) for head in (heads[0], heads[-1]))
 
 
-def _can_go(model: nn.Module, head: Channel, example_input: Any) -> bool:
-    """Whether a model without a head, whose columns are 0, is the same function."""
-    small = copied(model)
-    for name, columns in head.read.items():
-        zero_slices(small.get_submodule(name), columns, 1)
-    tried = probes(small, example_input)
-    remove_channels(small, [head])
-    return not disagreement(partial(outputs, small), tried, 1e-4)
+def _is_removable(model: nn.Module, head: Channel, example_input: ExampleInput) -> bool:
+    """Return whether a model in which the columns of a head are 0 computes the same without the head."""
+    trial = copy_model(model)
+    for name, columns in head.read_by.items():
+        zero_slices(trial.get_submodule(name), columns, 1)
+    expected_runs = run_variations(trial, example_input)
+    remove_channels(trial, [head])
+    return not find_mismatch(partial(run_model, trial), expected_runs, 1e-4)

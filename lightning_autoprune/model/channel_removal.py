@@ -10,51 +10,70 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_autoprune.model.channels import Channel, is_depthwise, weight_dim
 
-__all__ = ["remove_channels", "zero_slices"]
+__all__ = ["index_tensor", "remove_channels", "zero_slices"]
+
+# A slice of a layer is one of its rows (dim 0) or one of its columns (dim 1).
+
+_SLICED_TENSORS = {0: ("weight", "bias", "running_mean", "running_var"), 1: ("weight",)}
+
+_SIZE_ATTRIBUTES = {
+    0: ("out_features", "out_channels", "num_features", "num_parameters"),
+    1: ("in_features", "in_channels"),
+}
 
 
 def zero_slices(module: nn.Module, indices: list[int], dim: int) -> None:
-    """Zeroes rows (0) or columns (1) of a layer."""
+    """Set rows (``dim=0``) or columns (``dim=1``) of a layer's weight to zero."""
     assert isinstance(module.weight, Tensor)
-    module.weight.index_fill_(weight_dim(module, dim), _index(indices, module.weight), 0)
+    module.weight.index_fill_(weight_dim(module, dim), index_tensor(indices, module.weight), 0)
 
 
-def _index(indices: list[int], like: Tensor) -> Tensor:
+def index_tensor(indices: list[int], like: Tensor) -> Tensor:
+    """Return indices as a tensor on the device of another."""
     return torch.tensor(indices, device=like.device)
 
 
-# Removing
+def remove_channels(model: nn.Module, channels: list[Channel]) -> None:
+    """Cut channels out of a model's layers, in place; if a layer would lose all, one channel of it remains."""
+    channels = _leave_one_per_layer(model, channels)
+    for (name, dim), removed in _slices_to_remove(channels).items():
+        remaining = [i for i in range(_slice_count(model, name, dim)) if i not in removed]
+        _select_slices(model.get_submodule(name), dim, remaining)
+    for channel in channels:
+        for path, decrements in channel.counted_in.items():
+            module = model.get_submodule(path)
+            for attribute, amount in decrements.items():
+                setattr(module, attribute, getattr(module, attribute) - amount)
 
 
-def remove_channels(model: nn.Module, dead: list[Channel]) -> None:
-    """Cuts channels out of the layers of a model, but for one where a layer would lose all."""
-    while full := [key for key, indices in _gone(dead).items() if len(indices) == _count(model, *key)]:
-        stays = next(channel for channel in dead if _has(channel, *full[0], 0))
-        dead = [channel for channel in dead if channel is not stays]
-    for (name, dim), indices in _gone(dead).items():
-        stay = [i for i in range(_count(model, name, dim)) if i not in indices]
-        _cut(model.get_submodule(name), dim, stay)
-    for path, counts in (item for channel in dead for item in channel.counted.items()):
-        module = model.get_submodule(path)
-        for attribute, amount in counts.items():
-            setattr(module, attribute, getattr(module, attribute) - amount)
+def _leave_one_per_layer(model: nn.Module, channels: list[Channel]) -> list[Channel]:
+    """Return the channels without those that must remain, so that no layer loses all rows or all columns."""
+    while emptied := [
+        (name, dim)
+        for (name, dim), removed in _slices_to_remove(channels).items()
+        if len(removed) == _slice_count(model, name, dim)
+    ]:
+        remaining = next(channel for channel in channels if _has_first_slice(channel, *emptied[0]))
+        channels = [channel for channel in channels if channel is not remaining]
+    return channels
 
 
-def _gone(dead: list[Channel]) -> dict[tuple[str, int], set[int]]:
-    gone: dict[tuple[str, int], set[int]] = defaultdict(set)
-    for channel in dead:
-        for dim, parts in ((0, channel.made), (0, channel.passed), (1, channel.read)):
-            for name, indices in parts.items():
-                gone[name, dim] |= set(indices)
-    return gone
+def _slices_to_remove(channels: list[Channel]) -> dict[tuple[str, int], set[int]]:
+    """Return the indices of all slices of some channels, by layer name and dim."""
+    removed: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for channel in channels:
+        for dim, slices in ((0, channel.made_by), (0, channel.passes), (1, channel.read_by)):
+            for name, indices in slices.items():
+                removed[name, dim] |= set(indices)
+    return removed
 
 
-def _has(channel: Channel, name: str, dim: int, i: int) -> bool:
-    return i in (channel.read.get(name, []) if dim else channel.made.get(name, channel.passed.get(name, [])))
+def _has_first_slice(channel: Channel, name: str, dim: int) -> bool:
+    rows = channel.made_by.get(name, channel.passes.get(name, []))
+    return 0 in (channel.read_by.get(name, []) if dim else rows)
 
 
-def _count(model: nn.Module, name: str, dim: int) -> int:
-    """Number of rows (0) or columns (1) of a layer."""
+def _slice_count(model: nn.Module, name: str, dim: int) -> int:
     module = model.get_submodule(name)
     if isinstance(module, _BatchNorm):
         return module.num_features
@@ -62,20 +81,15 @@ def _count(model: nn.Module, name: str, dim: int) -> int:
     return module.weight.shape[weight_dim(module, dim)]
 
 
-_PARTS = {0: ("weight", "bias", "running_mean", "running_var"), 1: ("weight",)}
-
-_SIZES = {0: ("out_features", "out_channels", "num_features", "num_parameters"), 1: ("in_features", "in_channels")}
-
-
-def _cut(module: nn.Module, dim: int, stay: list[int]) -> None:
-    """Keeps some rows (0) or columns (1) of a layer, and says so in its sizes."""
-    depthwise = is_depthwise(module)
-    for name in _PARTS[dim]:
+def _select_slices(module: nn.Module, dim: int, remaining: list[int]) -> None:
+    """Reduce a layer to the remaining slices, and update its size attributes."""
+    for name in _SLICED_TENSORS[dim]:
         old = getattr(module, name, None)
         if isinstance(old, Tensor):
-            new = old.index_select(weight_dim(module, dim) if name == "weight" else 0, _index(stay, old))
-            parameter = isinstance(old, nn.Parameter)
-            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new)
-    for size in (*_SIZES[0], *_SIZES[1], "groups") if depthwise else _SIZES[dim]:
+            new = old.index_select(weight_dim(module, dim) if name == "weight" else 0, index_tensor(remaining, old))
+            is_parameter = isinstance(old, nn.Parameter)
+            setattr(module, name, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+    sizes = (*_SIZE_ATTRIBUTES[0], *_SIZE_ATTRIBUTES[1], "groups") if is_depthwise(module) else _SIZE_ATTRIBUTES[dim]
+    for size in sizes:
         if hasattr(module, size):
-            setattr(module, size, len(stay))
+            setattr(module, size, len(remaining))

@@ -1,9 +1,10 @@
-"""Which parts of which layers make up a channel: what can only be removed, or pruned, as one.
+"""Finds channels: the slices of several layers that can only be pruned or removed together.
 
 A channel is made by rows of linear layers and filters of convolutions, passes through normalizations, depthwise
 convolutions and functions, and is read by columns of other layers. Additions tie the channels of several layers
 together. The dependency graph is that of the package torch-pruning (Fang et al., "DepGraph", CVPR 2023), which needs
-one example input; what it can't follow is ``fixed`` here, and what it may follow wrongly is for the caller to check.
+one example input. A channel that the graph can't follow is fixed: it must stay. The graph may also follow a channel
+wrongly, so the caller must check the result, for example with :func:`fix_entangled`.
 """
 
 from __future__ import annotations
@@ -11,239 +12,329 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_autoprune.errors import listed
-from lightning_autoprune.model.dependency_graph import bounded_groups, check_traceable, trace
-from lightning_autoprune.model.example_inputs import copied, evaluating, outputs, probes
-from lightning_autoprune.model.same_outputs import difference, spreads
+from lightning_autoprune.errors import quote_names
+from lightning_autoprune.model.dependency_graph import check_traceable, limit_group_steps, trace_graph
+from lightning_autoprune.model.example_inputs import run_variations
+from lightning_autoprune.model.forward import ExampleInput, copy_model, evaluation_mode, run_model
+from lightning_autoprune.model.same_outputs import describe_mismatch, measure_spread
 
 __all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
 
-Parts = dict[str, list[int]]
+Slices = dict[str, list[int]]  # indices of rows, columns or entries, by layer name
 
 
 @dataclass
 class Channel:
-    """One channel: layers by name, with the positions that belong to it.
+    """One channel: the slices of layers that belong to it.
 
     Attributes:
-        made: rows of linear layers, filters of convolutions.
-        passed: entries of BatchNorm, PReLU and depthwise convolutions on its way.
-        read: columns of the layers that use it.
-        counted: attributes that count what the channel is part of, by module name, and by how much they shrink with it.
-        fixed: why it must stay; empty if it may go.
-        follows: which parts come next after each, by name (or number, for functions).
+        made_by: rows of linear layers and filters of convolutions that compute it.
+        passes: entries of BatchNorm, PReLU and depthwise convolutions on its way.
+        read_by: columns of the layers that use it.
+        counted_in: by module name, attributes that count what the channel is part of, and how much they shrink by if it
+            is removed. Example: ``{"attention": {"num_heads": 1}}``.
+        fixed_reason: why the channel must stay; empty if it may be removed.
+        successors: for each layer or function that the channel goes through, those that come next. Layers are given by
+            name, functions by a number.
     """
 
-    made: Parts = field(default_factory=dict)
-    passed: Parts = field(default_factory=dict)
-    read: Parts = field(default_factory=dict)
-    counted: dict[str, dict[str, int]] = field(default_factory=dict)
-    fixed: str = ""
-    follows: dict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
-
-
-def find_channels(model: nn.Module, example_input: Any) -> list[Channel]:
-    """Finds the channels of all linear and convolution layers, in the order of the model.
-
-    Args:
-        model: a module; it is left as it was.
-        example_input: what its ``forward`` takes: a tensor, a tuple of arguments or a dict of keyword arguments.
-
-    Returns:
-        Every row and filter is in exactly one channel's ``made`` (``passed``, for depthwise convolutions), but for
-        those that have no part in the output.
-
-    Raises:
-        AutoPruneError: if the model does not run on the example, or is not one whose graph can be traced (TorchScript,
-            inference mode).
-
-    Warns:
-        UserWarning: if the model runs, but its graph can't be told: all channels are fixed.
-
-    Example:
-        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
-        >>> channel = find_channels(model, torch.zeros(1, 1, 4, 4))[1]
-        >>> channel.made, channel.passed, channel.read
-        ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
-    """
-    check_traceable(model)
-    if isinstance(model, (nn.Linear, _ConvNd)):  # torch-pruning has no graph of a layer alone
-        return _all_fixed(model)
-    trained = {p: p.requires_grad for p in model.parameters()}
-    try:
-        for p in trained:
-            p.requires_grad_(p.is_floating_point())
-        with evaluating(model):
-            graph, given = trace(model, example_input)
-            return _collect(model, graph, given) if graph else _all_fixed(model)
-    finally:
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
-
-
-@torch.no_grad()
-def fix_entangled(model: nn.Module, channels: list[Channel], example_input: Any) -> None:
-    """Marks as ``fixed`` channels that still change the outputs when the columns that should read them are 0.
-
-    The graph does not see every way of a channel: another order of channels, a softmax over them. Half of the channels
-    that layers make together are tried at a time, on a copy, so that each two of them are once in different halves.
-
-    Args:
-        model: the module that they are of; it is left as it was.
-        channels: those that :func:`find_channels` gave.
-        example_input: what its ``forward`` takes.
-    """
-    trial, generator = copied(model), torch.Generator().manual_seed(0)
-    inputs, _ = probes(model, example_input)[-1]
-    together: dict[frozenset[str], list[Channel]] = defaultdict(list)
-    for channel in channels:
-        if not channel.fixed:
-            together[frozenset(channel.made)].append(channel)
-
-    def fill(parts: Parts, dim: int, scale: float) -> None:
-        """Overwrites rows (0) or columns (1) with normal numbers."""
-        for name, indices in parts.items():
-            weight = trial.get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            index = torch.tensor(indices, device=weight.device)
-            along = weight_dim(trial.get_submodule(name), dim)
-            values = scale * torch.randn(weight.index_select(along, index).shape, generator=generator)
-            weight.index_copy_(along, index, values.to(weight))
-
-    def entangled(some: list[Channel]) -> bool:
-        """Whether what makes some channels has a say where nothing should read them."""
-        layers = {trial.get_submodule(name) for channel in some for name in (*channel.made, *channel.read)}
-        before = [(layer.weight, layer.weight.clone()) for layer in layers]  # type: ignore[operator]
-        for channel in some:
-            fill(channel.read, 1, 0.0)
-        aims = outputs(trial, inputs)
-        for channel in some:
-            fill(channel.made, 0, 1.0)
-        changes = difference(outputs(trial, inputs), aims, spreads([aims]), 1e-4)
-        for weight, old in before:
-            weight.copy_(old)  # type: ignore[operator]
-        return bool(changes)
-
-    for group in together.values():
-        if any(entangled(some) for some in _halves(group) if some):
-            for channel in group:
-                channel.fixed = f"{listed(channel.made)} reaches the outputs in a way that can't be told"
-
-
-def _halves(group: list[Channel]) -> Iterator[list[Channel]]:
-    """By each bit of a channel's place in the group."""
-    for bit in range(max((len(group) - 1).bit_length(), 1)):
-        for value in (0, 1):
-            yield [channel for place, channel in enumerate(group) if place >> bit & 1 == value]
+    made_by: Slices = field(default_factory=dict)
+    passes: Slices = field(default_factory=dict)
+    read_by: Slices = field(default_factory=dict)
+    counted_in: dict[str, dict[str, int]] = field(default_factory=dict)
+    fixed_reason: str = ""
+    successors: dict[Any, set[Any]] = field(default_factory=lambda: defaultdict(set))
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether each channel of a convolution is made of the same channel of its input alone."""
+    """Return whether a module is a convolution that makes each channel from the same channel of its input alone."""
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def weight_dim(module: nn.Module, dim: int) -> int:
-    """The dimension of a layer's weight that has its rows (0) or columns (1)."""
+    """Return the dimension of a layer's weight along which its rows (``dim=0``) or columns (``dim=1``) lie."""
     return 1 - dim if isinstance(module, _ConvTransposeNd) and not is_depthwise(module) else dim
 
 
-def _collect(model: nn.Module, graph: Any, given: list[Tensor]) -> list[Channel]:
-    names = {module: name for name, module in model.named_modules()}
-    ends = {tensor.grad_fn for tensor in given}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = {p for p, count in uses.items() if count > 1}
-    channels: list[Channel] = []
-    owner: dict[tuple[str, int], Channel] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, _ConvNd)) or is_depthwise(module) or module not in graph.module2node:
-            continue
-        prune = graph.get_pruner_of_module(module).prune_out_channels
-        for i in range(graph.get_out_channels(module)):
-            if (name, i) in owner:
-                continue
-            try:
-                with bounded_groups(graph):
-                    group = graph.get_pruning_group(module, prune, [i])
-                channel = _channel(graph, group, names, ends, shared)
-            except Exception:  # of any kind: sizes that torch-pruning tells wrongly, of what recurrent layers read
-                channel = Channel(made={name: [i]}, fixed=f"where {name!r} is read can't be told")
-            for other in {id(o): o for key in _rows(channel) if (o := owner.get(key))}.values():
-                _merge(channel, other)  # seen from another of its rows
-                channels = [c for c in channels if c is not other]
-            owner.update(dict.fromkeys(_rows(channel), channel))
-            channels.append(channel)
-    return channels
+def find_channels(model: nn.Module, example_input: ExampleInput) -> list[Channel]:
+    """Find the channels of all linear and convolution layers, in the order of the model.
+
+    Args:
+        model: a module; it is left as it was.
+        example_input: an input on which the model runs.
+
+    Returns:
+        Channels. Every row and filter is in ``made_by`` of exactly one channel (in ``passes`` for depthwise
+        convolutions), except for those that do not contribute to the output.
+
+    Raises:
+        AutoPruneError: if the model does not run on the example, or its kind can't be traced (TorchScript, inference
+            mode).
+
+    Warns:
+        UserWarning: if the model runs, but its graph can't be traced: then all channels are fixed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+        >>> channel = find_channels(model, torch.zeros(1, 1, 4, 4))[1]
+        >>> channel.made_by, channel.passes, channel.read_by
+        ({'0': [1]}, {'1': [1]}, {'3': [4, 5, 6, 7]})
+    """
+    check_traceable(model)
+    if isinstance(model, (nn.Linear, _ConvNd)):  # torch-pruning has no graph of a single layer
+        return _fixed_channels(model)
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    try:
+        for p in requires_grad:  # the graph is traced by gradients, also through layers that are not trained
+            p.requires_grad_(p.is_floating_point())
+        with evaluation_mode(model):
+            graph, outputs = trace_graph(model, example_input)
+            return _collect_channels(model, graph, outputs) if graph else _fixed_channels(model)
+    finally:
+        for p, flag in requires_grad.items():
+            p.requires_grad_(flag)
 
 
-def _all_fixed(model: nn.Module) -> list[Channel]:
-    """A channel that must stay for each row and filter."""
+def _fixed_channels(model: nn.Module) -> list[Channel]:
+    """Return one fixed channel for each row and filter."""
     return [
-        Channel(made={name: [i]}, fixed="its graph can't be told")
+        Channel(made_by={name: [i]}, fixed_reason="its dependency graph can't be traced")
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, _ConvNd)) and not is_depthwise(module)
         for i in range(module.weight.shape[weight_dim(module, 0)])
     ]
 
 
+# Reading channels from the dependency graph
+
+
+@dataclass(frozen=True)
+class _TracedModel:
+    """A model's dependency graph, with the properties of the model that can make a channel fixed.
+
+    Attributes:
+        graph: the ``DependencyGraph`` of torch-pruning.
+        names: names of the model's modules.
+        output_functions: the ``grad_fn`` of each output.
+        shared_parameters: ids of the parameters that several modules have.
+    """
+
+    graph: Any
+    names: Mapping[nn.Module, str]
+    output_functions: set[Any]
+    shared_parameters: set[int]
+
+
+_Role = Literal["makes", "passes", "reads", "function", "parameter", "barrier"]
+
+
+def _collect_channels(model: nn.Module, graph: Any, outputs: list[Tensor]) -> list[Channel]:
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    traced = _TracedModel(
+        graph=graph,
+        names={module: name for name, module in model.named_modules()},
+        output_functions={output.grad_fn for output in outputs},
+        shared_parameters={p for p, count in uses.items() if count > 1},
+    )
+    channels: list[Channel] = []
+    channel_of_row: dict[tuple[str, int], Channel] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, _ConvNd)) or is_depthwise(module) or module not in graph.module2node:
+            continue
+        for i in range(graph.get_out_channels(module)):
+            if (name, i) in channel_of_row:
+                continue
+            channel = _trace_channel(traced, module, i)
+            known = {id(other): other for row in _rows(channel) if (other := channel_of_row.get(row))}
+            for other in known.values():  # the same channel, traced from another of its rows
+                _merge_into(channel, other)
+                channels = [c for c in channels if c is not other]
+            channel_of_row.update(dict.fromkeys(_rows(channel), channel))
+            channels.append(channel)
+    return channels
+
+
 def _rows(channel: Channel) -> list[tuple[str, int]]:
-    return [(name, i) for name, indices in channel.made.items() for i in indices]
+    return [(name, i) for name, indices in channel.made_by.items() for i in indices]
 
 
-def _channel(graph: Any, group: Any, names: Mapping[nn.Module, str], ends: set[Any], shared: set[int]) -> Channel:
-    channel, reasons = Channel(), []
-    nodes: dict[Any, Any] = {}
-    for dep, indices in group:
-        node, module = dep.target, dep.target.module
-        name = names.get(module, "")
-        nodes[node] = name if module in names else id(node)
-        outward, inward = graph.is_out_channel_pruning_fn(dep.handler), graph.is_in_channel_pruning_fn(dep.handler)
-        layer = isinstance(module, (nn.Linear, _ConvNd)) and not is_depthwise(module) and outward != inward
-        reads = layer and inward
-        if not reads and (node.grad_fn in ends or node.type.name == "OUTPUT"):
-            reasons.append("it is an output of the model")
-        if module not in names:
-            if node.type.name == "PARAMETER":
-                reasons.append("a parameter of no layer is part of it")
-            continue
-        if layer:
-            part, size = channel.read if reads else channel.made, module.weight.shape[weight_dim(module, int(reads))]
-            if getattr(module, "groups", 1) != 1:
-                reasons.append(f"{name!r} is a grouped convolution")
-            if id(module.weight) in shared or not isinstance(module.weight, nn.Parameter):
-                reasons.append(f"{name!r} shares or computes its weight")
-        elif isinstance(module, nn.PReLU) and module.num_parameters == 1:
-            continue  # one slope for all channels: a function
-        elif is_depthwise(module) or isinstance(module, (_BatchNorm, nn.PReLU)):
-            part, size = channel.passed, max(graph.get_out_channels(module), 1)
-        else:
-            reasons.append(f"it goes through {name!r}, a {type(module).__name__}")
-            continue
-        if max(indices) >= size:
-            reasons.append(f"its place in {name!r} can't be told")
-            continue
-        _add(part, name, indices)
-    for node, key in nodes.items():
-        channel.follows[key] |= {nodes[after] for after in node.outputs if after in nodes}
-    channel.fixed = reasons[0] if reasons else ""
-    return channel
+def _merge_into(channel: Channel, other: Channel) -> None:
+    for slices, other_slices in (
+        (channel.made_by, other.made_by),
+        (channel.passes, other.passes),
+        (channel.read_by, other.read_by),
+    ):
+        for name, indices in other_slices.items():
+            _add_slices(slices, name, indices)
+    for key, successors in other.successors.items():
+        channel.successors[key] |= successors
+    channel.fixed_reason = channel.fixed_reason or other.fixed_reason
 
 
-def _add(part: Parts, name: str, indices: list[int]) -> None:
-    known = part.setdefault(name, [])
+def _add_slices(slices: Slices, name: str, indices: list[int]) -> None:
+    known = slices.setdefault(name, [])
     known += [i for i in indices if i not in known]
 
 
-def _merge(channel: Channel, other: Channel) -> None:
-    for mine, theirs in ((channel.made, other.made), (channel.passed, other.passed), (channel.read, other.read)):
-        for name, indices in theirs.items():
-            _add(mine, name, indices)
-    for key, after in other.follows.items():
-        channel.follows[key] |= after
-    channel.fixed = channel.fixed or other.fixed
+def _trace_channel(traced: _TracedModel, module: Any, row: int) -> Channel:
+    """Return the channel that a row of a layer makes, as torch-pruning's graph has it."""
+    name = traced.names[module]
+    prune = traced.graph.get_pruner_of_module(module).prune_out_channels
+    try:
+        with limit_group_steps(traced.graph):
+            group = traced.graph.get_pruning_group(module, prune, [row])
+        return _channel_from_group(traced, group)
+    except Exception:  # of any kind: torch-pruning gets some sizes wrong, such as those that recurrent layers read
+        return Channel(made_by={name: [row]}, fixed_reason=f"it is unknown which layers read {name!r}")
+
+
+def _channel_from_group(traced: _TracedModel, group: Any) -> Channel:
+    """Return the channel of a group: the slices of its members, and the first reason why it must stay."""
+    channel = Channel()
+    reasons: list[str] = []
+    keys: dict[Any, Any] = {}  # name or number by node of the graph
+    for dependency, indices in group:
+        node = dependency.target
+        keys[node] = traced.names.get(node.module, id(node))
+        role = _role(traced, dependency)
+        reasons += _reasons_to_stay(traced, node, role, indices)
+        if role in ("makes", "passes", "reads") and max(indices) < _slice_count(traced, node.module, role):
+            slices = {"makes": channel.made_by, "passes": channel.passes, "reads": channel.read_by}[role]
+            _add_slices(slices, traced.names[node.module], indices)
+    for node, key in keys.items():
+        channel.successors[key] |= {keys[successor] for successor in node.outputs if successor in keys}
+    channel.fixed_reason = reasons[0] if reasons else ""
+    return channel
+
+
+def _role(traced: _TracedModel, dependency: Any) -> _Role:
+    """Return how a member of a group takes part in its channel.
+
+    Returns:
+        - ``"makes"``: rows of a linear layer or filters of a convolution compute the channel.
+        - ``"passes"``: the channel goes through entries of BatchNorm, PReLU or a depthwise convolution.
+        - ``"reads"``: columns of a linear layer or convolution use the channel.
+        - ``"function"``: the channel goes through a function, which has no slices.
+        - ``"parameter"``: the channel meets a parameter that belongs to no layer.
+        - ``"barrier"``: the channel goes through a layer from which no channel can be removed.
+    """
+    node, module, graph = dependency.target, dependency.target.module, traced.graph
+    if module not in traced.names:
+        return "parameter" if node.type.name == "PARAMETER" else "function"
+    if isinstance(module, nn.PReLU) and module.num_parameters == 1:  # one slope for all channels
+        return "function"
+    if is_depthwise(module) or isinstance(module, (_BatchNorm, nn.PReLU)):
+        return "passes"
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        makes, reads = (
+            graph.is_out_channel_pruning_fn(dependency.handler),
+            graph.is_in_channel_pruning_fn(dependency.handler),
+        )
+        if makes != reads:
+            return "makes" if makes else "reads"
+    return "barrier"
+
+
+def _reasons_to_stay(traced: _TracedModel, node: Any, role: _Role, indices: list[int]) -> Iterator[str]:
+    """Yield each reason why a channel must stay that has such a member."""
+    module, name = node.module, traced.names.get(node.module, "")
+    if role != "reads" and (node.grad_fn in traced.output_functions or node.type.name == "OUTPUT"):
+        yield "it is an output of the model"
+    if role == "parameter":
+        yield "a parameter of no layer is part of it"
+    if role == "barrier":
+        yield f"it goes through {name!r}, a {type(module).__name__}"
+    if role in ("makes", "reads"):
+        if getattr(module, "groups", 1) != 1:
+            yield f"{name!r} is a grouped convolution"
+        if id(module.weight) in traced.shared_parameters or not isinstance(module.weight, nn.Parameter):
+            yield f"{name!r} shares or computes its weight"
+    if role in ("makes", "passes", "reads") and max(indices) >= _slice_count(traced, module, role):
+        yield f"its position in {name!r} is unknown"
+
+
+def _slice_count(traced: _TracedModel, module: Any, role: _Role) -> int:
+    if role == "passes":
+        count: int = max(traced.graph.get_out_channels(module), 1)
+    else:
+        count = module.weight.shape[weight_dim(module, 1 if role == "reads" else 0)]
+    return count
+
+
+# Checking the graph
+
+
+@torch.no_grad()
+def fix_entangled(model: nn.Module, channels: list[Channel], example_input: ExampleInput) -> None:
+    """Mark entangled channels as fixed: those that reach the outputs by a way that the graph does not show.
+
+    In ``self.b(self.a(x).flip(-1))`` all channels are entangled. The graph says that column 0 of ``b`` reads row 0 of
+    ``a``, and in fact it reads the last row. A softmax over channels entangles them too.
+
+    If a channel is not entangled, its rows can't change the outputs once its columns are 0. This is tried on a copy for
+    the channels that the same layers make. If it were tried for all of them at once, a changed order would go unseen,
+    so it is tried for half of them at a time, with any two channels in different halves at least once.
+
+    Args:
+        model: the module that the channels are of; it is left as it was.
+        channels: the result of :func:`find_channels`; ``fixed_reason`` is set in place.
+        example_input: an input on which the model runs.
+    """
+    trial, generator = copy_model(model), torch.Generator().manual_seed(0)
+    inputs = run_variations(model, example_input)[-1].inputs
+    groups: dict[frozenset[str], list[Channel]] = defaultdict(list)
+    for channel in channels:
+        if not channel.fixed_reason:
+            groups[frozenset(channel.made_by)].append(channel)
+    for group in groups.values():
+        if any(_rows_bypass_columns(trial, half, inputs, generator) for half in _halves(group) if half):
+            for channel in group:
+                channel.fixed_reason = (
+                    f"{quote_names(channel.made_by)} reaches the outputs in a way that the graph does not show"
+                )
+
+
+def _halves(group: list[Channel]) -> Iterator[list[Channel]]:
+    """Yield, for each bit, the channels whose place in the group has a 0 there, and then those that have a 1."""
+    for bit in range(max((len(group) - 1).bit_length(), 1)):
+        for value in (0, 1):
+            yield [channel for place, channel in enumerate(group) if place >> bit & 1 == value]
+
+
+def _rows_bypass_columns(
+    trial: nn.Module, channels: list[Channel], inputs: ExampleInput, generator: torch.Generator
+) -> bool:
+    """Return whether the rows of some channels change the outputs while the columns of these channels are 0.
+
+    The weights of ``trial`` are overwritten for that, and restored.
+    """
+    layers = {trial.get_submodule(name) for channel in channels for name in (*channel.made_by, *channel.read_by)}
+    saved = [(layer.weight, layer.weight.clone()) for layer in layers]  # type: ignore[operator]
+    for channel in channels:
+        _overwrite_slices(trial, channel.read_by, 1, 0.0, generator)
+    expected = run_model(trial, inputs)
+    for channel in channels:
+        _overwrite_slices(trial, channel.made_by, 0, 1.0, generator)
+    mismatch = describe_mismatch(run_model(trial, inputs), expected, measure_spread([expected]), 1e-4)
+    for weight, values in saved:
+        weight.copy_(values)  # type: ignore[operator]
+    return bool(mismatch)
+
+
+def _overwrite_slices(model: nn.Module, slices: Slices, dim: int, scale: float, generator: torch.Generator) -> None:
+    """Overwrite rows (``dim=0``) or columns (``dim=1``) of weights with normal numbers times ``scale``."""
+    for name, indices in slices.items():
+        module = model.get_submodule(name)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        index = torch.tensor(indices, device=weight.device)
+        along = weight_dim(module, dim)
+        values = scale * torch.randn(weight.index_select(along, index).shape, generator=generator)
+        weight.index_copy_(along, index, values.to(weight))

@@ -1,6 +1,6 @@
-"""The dependency graph of torch-pruning (Fang et al., "DepGraph", CVPR 2023), with what it leaves out mended.
+"""Builds the dependency graph of torch-pruning (Fang et al., "DepGraph", CVPR 2023), and works around its gaps.
 
-Its private parts are read and changed here alone.
+This is the only module that reads or changes private parts of torch-pruning.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.model.example_inputs import as_arguments, tensors_in
+from lightning_autoprune.model.forward import ExampleInput, as_arguments, tensors_in
 
-__all__ = ["bounded_groups", "check_traceable", "trace"]
+__all__ = ["check_traceable", "limit_group_steps", "trace_graph"]
 
-_STEPS = 64  # that a group may take from one part to another
+_MAX_STEPS = 64  # how often a group may come to the same layer in the same way
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Raises for modules of which there is no graph."""
+    """Raise an error if a model is of a kind that can't be traced.
+
+    Raises:
+        AutoPruneError: for TorchScript, and in inference mode.
+    """
     name = type(model).__name__
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise AutoPruneError(
@@ -32,13 +36,21 @@ def check_traceable(model: nn.Module) -> None:
         )
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise AutoPruneError(
-            f"The channels of {name} are found by gradients, which there are none of in `torch.inference_mode()`: make"
-            " the model, and call this, outside of it (`torch.no_grad()` is allowed)."
+            f"The channels of {name} are found by gradients, which do not exist in `torch.inference_mode()`: make the"
+            " model, and call this, outside of it (`torch.no_grad()` is allowed)."
         )
 
 
-def trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
-    """The graph of torch-pruning, None where it has none for a model that runs, and the outputs."""
+def trace_graph(model: nn.Module, example_input: ExampleInput) -> tuple[Any, list[Tensor]]:
+    """Trace the dependency graph of a model.
+
+    Returns:
+        The ``DependencyGraph`` of torch-pruning (None, with a warning, if the model runs but can't be traced), and the
+        model's outputs.
+
+    Raises:
+        AutoPruneError: if torch-pruning is not installed, or the model does not run on the example.
+    """
     try:
         import torch_pruning
     except ImportError as error:
@@ -46,84 +58,97 @@ def trace(model: nn.Module, example_input: Any) -> tuple[Any, list[Tensor]]:
             "Finding channels needs the package torch-pruning: pip install 'lightning-autoprune[shrink]'."
         ) from error
     args, kwargs = as_arguments(example_input)
-    given: list[Tensor] = []
-    running: list[str] = []  # layers whose forward has begun and not ended
+    outputs: list[Tensor] = []
+    running_layers: list[str] = []  # their forward has begun and not ended
 
     def forward(*_: Any) -> list[Tensor]:
-        given[:] = tensors_in(model(*args, **kwargs))
-        return given
+        outputs[:] = tensors_in(model(*args, **kwargs))
+        return outputs
 
     handles = [
-        module.register_forward_pre_hook(lambda *_, n=name: running.append(n)) for name, module in _leaves(model)
+        module.register_forward_pre_hook(lambda *_, n=name: running_layers.append(n)) for name, module in _leaves(model)
     ]
-    handles += [module.register_forward_hook(lambda *_: running.pop() and None) for _, module in _leaves(model)]
+    handles += [module.register_forward_hook(lambda *_: running_layers.pop() and None) for _, module in _leaves(model)]
     graph = torch_pruning.DependencyGraph()
-    build = graph._build_dependency
-
-    def with_widths(nodes: dict[Any, Any]) -> None:
-        build(nodes)  # the last step before widths are told from the nodes
-        for node in nodes.values():
-            if node.type.name == "CONCAT":
-                _add_gap(node)
-
-    graph._build_dependency = with_widths
+    _complete_concatenations(graph)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph.build_dependency(model, args or kwargs, forward_fn=forward, verbose=False)
     except Exception as error:
-        if given:
+        if outputs:
             warnings.warn(
-                f"All channels of {type(model).__name__} stay: how its layers hang together can't be told"
+                f"All channels of {type(model).__name__} stay: its dependency graph can't be traced"
                 f" ({type(error).__name__}: {error}).",
                 stacklevel=4,
             )
-            return None, given
-        where = f"layer {running[-1]!r} raised " if running else ""
+            return None, outputs
+        where = f"layer {running_layers[-1]!r} raised " if running_layers else ""
         shapes = [tuple(t.shape) for t in tensors_in((args, kwargs))]
         raise AutoPruneError(
-            f"{type(model).__name__} could not be {'run' if running else 'traced'} on an example of shapes {shapes}:"
-            f" {where}{type(error).__name__}: {error}. Give an `example_input` on which the model runs as it is."
+            f"{type(model).__name__} could not be {'run' if running_layers else 'traced'} on an example of shapes"
+            f" {shapes}: {where}{type(error).__name__}: {error}. Give an `example_input` on which the model runs as it"
+            " is."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return graph, given
-
-
-def _add_gap(concatenation: Any) -> None:
-    """Says how wide the part of a concatenation is that torch-pruning leaves out, as it has no gradient: an input."""
-    step = concatenation.grad_fn
-    if not hasattr(step, "_saved_dim"):  # a function of the user's own
-        return
-    gaps = [place for place, (before, _) in enumerate(step.next_functions) if before is None]
-    together = bool(gaps) and gaps[-1] - gaps[0] == len(gaps) - 1  # otherwise their sum alone is known
-    if together and len(gaps) + len(concatenation.inputs) == len(step.next_functions):
-        dim = step._saved_dim - 2**64 if step._saved_dim >= 2**63 else step._saved_dim
-        known = sum(before._input_metadata[i].shape[dim] for before, i in step.next_functions if before)
-        width = step._input_metadata[0].shape[dim] - known
-        concatenation.inputs.insert(gaps[0], type(concatenation)(nn.Parameter(torch.empty(width)), None))
+    return graph, outputs
 
 
 def _leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if not list(module.children()))
 
 
+def _complete_concatenations(graph: Any) -> None:
+    """Make a graph, when it is built, add to concatenations the inputs that torch-pruning leaves out."""
+    build_dependency = graph._build_dependency
+
+    def build_with_all_inputs(nodes: dict[Any, Any]) -> None:
+        build_dependency(nodes)  # the last step before torch-pruning reads the widths from the nodes
+        for node in nodes.values():
+            if node.type.name == "CONCAT":
+                _add_missing_input(node)
+
+    graph._build_dependency = build_with_all_inputs
+
+
+def _add_missing_input(concatenation: Any) -> None:
+    """Add the width of the inputs that have no gradient to a concatenation, so that later ones are at their offset.
+
+    Several such inputs are added as one if they are adjacent. Otherwise only the sum of their widths is known, and
+    nothing is added.
+    """
+    function = concatenation.grad_fn
+    if not hasattr(function, "_saved_dim"):  # a function that the user has named like a concatenation
+        return
+    gaps = [place for place, (source, _) in enumerate(function.next_functions) if source is None]
+    adjacent = bool(gaps) and gaps[-1] - gaps[0] == len(gaps) - 1
+    if adjacent and len(gaps) + len(concatenation.inputs) == len(function.next_functions):
+        dim = function._saved_dim - 2**64 if function._saved_dim >= 2**63 else function._saved_dim  # saved as unsigned
+        known = sum(source._input_metadata[i].shape[dim] for source, i in function.next_functions if source)
+        width = function._input_metadata[0].shape[dim] - known
+        concatenation.inputs.insert(gaps[0], type(concatenation)(nn.Parameter(torch.empty(width)), None))
+
+
 @contextmanager
-def bounded_groups(graph: Any) -> Iterator[None]:
-    """Stops torch-pruning where it takes a slice of a sequence for one of channels, and would follow it without end."""
+def limit_group_steps(graph: Any) -> Iterator[None]:
+    """Make torch-pruning raise an error for a group that it would follow without end.
+
+    That happens if it takes a slice of a sequence for a slice of channels.
+    """
     module: Any = sys.modules[type(graph).__module__]
-    whole = module.Group
+    original_group = module.Group
     steps: Counter[tuple[Any, Any]] = Counter()
 
     def add_dep(group: Any, dep: Any, idxs: Any) -> Any:
         steps[dep.target, dep.handler] += 1
-        if steps[dep.target, dep.handler] > _STEPS:
+        if steps[dep.target, dep.handler] > _MAX_STEPS:
             raise ValueError("a group without end")
-        return whole.add_dep(group, dep, idxs)
+        return original_group.add_dep(group, dep, idxs)
 
-    module.Group = type("Group", (whole,), {"add_dep": add_dep})
+    module.Group = type("Group", (original_group,), {"add_dep": add_dep})
     try:
         yield
     finally:
-        module.Group = whole
+        module.Group = original_group

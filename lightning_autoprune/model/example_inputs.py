@@ -1,210 +1,170 @@
-"""Example inputs: how a model is called with one, others of the same kind, and what comes out."""
+"""Makes inputs like a given example: with other batch sizes, with other values, and with NaN."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_autoprune.tensors.preserve import preserve_buffers
+from lightning_autoprune.model.forward import (
+    ExampleInput,
+    RecordedRun,
+    as_arguments,
+    map_values,
+    run_model,
+    tensors_in,
+)
 
 __all__ = [
-    "all_vary",
-    "any_rows",
-    "as_arguments",
-    "by_rows",
-    "copied",
-    "evaluating",
-    "outputs",
-    "probes",
-    "tensors_in",
-    "two_rows",
-    "unknown",
+    "dynamic_batch_shapes",
+    "every_value_varies",
+    "repeat_single_sample",
+    "replace_floats_with_nan",
+    "run_batch_sizes",
+    "run_variations",
 ]
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def _each(function: Callable[[Any], Any], example_input: Any) -> Any:
-    """The example with a function applied to all it holds; keyword arguments in any mapping, as a dict."""
-    plain = dict(example_input) if isinstance(example_input, Mapping) else example_input  # a tokenizer's is a UserDict
-    return torch.utils._pytree.tree_map(function, plain)
-
-
-def as_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments for ``forward``, copied, as a model may write into them."""
-    own = _each(lambda x: x.clone() if isinstance(x, Tensor) else x, example_input)
-    if isinstance(own, dict):
-        return (), own
-    return (tuple(own) if isinstance(own, (tuple, list)) else (own,)), {}
-
-
-def _rows(example_input: Any) -> int:
-    """The length of the first tensor."""
-    return next((len(tensor) for tensor in tensors_in(example_input) if tensor.dim()), 0)
-
-
-def _with_rows(example_input: Any, rows: int) -> Any:
-    """The example cut or repeated to so many rows, in all tensors that have as many as the first."""
-    first = _rows(example_input)
-
-    def tiled(leaf: Any) -> Any:
-        has_rows = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == first > 0
-        return leaf[torch.arange(rows, device=leaf.device) % first] if has_rows else leaf
-
-    return _each(tiled, example_input)
-
-
-def two_rows(model: nn.Module, example_input: Any) -> Any:
-    """An example of one row twice; any other as it is, and with a warning where a model does not run on two rows."""
-    if _rows(example_input) != 1:
-        return example_input
-    for inputs, _ in _runs(model, [_with_rows(example_input, 2)]):
-        return inputs
-    warnings.warn(f"{type(model).__name__} runs on one row alone, and so will its file.", stacklevel=4)
-    return example_input
-
-
-def by_rows(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
-    """The example with other numbers of rows, where a model runs on them, each with its outputs."""
-    return list(_runs(model, (_with_rows(example_input, n) for n in (1, 2, 3, 2 * _rows(example_input) + 1))))
 
 
 @torch.no_grad()
-def _runs(model: nn.Module, candidates: Iterable[Any]) -> Iterator[tuple[Any, list[Tensor]]]:
-    """Those inputs on which a model runs, each with its outputs."""
+def _run_where_possible(model: nn.Module, candidates: Iterable[Any]) -> Iterator[RecordedRun]:
+    """Run a model on candidate inputs, and skip those that it refuses."""
     for inputs in candidates:
         try:
-            yield inputs, outputs(model, inputs)
-        except Exception:  # of any kind: values of one kind in the place of another, or what a forward refuses
+            yield RecordedRun(inputs, run_model(model, inputs))
+        except Exception:  # of any kind: an index out of range, or a forward with checks of its own
             continue
 
 
-def any_rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The ``dynamic_shapes`` of ``torch.export`` that leave the first dimension of all tensors free."""
-    rows = torch.utils._pytree.tree_map(
+# Other batch sizes
+
+
+def repeat_single_sample(model: nn.Module, example_input: ExampleInput) -> Any:
+    """Repeat a one-sample example, since torch.export would treat a batch size of 1 as a constant.
+
+    Longer examples are returned unchanged. Warns if the model can't run on two samples.
+    """
+    if _batch_size(example_input) != 1:
+        return example_input
+    for inputs, _ in _run_where_possible(model, [_resize_batch(example_input, 2)]):
+        return inputs
+    warnings.warn(
+        f"{type(model).__name__} runs only on a batch of one sample, and so will the exported file.", stacklevel=4
+    )
+    return example_input
+
+
+def run_batch_sizes(model: nn.Module, example_input: ExampleInput) -> list[RecordedRun]:
+    """Run a model on the example with 1, 2, 3 and more samples than it has, and skip batch sizes that it refuses."""
+    sizes = (1, 2, 3, 2 * _batch_size(example_input) + 1)
+    return list(_run_where_possible(model, (_resize_batch(example_input, size) for size in sizes)))
+
+
+def dynamic_batch_shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the ``dynamic_shapes`` of ``torch.export`` that leave the first dimension of all tensors free."""
+    shapes = torch.utils._pytree.tree_map(
         lambda leaf: {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.dim() else None, (args, kwargs)
     )
-    return rows[1] if kwargs else rows[0]
+    return shapes[1] if kwargs else shapes[0]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in an output of nested containers, and in the attributes of objects in them."""
-    left, seen = [value], set[int]()
-    while left:
-        for leaf in torch.utils._pytree.tree_leaves(left.pop(0)):
-            if isinstance(leaf, Tensor):
-                yield leaf
-            elif not isinstance(leaf, (nn.Module, type)) and id(leaf) not in seen:
-                seen.add(id(leaf))
-                left += [getattr(leaf, "__dict__", {}), _slots(leaf)]
+def _batch_size(example_input: ExampleInput) -> int:
+    """Return the length of the first tensor that has dimensions; 0 if there is none."""
+    return next((len(tensor) for tensor in tensors_in(example_input) if tensor.dim()), 0)
 
 
-def _slots(value: Any) -> dict[str, Any]:
-    """What an object without a ``__dict__`` holds, such as one of ``@dataclass(slots=True)``."""
-    slots = getattr(type(value), "__slots__", ())
-    names = [slots] if isinstance(slots, str) else slots
-    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+def _resize_batch(example_input: ExampleInput, size: int) -> Any:
+    """Cut or repeat the samples to a batch size, in all tensors that are as long as the first."""
+    old_size = _batch_size(example_input)
+
+    def resize(leaf: Any) -> Any:
+        has_samples = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == old_size > 0
+        return leaf[torch.arange(size, device=leaf.device) % old_size] if has_samples else leaf
+
+    return map_values(resize, example_input)
 
 
-def copied(model: Model) -> Model:
-    """A deep copy; tensors with a graph, which can't be copied, are detached where a module has them as attributes."""
-    held = (leaf for module in model.modules() for leaf in torch.utils._pytree.tree_leaves(vars(module)))
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if isinstance(t, Tensor) and not t.is_leaf})
+# Other values
 
 
 @torch.no_grad()
-def probes(model: nn.Module, example_input: Any) -> list[tuple[Any, list[Tensor]]]:
-    """The example, then inputs of the same kind on which a model runs, each with its outputs.
+def run_variations(model: nn.Module, example_input: ExampleInput) -> list[RecordedRun]:
+    """Run a model on the example, then on inputs of the same kind with other values; skip those that it refuses.
 
-    Floating numbers become normal ones, booleans are drawn, and other values change places with those of other rows. In
-    the first of them no boolean, and no integer of several values, is where it was; in two there are zeros at random
-    places, as padding would have.
+    In the variations floats are normal random numbers, booleans are random, and integers change places with those of
+    other samples, so that each column keeps its range. In the first variation no boolean stays as it is, and no integer
+    of a tensor with several values. The next two have zeros at random places, as padding would; other integers stay.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def with_holes(tensor: Any) -> Any:
-        if not isinstance(tensor, Tensor) or tensor.dtype == torch.bool:
-            return other(tensor, everywhere=False)
-        floating = tensor.is_floating_point() or tensor.is_complex()
-        shape = (*tensor.shape[:-1], 1) if floating and tensor.dim() > 1 else tensor.shape  # all features of a place
-        kept = (torch.rand(shape, generator=generator) < 0.6).to(tensor.device)
-        return other(tensor, everywhere=False) * kept if floating else tensor * kept
-
-    def other(tensor: Any, everywhere: bool) -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        if tensor.is_floating_point() or tensor.is_complex():
-            scale = float(tensor.std()) if tensor.numel() > 1 and tensor.std() > 0 else 1.0
-            return (scale * torch.randn(tensor.shape, generator=generator)).to(tensor)
-        if tensor.dtype == torch.bool:
-            drawn = (torch.rand(tensor.shape, generator=generator) < 0.5).to(tensor.device)
-            return ~tensor if everywhere else drawn
-        if tensor.dim() and not everywhere:  # columns may have ranges of their own
-            order = torch.rand(tensor.shape, generator=generator).argsort(0)
-            if not torch.equal(changed := tensor.gather(0, order.to(tensor.device)), tensor):
-                return changed
-        values, places = torch.unique(tensor, return_inverse=True)
-        return values.roll(1)[places]
-
-    changes: list[Callable[[Any], Any]] = [partial(other, everywhere=True), with_holes, with_holes]
-    changes += [partial(other, everywhere=False)] * 3
-    drawn = (_each(change, example_input) for change in changes)
-    return [(example_input, outputs(model, example_input)), *_runs(model, drawn)]
+    change_all = partial(_redraw, generator=generator, change_all=True)
+    redraw = partial(_redraw, generator=generator)
+    punch_holes = partial(_redraw_with_holes, generator=generator)
+    changes: list[Callable[[Any], Any]] = [change_all, punch_holes, punch_holes, redraw, redraw, redraw]
+    variations = (map_values(change, example_input) for change in changes)
+    recorded = RecordedRun(example_input, run_model(model, example_input))
+    return [recorded, *_run_where_possible(model, variations)]
 
 
-def unknown(example_input: Any) -> Any:
-    """The example with NaN for all floating numbers in tensors: what they reach is NaN."""
-    return _each(
-        lambda x: x * torch.nan if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) else x,
-        example_input,
-    )
+def _redraw(value: Any, generator: torch.Generator, *, change_all: bool = False) -> Any:
+    """Draw floats and booleans anew, and shuffle integers among the samples.
 
-
-def all_vary(inputs: list[Any]) -> bool:
-    """Whether all that the first inputs hold has other values in some of the others, integers in each column.
-
-    What is no tensor never has: numbers, and objects in which tensors can't be found.
+    With ``change_all`` no boolean and no integer stays as it is: booleans are flipped, and integers are replaced by
+    others of the tensor.
     """
-    first, *others = [torch.utils._pytree.tree_leaves(as_arguments(some)) for some in inputs]
-
-    def varies(x: Any, values: list[Any]) -> bool:
-        if not isinstance(x, Tensor):
-            return x is None or isinstance(x, str)
-        changed = torch.stack([x != value for value in values])
-        if x.is_floating_point() or x.is_complex() or x.dim() < 2:
-            return bool(changed.any())
-        return bool(changed.flatten(0, -2).any(0).all())
-
-    known = others and any(isinstance(x, Tensor) for x in first)
-    return bool(known) and all(varies(x, [other[i] for other in others]) for i, x in enumerate(first))
-
-
-def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors that a model gives in evaluation mode; its modes, the inputs and the random numbers stay."""
-    args, kwargs = as_arguments(inputs)
-    with evaluating(model):
-        return list(tensors_in(model(*args, **kwargs)))
+    if not isinstance(value, Tensor):
+        return value
+    if _is_float(value):
+        scale = float(value.std()) if value.numel() > 1 and value.std() > 0 else 1.0
+        return (scale * torch.randn(value.shape, generator=generator)).to(value)
+    if value.dtype == torch.bool:
+        drawn = (torch.rand(value.shape, generator=generator) < 0.5).to(value.device)
+        return ~value if change_all else drawn
+    if value.dim() and not change_all:  # each column is shuffled by itself, as columns may have ranges of their own
+        order = torch.rand(value.shape, generator=generator).argsort(0)
+        if not torch.equal(shuffled := value.gather(0, order.to(value.device)), value):
+            return shuffled
+    distinct, places = torch.unique(value, return_inverse=True)
+    return distinct.roll(1)[places]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, nothing compiled; afterwards modes, buffers and the random numbers are as they were."""
-    modes = {module: module.training for module in model.modules()}
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    eager = set_stance("force_eager") if set_stance else nullcontext()  # compiled code calls no hooks
-    try:
-        with torch.random.fork_rng(devices=[]), eager, ExitStack() as stack:
-            for module in modes:
-                stack.enter_context(preserve_buffers(module))
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def _redraw_with_holes(value: Any, generator: torch.Generator) -> Any:
+    """Redraw floats and booleans, and set two fifths of the places in floats and integers to zero."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return _redraw(value, generator)
+    # all features of a place at once
+    shape = (*value.shape[:-1], 1) if _is_float(value) and value.dim() > 1 else value.shape
+    outside_holes = (torch.rand(shape, generator=generator) < 0.6).to(value.device)
+    return _redraw(value, generator) * outside_holes if _is_float(value) else value * outside_holes
+
+
+def every_value_varies(inputs: list[Any]) -> bool:
+    """Return whether each value in the first inputs is a tensor that has other values in some of the other inputs.
+
+    Integers and booleans must vary in each column. A number that is no tensor, or an object in which no tensors can be
+    found, counts as a value that does not vary; None and strings are ignored.
+    """
+    first, *others = [torch.utils._pytree.tree_leaves(as_arguments(example)) for example in inputs]
+    if not others or not any(isinstance(value, Tensor) for value in first):
+        return False
+    return all(_varies(value, [other[i] for other in others]) for i, value in enumerate(first))
+
+
+def _varies(value: Any, others: list[Any]) -> bool:
+    if not isinstance(value, Tensor):
+        return value is None or isinstance(value, str)
+    changed = torch.stack([value != other for other in others])
+    if _is_float(value) or value.dim() < 2:
+        return bool(changed.any())
+    return bool(changed.flatten(0, -2).any(0).all())
+
+
+def replace_floats_with_nan(example_input: ExampleInput) -> Any:
+    """Return the example with NaN for all floats in tensors: whatever they reach becomes NaN as well."""
+    return map_values(lambda x: x * torch.nan if isinstance(x, Tensor) and _is_float(x) else x, example_input)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -1,4 +1,4 @@
-"""Whether two models compute the same outputs, up to rounding."""
+"""Checks whether outputs are as expected, up to rounding, and describes the first one that is not."""
 
 from __future__ import annotations
 
@@ -8,77 +8,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["difference", "disagreement", "spreads"]
+from lightning_autoprune.model.forward import RecordedRun
+
+__all__ = ["describe_mismatch", "find_mismatch", "measure_spread"]
+
+_CHANGED_INTEGERS = 1e-3  # fraction that may change: rounding may decide a tie of argmax the other way
+
+_ROUNDING = 8  # smallest tolerance, in multiples of the dtype's resolution
 
 
-def spreads(runs: list[list[Tensor]]) -> list[Tensor]:
-    """How much each entry of the outputs of several runs varies over their rows; infinite where no entry does."""
-    found = []
-    for tensors in zip(*runs, strict=False):
-        rows = [_real(tensor.cpu()).double() for tensor in tensors]
-        rows = [some if some.dim() else some[None] for some in rows]
-        spread = torch.cat([some for some in rows if some.shape[1:] == rows[0].shape[1:]]).std(0, correction=0)
-        varied = spread[spread > 0]
-        found.append(spread.nan_to_num() + (varied.median() if len(varied) else torch.inf))
-    return found
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def difference(found: Iterable[Tensor], aims: Iterable[Tensor], spread: Iterable[Tensor], tolerance: float) -> str:
-    """In what outputs differ from what they should be; empty if they do not.
+def measure_spread(runs: list[list[Tensor]]) -> list[Tensor]:
+    """Return how much each entry of a model's outputs varies over the samples of several runs.
 
     Args:
-        found: tensors.
-        aims: what they should be.
-        spread: what :func:`spreads` says of them. On an offset, entries may be alike though what varies in them is not:
-            they differ by at most a hundredth of the tolerance, or a hundred times the tolerance of what varies.
-        tolerance: largest difference of an entry, relative to it and to the median of all entries that are not 0; at
-            least 8 times the resolution of the dtype.
+        runs: the outputs of each run, with samples along the first dimension. Runs in which an output has another shape
+            per sample than in the first run are left out.
+
+    Returns:
+        For each output a float64 tensor of the shape of one sample: the standard deviation of each entry, plus the
+        median of those that are not 0. Infinite if no entry varies.
     """
-    for output, aim, varies in zip(found, aims, spread, strict=True):
-        if output.shape != aim.shape:
-            return f"an output has the shape {tuple(output.shape)}, not {tuple(aim.shape)}"
-        if not (aim.is_floating_point() or aim.is_complex()):
-            if (changed := float((output.cpu() != aim.cpu()).double().mean())) > 1e-3:  # a tie may go the other way
-                return f"{changed:.0%} of an output of the type {aim.dtype} change"
-            continue
-        x, y = _real(output.cpu()), _real(aim.cpu())
-        finite = y.isfinite()
-        if not torch.equal(x.isfinite(), finite) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
-            return "an output has entries that are not finite where it should not, or the other way round"
-        sizes = y[finite].double().abs()
-        scale = float(sizes[sizes > 0].median()) if sizes.any() else 1e-6
-        change = (x[finite].double() - y[finite].double()).abs()
-        least = 8 * torch.finfo(y.dtype).eps
-        if (change > max(tolerance, least) * (sizes + scale)).any():
-            return f"an output changes by {float(change.max()):.2g}, where its entries are about {scale:.2g}"
-        far = change > max(tolerance / 100, least) * (sizes + scale)
-        if varies.shape != y.shape[1:]:  # of an output whose other dimensions hang on the number of rows
-            varies = varies.median()
-        if (far & (change > 100 * tolerance * varies.expand(y.shape)[finite])).any():
-            return (
-                f"an output changes by {float(change.max()):.2g}, where its entries vary by {float(varies.min()):.2g}"
-            )
-    return ""
+    spreads = []
+    for outputs in zip(*runs, strict=False):
+        samples = [_as_real(output.cpu()).double() for output in outputs]
+        samples = [batch if batch.dim() else batch[None] for batch in samples]
+        same_shape = [batch for batch in samples if batch.shape[1:] == samples[0].shape[1:]]
+        deviation = torch.cat(same_shape).std(0, correction=0)
+        positive = deviation[deviation > 0]
+        spreads.append(deviation.nan_to_num() + (positive.median() if len(positive) else torch.inf))
+    return spreads
 
 
-def disagreement(run: Callable[[Any], list[Tensor]], tried: list[tuple[Any, list[Tensor]]], tolerance: float) -> str:
-    """In what the outputs of some inputs are others, or that there are none; empty if they are the same.
+def find_mismatch(run: Callable[[Any], list[Tensor]], expected_runs: list[RecordedRun], tolerance: float) -> str:
+    """Run the inputs and describe the first output that is not as expected; "" if all match.
 
     Args:
-        run: gives the outputs of inputs.
-        tried: inputs, each with what the outputs should be.
-        tolerance: as of :func:`difference`.
+        run: returns the outputs for inputs.
+        expected_runs: inputs, each with the expected outputs.
+        tolerance: as in :func:`describe_mismatch`.
     """
-    spread = spreads([aims for _, aims in tried])
-    for inputs, aims in tried:
+    spread = measure_spread([expected for _, expected in expected_runs])
+    for inputs, expected in expected_runs:
         try:
-            found = run(inputs)
+            outputs = run(inputs)
         except Exception as error:  # of any kind: a forward may refuse sizes in its own way
             return f"it does not run ({error})"
-        if problem := difference(found, aims, spread, tolerance):
-            return problem
+        if mismatch := describe_mismatch(outputs, expected, spread, tolerance):
+            return mismatch
     return ""
+
+
+def describe_mismatch(
+    outputs: Iterable[Tensor], expected: Iterable[Tensor], spread: Iterable[Tensor], tolerance: float
+) -> str:
+    """Describe the first output that differs from what is expected; "" if all match.
+
+    An entry may differ by ``tolerance`` times the sum of its size and the median size of the entries that are not 0.
+    If outputs have a large offset, this would hide differences in the part that varies. So a difference above a
+    hundredth of that must also be at most 100 ``tolerance`` times the spread of the entry.
+
+    Args:
+        outputs: tensors to check.
+        expected: the tensors that they should equal.
+        spread: the result of :func:`measure_spread` for the expected outputs.
+        tolerance: largest relative difference; at least 8 times the resolution of the dtype is allowed.
+    """
+    for output, aim, output_spread in zip(outputs, expected, spread, strict=True):
+        if output.shape != aim.shape:
+            return f"an output has the shape {tuple(output.shape)}, not {tuple(aim.shape)}"
+        if aim.is_floating_point() or aim.is_complex():
+            mismatch = _describe_float_mismatch(output.cpu(), aim.cpu(), output_spread, tolerance)
+        else:
+            mismatch = _describe_integer_mismatch(output.cpu(), aim.cpu())
+        if mismatch:
+            return mismatch
+    return ""
+
+
+def _describe_integer_mismatch(output: Tensor, aim: Tensor) -> str:
+    changed = float((output != aim).double().mean())
+    return f"{changed:.0%} of an output of the type {aim.dtype} change" if changed > _CHANGED_INTEGERS else ""
+
+
+def _describe_float_mismatch(output: Tensor, aim: Tensor, spread: Tensor, tolerance: float) -> str:
+    x, y = _as_real(output), _as_real(aim)
+    finite = y.isfinite()
+    if not torch.equal(x.isfinite(), finite) or not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()):
+        return "an output has entries that are not finite where it should not, or the other way round"
+    change = (x[finite].double() - y[finite].double()).abs()
+    sizes = y[finite].double().abs()
+    typical_size = float(sizes[sizes > 0].median()) if sizes.any() else 1e-6
+    resolution = _ROUNDING * torch.finfo(y.dtype).eps
+    if (change > max(tolerance, resolution) * (sizes + typical_size)).any():
+        return f"an output changes by {float(change.max()):.2g}, where its entries are about {typical_size:.2g}"
+    noticeable = change > max(tolerance / 100, resolution) * (sizes + typical_size)
+    if spread.shape != y.shape[1:]:  # the size of a sample depends on the batch size
+        spread = spread.median()
+    if (noticeable & (change > 100 * tolerance * spread.expand(y.shape)[finite])).any():
+        return f"an output changes by {float(change.max()):.2g}, where its entries vary by {float(spread.min()):.2g}"
+    return ""
+
+
+def _as_real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

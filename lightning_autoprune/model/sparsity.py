@@ -1,4 +1,4 @@
-"""How sparse weights are: functions, and the same as a torchmetrics metric."""
+"""Measures the sparsity of weights: as functions, and as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["Sparsity", "layer_sparsity", "sparsity"]
 
 
 def sparsity(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> float:
-    """Fraction of zeros in a weight, in several together, or in all prunable weights of a model.
+    """Return the fraction of zeros in a weight, in several together, or in all prunable weights of a model.
 
     Args:
-        weights: a tensor; tensors by name; or a module, of which :func:`prunable_weights` are counted.
+        weights: a tensor, tensors by name, or a module, whose :func:`prunable_weights` are counted.
 
     Returns:
-        The fraction of entries that are exactly 0, in [0, 1]; 0 where there are no entries.
+        The fraction of entries that are exactly 0, in [0, 1]; 0 if there are no entries.
 
     Example:
         >>> sparsity(torch.tensor([0.0, 1.0, 0.0, 2.0]))
         0.5
     """
-    zeros, total = _zeros(weights)
+    zeros, total = _count_zeros(weights)
     return zeros / total if total else 0.0
 
 
 def layer_sparsity(model: nn.Module) -> dict[str, float]:
-    """Fraction of zeros, in [0, 1], of each prunable weight of a model, by layer name.
+    """Return the fraction of zeros, in [0, 1], in each prunable weight of a model, by layer name.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -46,8 +46,8 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
 class Sparsity(Metric):
     """Fraction of zeros over all weights given to ``update``, as a torchmetrics metric.
 
-    As input to ``update`` it takes what :func:`sparsity` takes; ``compute`` returns a scalar tensor in
-    [0, 1]. Counts are summed over updates and over processes.
+    ``update`` accepts what :func:`sparsity` accepts, and ``compute`` returns a scalar tensor in [0, 1]. Counts are
+    summed over updates and over processes.
 
     Example:
         >>> metric = Sparsity()
@@ -71,21 +71,21 @@ class Sparsity(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, weights: Tensor | Mapping[str, Tensor] | nn.Module) -> None:
-        """Counts the zeros of weights: a tensor, tensors by name, or a model's prunable weights."""
-        zeros, total = _zeros(weights)
+        """Count the zeros in a tensor, in tensors by name, or in a model's prunable weights."""
+        zeros, total = _count_zeros(weights)
         self.zeros += zeros
         self.total += total
 
     def compute(self) -> Tensor:
-        """Fraction of zeros so far, a scalar in [0, 1]; 0 before any update."""
+        """Return the fraction of zeros so far, a scalar in [0, 1]; 0 before any update."""
         return self.zeros / self.total.clamp_min(1)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plots one value or several over steps; returns the figure and the axes.
+        """Plot one value, or several values over steps; return the figure and the axes.
 
         Args:
-            val: a result of ``compute`` or ``forward``, or a list of them; None computes one.
-            ax: matplotlib axes to draw into; None makes new ones.
+            val: a result of ``compute`` or ``forward``, or a list of results; None: the result of ``compute``.
+            ax: matplotlib axes to draw into; None: new axes.
 
         Example:
             >>> metric = Sparsity()
@@ -95,9 +95,10 @@ class Sparsity(Metric):
         return self._plot(val, ax)
 
 
-def _zeros(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> tuple[int, int]:
+def _count_zeros(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> tuple[int, int]:
+    """Return the number of zeros and the number of all entries."""
     if isinstance(weights, Tensor):
         return weights.numel() - int(torch.count_nonzero(weights)), weights.numel()
     named = prunable_weights(weights, trained_only=False) if isinstance(weights, nn.Module) else weights
-    counts = [_zeros(weight) for weight in named.values()]
+    counts = [_count_zeros(weight) for weight in named.values()]
     return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)

@@ -1,1 +1,1 @@
-"""What is told of a run afterwards: tables, pictures, pages."""
+"""Reports on a pruned model: its tables, pictures and pages, and the checkpoint reader and run history behind them."""

@@ -1,4 +1,4 @@
-"""A row for each layer: its shape, what is left of it, what that saves, and how much came back. Torch only."""
+"""A table with one row per layer: its shape, how much of it is kept, and how many weights came back."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from lightning_autoprune.tensors.sharding import is_sharded
 
-__all__ = ["LayerSummary", "align_columns", "summarize_layers", "table_cells", "total_row"]
+__all__ = ["LayerSummary", "align_columns", "format_layer_table", "sum_layers", "summarize_layers"]
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What is left of a layer.
+    """One layer's row in the table.
 
     Attributes:
-        name: of the layer.
-        shape: of its weight.
+        name: name of the layer.
+        shape: shape of its weight.
         weights: number of its weights.
-        kept: number of those that are not 0.
-        flops: floating-point operations with all its weights; None where that is not known.
-        revived: number of weights that were pruned and came back, counted from log to log; None where not known.
+        kept: number of its weights that are not 0.
+        flops: floating-point operations of the dense layer; None if unknown.
+        revived: number of weights that came back after they had been pruned, counted from log to log; None if unknown.
     """
 
     name: str
@@ -40,11 +40,11 @@ class LayerSummary:
 
     @property
     def flops_kept(self) -> int | None:
-        """Operations with weights that are not 0."""
+        """Floating-point operations with weights that are not 0; None if unknown."""
         return None if self.flops is None else round(self.flops * (1 - self.sparsity))
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures by name, for a table or JSON."""
+        """Return all figures by name, for a table or JSON."""
         return {**asdict(self), "shape": list(self.shape), "sparsity": self.sparsity, "flops_kept": self.flops_kept}
 
 
@@ -54,13 +54,13 @@ def summarize_layers(
     revived: Mapping[str, int] | None = None,
     sparsity: Mapping[str, float] | None = None,
 ) -> list[LayerSummary]:
-    """A row for each weight, whose zeros are counted.
+    """Count the zeros of each weight and return one row per layer.
 
     Args:
-        weights: by layer name, of any shape.
-        flops: operations of each dense layer, by name.
-        revived: number of weights that came back, by name.
-        sparsity: fraction of zeros, by name, of weights that are sharded, whose zeros one rank alone can't count.
+        weights: each layer's weight, of any shape, by layer name.
+        flops: each dense layer's floating-point operations, by layer name.
+        revived: number of each layer's weights that came back, by layer name.
+        sparsity: fraction of zeros of each sharded weight, by layer name: one rank alone can't count them.
 
     Example:
         >>> import torch
@@ -80,21 +80,21 @@ def summarize_layers(
     ]
 
 
-def total_row(rows: Sequence[LayerSummary]) -> LayerSummary:
-    """All layers as one, under the name ``"all"``; what some of them don't know, it does not know."""
+def sum_layers(rows: Sequence[LayerSummary]) -> LayerSummary:
+    """Add up all rows into one, under the name ``"all"``; a figure that one row lacks is None in the sum."""
     flops, revived = [row.flops for row in rows], [row.revived for row in rows]
     return LayerSummary(
         "all",
         (),
         sum(row.weights for row in rows),
         sum(row.kept for row in rows),
-        None if None in flops or not rows else sum(n for n in flops if n is not None),
-        None if None in revived or not rows else sum(n for n in revived if n is not None),
+        None if None in flops or not rows else sum(count for count in flops if count is not None),
+        None if None in revived or not rows else sum(count for count in revived if count is not None),
     )
 
 
-def table_cells(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells, as text; columns that no layer knows anything of are left out."""
+def format_layer_table(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]]]:
+    """Return the table's head and its rows of cells as text; leave out columns that are empty in every row."""
     rows = list(rows)
     columns = {
         "layer": [row.name for row in rows],
@@ -110,7 +110,7 @@ def table_cells(rows: Iterable[LayerSummary]) -> tuple[list[str], list[list[str]
 
 
 def align_columns(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: the first column to the left, the others to the right.
+    """Return a table for a terminal: its first column aligned to the left, the others to the right.
 
     Example:
         >>> print(align_columns(["layer", "kept"], [["first", "1,000"]]))
@@ -118,7 +118,8 @@ def align_columns(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
         first  1,000
     """
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(line, widths, strict=True)) for line in [head, *cells])
-    )
+    lines = []
+    for first, *others in [head, *cells]:
+        aligned = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)

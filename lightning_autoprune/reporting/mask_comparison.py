@@ -1,4 +1,4 @@
-"""Two saved models beside each other: which weights both keep, and which were pruned or came back between them."""
+"""The masks of two saved models, compared: which weights both keep, and which were pruned or came back in between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["LayerComparison", "as_comparison_table", "compare_masks"]
+__all__ = ["LayerComparison", "compare_masks", "format_comparison_table"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class LayerComparison:
     """The masks of one layer in two models.
 
     Attributes:
-        name: of the layer.
+        name: name of the layer.
         weights: number of its weights.
-        kept: number of those that are not 0 in the first.
-        kept_after: in the second.
-        both: in both.
+        kept: number of weights that are not 0 in the first model.
+        kept_after: number of weights that are not 0 in the second model.
+        both: number of weights that are not 0 in both models.
     """
 
     name: str
@@ -33,37 +33,37 @@ class LayerComparison:
 
     @property
     def pruned(self) -> int:
-        """Number of weights kept in the first and not in the second."""
+        """Number of weights that are kept in the first model but not in the second."""
         return self.kept - self.both
 
     @property
     def revived(self) -> int:
-        """Number of weights kept in the second and not in the first."""
+        """Number of weights that are kept in the second model but not in the first."""
         return self.kept_after - self.both
 
     @property
     def overlap(self) -> float:
-        """Intersection over union of the kept weights, in [0, 1]; 1 where none are kept."""
+        """Intersection over union of the kept weights, in [0, 1]; 1 if neither model keeps any."""
         either = self.kept + self.kept_after - self.both
         return self.both / either if either else 1.0
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures by name."""
+        """Return all figures by name, for JSON."""
         return {**asdict(self), "pruned": self.pruned, "revived": self.revived, "overlap": self.overlap}
 
 
 def compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> list[LayerComparison]:
-    """Compares the masks of the layers that two models share, by name and shape.
+    """Compare the masks of the layers that have the same name and shape in two models.
 
     Args:
-        first: weights by layer name.
-        second: the same of another model, or of the same at another time.
+        first: each layer's weight in the first model, by layer name.
+        second: each layer's weight in the second model, or in the same model at a later time.
 
     Returns:
-        A row a layer, and one for all together under the name ``"all"``.
+        One row per shared layer, and then their sum under the name ``"all"``.
 
     Raises:
-        AutoPruneError: if they share no layer; names what they have.
+        AutoPruneError: if they share no layer; it lists the layers of both.
 
     Example:
         >>> import torch
@@ -75,18 +75,21 @@ def compare_masks(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> 
     for name, weight in first.items():
         other = second.get(name)
         if other is not None and other.shape == weight.shape:
-            kept, after = weight != 0, other != 0
-            numbers = [int(mask.sum()) for mask in (kept, after, kept & after)]
-            rows.append(LayerComparison(name, weight.numel(), *numbers))
+            kept, kept_after = weight != 0, other != 0
+            counts = [int(mask.sum()) for mask in (kept, kept_after, kept & kept_after)]
+            rows.append(LayerComparison(name, weight.numel(), *counts))
     if not rows:
-        one, two = ("; ".join(f"{name} {tuple(w.shape)}" for name, w in model.items()) for model in (first, second))
-        raise AutoPruneError(f"No layer is in both with one shape. The first has {one}. The second has {two}.")
+        raise AutoPruneError(
+            f"No layer has the same name and shape in both. The first has {_list_shapes(first)}. The second has"
+            f" {_list_shapes(second)}."
+        )
     columns = zip(*((row.weights, row.kept, row.kept_after, row.both) for row in rows), strict=True)
     return [*rows, LayerComparison("all", *map(sum, columns))]
 
 
-def as_comparison_table(rows: Iterable[LayerComparison]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells, as text."""
+def format_comparison_table(rows: Iterable[LayerComparison]) -> tuple[list[str], list[list[str]]]:
+    """Return the table's head and its rows of cells as text."""
+    head = ["layer", "weights", "kept in A", "kept in B", "in both", "pruned", "revived", "overlap"]
     cells = [
         [
             row.name,
@@ -100,4 +103,8 @@ def as_comparison_table(rows: Iterable[LayerComparison]) -> tuple[list[str], lis
         ]
         for row in rows
     ]
-    return ["layer", "weights", "kept in A", "kept in B", "in both", "pruned", "revived", "overlap"], cells
+    return head, cells
+
+
+def _list_shapes(weights: Mapping[str, Tensor]) -> str:
+    return "; ".join(f"{name} {tuple(weight.shape)}" for name, weight in weights.items())

@@ -34,6 +34,7 @@ __all__ = [
     "local_shard",
     "loss_gradients",
     "reshard",
+    "shard_along",
     "shard_like",
     "sum_over_lower_ranks",
     "sum_over_ranks",
@@ -87,6 +88,9 @@ def gather_whole(shard: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shape, stride = like.shape, like.stride()
+    if shard.shape != local_shard(like).shape:  # an entry per block of each row
+        shape = torch.Size([like.shape[0], *shard.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         shard, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
     ).full_tensor()
@@ -142,6 +146,23 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     mesh = like.device_mesh
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(mesh, like.placements).to_local().clone()
+
+
+def shard_along(x: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Return the entries of a vector along one dimension of a tensor that belong to this rank's shard of it.
+
+    Args:
+        x: shape (like.shape[dim],), the same on all ranks.
+        like: the tensor.
+        dim: one of its dimensions.
+    """
+    if not is_sharded(like):
+        return x
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, everywhere = like.device_mesh, [Replicate()] * like.device_mesh.ndim
+    along = [Shard(0) if place.is_shard(dim) else Replicate() for place in like.placements]
+    return DTensor.from_local(x, mesh, everywhere, run_check=False).redistribute(mesh, along).to_local().clone()
 
 
 def sum_over_ranks(numbers: Tensor) -> Tensor:

@@ -1,46 +1,43 @@
-"""Where the gradients come from that M follows: held-out batches, the weight steps, or both as one mean."""
+"""The auxiliary steps of a run: M follows held-out batches, the weight steps, or both as one mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
 from lightning_autoprune.tensors.write_detector import WriteDetector
+from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
-from lightning_autoprune.training.held_out_pass import held_out_gradients
-from lightning_autoprune.training.lightning_internals import grad_scaler, scale_left
+from lightning_autoprune.training.held_out_pass import HeldOutGradients, held_out_gradients
+from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
 from lightning_autoprune.training.metrics import MetricsReporter
 
 __all__ = ["AuxiliarySteps"]
 
 _MAX_BAD_LOSSES = 10
-
-_MAX_OVERFLOWS = 50  # that a scaler is given to find a scale
+_MAX_OVERFLOWS = 50  # in a row, while a gradient scaler looks for a scale
 
 
 class AuxiliarySteps:
     """Takes the auxiliary steps of a run, one after each weight step where one is due.
 
     Args:
-        module: that is trained.
+        trainer: the trainer, whose module is trained.
         pruner: whose M is stepped.
-        source: of the held-out batches; if it holds none out, M follows the weight steps alone.
-        optimizers: those that train the weights.
+        source: gives the held-out batches; if it holds none out, M follows the weight steps alone.
         report: gets the held-out losses.
-        train_gradients: whether M follows the weight steps too; None: where the source splits each batch and there is
-            one optimizer.
-        loss_fn: the user's, for held-out batches.
-        seed: of the random numbers in the held-out pass.
+        settings: those of the callback.
+        follows_training: whether M follows the gradients of the weight steps.
 
     Attributes:
         last: the training step of the last auxiliary step; -1 before the first.
@@ -48,127 +45,158 @@ class AuxiliarySteps:
 
     def __init__(
         self,
-        module: LightningModule,
+        trainer: Trainer,
         pruner: Pruner,
         source: HeldOutSource,
-        optimizers: Sequence[Optimizer],
         report: MetricsReporter,
-        train_gradients: bool | None,
-        loss_fn: Callable[[LightningModule, Any], Tensor] | None,
-        seed: int,
+        settings: CallbackSettings,
+        follows_training: bool,
     ) -> None:
-        self._pruner, self._source, self._optimizers, self._report = pruner, source, optimizers, report
-        self._loss_fn, self._seed = loss_fn, seed
-        joined = source.default_train_gradients and len(optimizers) == 1
-        self._follows_training = joined if train_gradients is None or not source.has_batches else train_gradients
-        self._own: dict[str, Tensor] = {}  # of the weight step under way, by layer
-        self._bad_losses = 0
-        self._scaled = False  # whether gradients may overflow now and then, which a scaler takes care of
-        self._overflows = 0  # in a row
+        self._trainer, self._pruner, self._source, self._report = trainer, pruner, source, report
+        self._settings, self._follows_training = settings, follows_training
         self.last = -1
-        self._untrained = WriteDetector([p for p in module.parameters() if not p.requires_grad], check_values=True)
-        self._passes = 0  # of held-out batches, in this fit
-        self._without = list(pruner.weights)  # the layers without a gradient so far, in the dense phase
+        self._train_gradients: dict[str, Tensor] = {}  # of the weight step under way, by layer
+        self._bad_losses = 0  # in a row
+        self._overflows = 0  # in a row
+        self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
+        self._passes = 0  # held-out passes in this fit
+        untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
+        self._untrained = WriteDetector(untrained, check_values=True)
+        self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
 
-    def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Takes the gradients of an optimizer's step, as they are before pruned weights' are masked."""
+    # Around the weight step
+
+    def before_weight_step(self, optimizer: Optimizer, trains_weights: bool) -> None:
+        """Take the gradients of an optimizer's step before those of pruned weights are masked.
+
+        Args:
+            optimizer: whose step begins.
+            trains_weights: whether it trains prunable weights.
+        """
         if self._pruner.auxiliary is None:
-            self._without = [name for name in self._without if self._pruner.weights[name].grad is None]
-        scaler = grad_scaler(trainer)
-        self._scaled = scaler is not None
-        owns = any(optimizer is owner for owner in self._optimizers)
-        if self._follows_training and self._pruner.due and owns and self.last < self._pruner.step:
-            weights = self._trained()
-            gradients = [
-                torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
-            ]
-            if scaler and (scale := scale_left(scaler, optimizer)) != 1:
-                gradients = list(torch._foreach_div(gradients, scale))
-            if self._source.has_batches:
-                self._own = {name: gradient.clone() for name, gradient in zip(weights, gradients, strict=True)}
-            else:
-                self._step(dict(zip(weights, gradients, strict=True)))
-
-    def after_weight_step(self, trainer: Trainer) -> None:
-        """Passes a held-out batch, if a step is due, and steps M."""
-        if not (self._source.has_batches and self._pruner.due and (weights := self._trained())):
+            weights = self._pruner.weights
+            self._layers_without_gradient = [n for n in self._layers_without_gradient if weights[n].grad is None]
+        scaler = grad_scaler(self._trainer)
+        self._is_scaled = scaler is not None
+        is_first = self.last < self._pruner.step  # in this training step
+        if not (self._follows_training and self._pruner.due and trains_weights and is_first):
             return
-        batch, own, self._own = self._source.next_batch(trainer), self._own, {}
-        ranks, device = trainer.world_size, trainer.strategy.root_device
+        weights = self._trained_weights()
+        gradients = [
+            torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
+        ]
+        if scaler and (scale := gradient_scale(scaler, optimizer)) != 1:
+            gradients = list(torch._foreach_div(gradients, scale))
+        if self._source.has_batches:
+            self._train_gradients = {name: g.clone() for name, g in zip(weights, gradients, strict=True)}
+        else:
+            self._step(dict(zip(weights, gradients, strict=True)))
 
-        def agree(good: bool) -> bool:
-            return all_ranks_agree(good, ranks, device)
-
-        if not agree(batch is not None):  # what a rank runs alone may wait for the others for ever
-            if own:
-                self._step(own)
+    def after_weight_step(self) -> None:
+        """Pass a held-out batch through the network and step M, if a step is due."""
+        weights = self._trained_weights()
+        if not (self._source.has_batches and self._pruner.due and weights):
             return
-        tensors = list(weights.values())
-        sharded = any(is_sharded(weight) for weight in tensors)  # the backward pass takes the mean over the ranks then
-        seeds, factor = (self._seed, self._pruner.step), self._source.rank_weight if sharded else 1.0
+        batch = self._source.next_batch(self._trainer)
+        train_gradients, self._train_gradients = self._train_gradients, {}
+        if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
+            if train_gradients:
+                self._step(train_gradients)
+            return
+        result = self._pass_batch(batch, weights)
+        if isinstance(result, str):
+            self._count_bad_loss(f"the held-out loss is {result}")
+            return
+        held_out = self._average_over_ranks(result)
+        self._report.held_out_loss(float(held_out.loss))
+        gradients = dict(zip(weights, held_out.gradients, strict=True))
+        self._step(self._join(train_gradients, gradients))
+
+    def _pass_batch(self, batch: Any, weights: Mapping[str, Tensor]) -> HeldOutGradients | str:
+        """Return the loss of a held-out batch and its gradients, or what is wrong with the loss."""
         self._passes += 1
-        thorough = self._passes & (self._passes - 1) == 0  # at the 1st, 2nd, 4th, 8th, …
-        # those that the user's own steps write to, such as a teacher's
-        kept = [p for p in self._untrained.modified(check_values=thorough) if not p.requires_grad]
-        result = held_out_gradients(
-            trainer,
+        check_values = self._passes & (self._passes - 1) == 0  # slow, so only at the 1st, 2nd, 4th, 8th, … pass
+        # parameters that the user's own steps write to, such as a teacher's
+        written = [p for p in self._untrained.modified(check_values=check_values) if not p.requires_grad]
+        tensors = list(weights.values())
+        return held_out_gradients(
+            self._trainer,
             batch,
             tensors,
-            self._loss_fn,
-            *seeds,
-            agree=agree,
-            factor=factor,
-            kept=kept,
-            thorough=thorough,
+            self._settings.loss_fn,
+            self._settings.seed,
+            self._pruner.step,
+            agree=self._all_ranks_agree,
+            factor=self._source.rank_weight if _any_sharded(tensors) else 1.0,
+            preserved=written,
+            check_values=check_values,
         )
-        if isinstance(result, str):
-            self._bad_loss(f"the held-out loss is {result}")
-            return
-        sent = [result[0]] if sharded else [result[0], *result[1]]
-        loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, ranks)
-        gradients = gradients or result[1]
-        self._report.held_out_loss(float(loss))
-        if own.keys() == weights.keys():
-            share = self._source.held_out_share
-            if ranks > 1:  # the same on all, whatever the sizes of their batches
-                share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
-            mean = list(own.values())
-            torch._foreach_lerp_(mean, gradients, share)
-            gradients = mean
-        self._step(dict(zip(weights, gradients, strict=True)))
 
-    def warn_of_unused(self) -> None:
-        """Warns, as pruning begins after a dense phase, of layers that the loss does not depend on."""
-        if unused := [name for name in self._without if name in self._trained()]:
-            rank_zero_warn(
-                f"No loss so far depends on {listed(unused)}, so the pressure prunes nearly all of their weights and"
-                " little of the others': `exclude` what is not trained by the loss, such as an average of the weights."
-            )
+    def _average_over_ranks(self, result: HeldOutGradients) -> HeldOutGradients:
+        """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
+        # the backward pass has averaged the gradients of sharded weights already
+        averaged = _any_sharded(list(self._pruner.weights.values()))
+        sent = [result.loss] if averaged else [result.loss, *result.gradients]
+        loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, self._trainer.world_size)
+        return HeldOutGradients(loss, result.gradients if averaged else gradients)
 
-    def _trained(self) -> dict[str, Tensor]:
-        """The weights that are trained now, by layer name; others may be frozen for a while."""
-        return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
+    def _join(self, train: Mapping[str, Tensor], held_out: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean of the weight step's gradients and the held-out ones over the samples of both."""
+        if train.keys() != held_out.keys():
+            return held_out
+        ranks, share = self._trainer.world_size, self._source.held_out_share
+        if ranks > 1:  # the same on all ranks, whatever the sizes of their batches
+            device = self._trainer.strategy.root_device
+            share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
+        mean = list(train.values())
+        torch._foreach_lerp_(mean, list(held_out.values()), share)
+        return dict(zip(train, mean, strict=True))
 
     def _step(self, gradients: Mapping[str, Tensor]) -> None:
         self.last = self._pruner.step
         if self._pruner.auxiliary_step([gradients.get(name) for name in self._pruner.weights]):
             self._bad_losses = self._overflows = 0
-        elif self._scaled and self._overflows < _MAX_OVERFLOWS:
+        elif self._is_scaled and self._overflows < _MAX_OVERFLOWS:
             self._overflows += 1
         else:
-            self._bad_loss("the gradient for the auxiliary step is not finite")
+            self._count_bad_loss("the gradient for the auxiliary step is not finite")
 
-    def _bad_loss(self, what: str) -> None:
+    def _count_bad_loss(self, what: str) -> None:
+        """Warn of a step that can't be taken; raise if there were too many in a row."""
         self._bad_losses += 1
         text = f"At training step {self._pruner.step} {what}"
         if self._bad_losses >= _MAX_BAD_LOSSES:
             raise AutoPruneError(f"{text}, for the {self._bad_losses}th time in a row: look at the data and the loss.")
         rank_zero_warn(f"{text}: no auxiliary step is taken, and training goes on.")
 
+    # What the steps need
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        """Return the weights that are trained now, by layer name; others may be frozen for a while."""
+        return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
+
+    def _all_ranks_agree(self, ok: bool) -> bool:
+        return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
+
+    def warn_of_unused_layers(self) -> None:
+        """Warn, as pruning begins after a dense phase, of layers that the loss does not depend on."""
+        trained = self._trained_weights()
+        if unused := [name for name in self._layers_without_gradient if name in trained]:
+            rank_zero_warn(
+                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights"
+                " and few others: `exclude` layers that the loss does not train, such as an average of the weights."
+            )
+
+    # State
+
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """Return what resuming needs."""
         return {"last": self.last, "bad_losses": self._bad_losses}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self.last, self._bad_losses = state["last"], state["bad_losses"]
+
+
+def _any_sharded(weights: list[Tensor]) -> bool:
+    return any(is_sharded(weight) for weight in weights)

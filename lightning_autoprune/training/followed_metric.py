@@ -57,7 +57,7 @@ def best_values(trainer: Trainer, history: RunHistory) -> dict[str, float]:
     points = [(step, value) for step, _, value in history.points if math.isfinite(value)]
     values_by_name = {
         f"best_{history.metric}": [value for _, value in points],
-        f"best_pruned_{history.metric}": [value for step, value in points if step >= history.final],
+        f"best_pruned_{history.metric}": [value for step, value in points if step >= history.masks_final_at],
     }
     return {name: best(values) for name, values in values_by_name.items() if values}
 

@@ -1,12 +1,11 @@
-"""The shield: one more forward pass inside the training loop that leaves no trace in the user's run."""
+"""The held-out pass: one more forward and backward pass in the training loop that leaves no trace in the run."""
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,41 +14,54 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torchmetrics import Metric
 
-from lightning_autoprune.method.update_rules import at_least_float32
+from lightning_autoprune.tensors.dtypes import at_least_float32
 from lightning_autoprune.tensors.preserve import preserve_buffers, preserve_values
 from lightning_autoprune.tensors.random_state import isolated_random
 from lightning_autoprune.tensors.sharding import isolated_pass, local_shard, loss_gradients
 from lightning_autoprune.tensors.write_detector import WriteDetector
-from lightning_autoprune.training.lightning_internals import grad_scaler
+from lightning_autoprune.training.lightning_internals import grad_scaler, training_step_arguments
 
-__all__ = ["held_out_gradients", "shielded"]
+__all__ = ["HeldOutGradients", "held_out_gradients", "shielded"]
+
+
+class HeldOutGradients(NamedTuple):
+    """The loss of a held-out batch and its gradients.
+
+    Attributes:
+        loss: a scalar, in at least float32.
+        gradients: dL/dT, one per weight: zeros where the loss does not depend on it; of sharded weights, this rank's
+            shard of the mean over the ranks.
+    """
+
+    loss: Tensor
+    gradients: list[Tensor]
 
 
 @contextmanager
 def shielded(
-    model: LightningModule, *seeds: int, kept: Sequence[Tensor] = (), thorough: bool = False
+    model: LightningModule, *seeds: int, preserved: Sequence[Tensor] = (), check_values: bool = False
 ) -> Iterator[None]:
-    """Runs a block in which a ``training_step`` can be called without effect on the run.
+    """Run a block in which ``training_step`` can be called without effect on the run.
 
-    ``nn.Dropout`` modules are off inside. Afterwards, as before: what ``self.log`` gathers, torchmetrics states, all
-    buffers (BatchNorm statistics among them), random numbers, and the training flags. Gradients are the caller's care:
-    use ``torch.autograd.grad``. Not covered is what plain Python keeps (a list that ``training_step`` appends to, a
-    direct call of ``self.logger.experiment``, a forward hook that counts), nor what is written to trained weights,
-    which is warned about; who does that passes a ``loss_fn``.
+    ``nn.Dropout`` modules are off inside. Restored afterwards are what ``self.log`` gathers, torchmetrics states, all
+    buffers (such as BatchNorm statistics), random numbers, and the training flags. Gradients are left to the caller,
+    who uses ``torch.autograd.grad``. Two things are not covered: state in plain Python (a list that ``training_step``
+    appends to, a direct call of ``self.logger.experiment``, a forward hook that counts), and writes to trained weights,
+    which are warned about. A user who does either passes a ``loss_fn``.
 
     Args:
         model: the module being trained, in training mode.
         seeds: integers that seed the random numbers inside.
-        kept: other tensors that are put back, such as parameters that ``training_step`` writes to itself.
-        thorough: whether to see what is written to trained weights through ``.data`` too, which takes time.
+        preserved: other tensors to restore, such as parameters that ``training_step`` writes to itself.
+        check_values: whether to detect writes to trained weights through ``.data`` too, which takes time.
     """
-    detector = WriteDetector([p for p in model.parameters() if p.requires_grad], check_values=thorough)
+    trained = WriteDetector([p for p in model.parameters() if p.requires_grad], check_values=check_values)
     with ExitStack() as stack:
-        stack.enter_context(preserve_values(kept))
+        stack.enter_context(preserve_values(preserved))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
             if isinstance(module, LightningModule):
-                stack.enter_context(_attributes(module, log=_nothing, log_dict=_nothing))
+                stack.enter_context(_attributes(module, log=_ignore, log_dict=_ignore))
             elif isinstance(module, Metric):
                 stack.enter_context(_fresh_metric(module))
             elif isinstance(module, _DropoutNd):
@@ -57,20 +69,20 @@ def shielded(
             if module._buffers:
                 stack.enter_context(preserve_buffers(module))
         yield
-    if detector.modified(check_values=thorough):
+    if trained.modified(check_values=check_values):
         rank_zero_warn(
             "`training_step` writes to weights that are trained, and did so in the held-out pass too: pass a `loss_fn`"
             ' that only gives the loss, or `held_out="train"`.'
         )
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Takes the place of ``self.log`` and ``self.log_dict``."""
+def _ignore(*args: Any, **kwargs: Any) -> None:
+    """Take the place of ``self.log`` and ``self.log_dict``."""
 
 
 @contextmanager
 def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Sets instance attributes, and after the block puts back or deletes them."""
+    """Set instance attributes, and restore or delete them after the block."""
     saved = {name: module.__dict__[name] for name in values if name in module.__dict__}
     module.__dict__.update(values)
     try:
@@ -83,7 +95,7 @@ def _attributes(module: nn.Module, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def _fresh_metric(metric: Metric) -> Iterator[None]:
-    """Gives a metric new, empty states, and after the block the old ones."""
+    """Give a metric new, empty states, and restore the old ones after the block."""
     saved = metric.__dict__.copy()
     for name, default in metric._defaults.items():
         fresh: Any = default.detach().clone().to(metric.device) if isinstance(default, Tensor) else []
@@ -103,10 +115,10 @@ def held_out_gradients(
     *seeds: int,
     agree: Callable[[bool], bool] = bool,
     factor: float = 1.0,
-    kept: Sequence[Tensor] = (),
-    thorough: bool = False,
-) -> tuple[Tensor, list[Tensor]] | str:
-    """The loss of a held-out batch and its gradients dL/dT, without effect on the run.
+    preserved: Sequence[Tensor] = (),
+    check_values: bool = False,
+) -> HeldOutGradients | str:
+    """Return the loss of a held-out batch and its gradients dL/dT, without effect on the run.
 
     Args:
         trainer: a trainer in its training loop.
@@ -114,20 +126,21 @@ def held_out_gradients(
         weights: parameters that are trained (``requires_grad``).
         loss_fn: takes the module and the batch and returns the loss; None calls ``training_step``.
         seeds: integers that seed the random numbers inside.
-        agree: makes of whether this loss is good whether those of all ranks are; before the backward pass, in which a
-            rank may wait for the others.
+        agree: returns True if its argument is True on all ranks. It is called before the backward pass, in which a rank
+            may wait for the others.
         factor: what the gradients are multiplied by.
-        kept: tensors whose values are put back, beside what :func:`shielded` does.
-        thorough: as of :func:`shielded`.
+        preserved: other tensors whose values are restored; see :func:`shielded`.
+        check_values: see :func:`shielded`.
 
     Returns:
-        The loss and one gradient a weight (zeros where the loss does not depend on it; of sharded weights this rank's
-        part of the mean over the ranks), or, where the loss is not a finite scalar, a text that says what it is.
+        The loss and one gradient per weight. If the loss is not a finite scalar, a text that says what it is.
     """
     module = trainer.lightning_module
-    with shielded(module, *seeds, kept=kept, thorough=thorough), isolated_pass(module, weights), torch.enable_grad():
+    shield = shielded(module, *seeds, preserved=preserved, check_values=check_values)
+    with shield, isolated_pass(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
-            output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*_arguments(trainer, batch))
+            arguments = training_step_arguments(trainer, batch)
+            output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*arguments)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         problem = _problem(loss)
         if not agree(not problem):
@@ -136,7 +149,7 @@ def held_out_gradients(
         with ExitStack() as stack:
             for weight in weights:
                 stack.enter_context(_no_hooks(weight))
-            scaler = grad_scaler(trainer)  # without it 16-bit gradients would be 0; a few rows have larger ones
+            scaler = grad_scaler(trainer)  # 16-bit gradients would be 0 without it; small batches have larger ones
             scale = scaler.get_scale() / 16 if scaler else 1.0
             results = loss_gradients(scale * factor * loss.sum(), weights)
     if any(result is None and weight.grad is not None for weight, result in zip(weights, results, strict=True)):
@@ -145,11 +158,13 @@ def held_out_gradients(
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
     found = [torch.zeros_like(local_shard(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
-    return at_least_float32(loss.detach()), found if scale == 1 else list(torch._foreach_div(found, scale))
+    return HeldOutGradients(
+        at_least_float32(loss.detach()), found if scale == 1 else list(torch._foreach_div(found, scale))
+    )
 
 
 def _problem(loss: Any) -> str:
-    """What is wrong with a loss; empty if nothing is."""
+    """Return what is wrong with a loss; empty if nothing is."""
     if not isinstance(loss, Tensor):
         return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
     if loss.numel() != 1:
@@ -161,16 +176,10 @@ def _problem(loss: Any) -> str:
 
 @contextmanager
 def _no_hooks(weight: Tensor) -> Iterator[None]:
-    """Takes the user's gradient hooks off a weight (``wandb.watch`` sets some), and puts them back."""
+    """Run a block without the user's gradient hooks on a weight (``wandb.watch`` sets some)."""
     hooks = weight._backward_hooks
     weight._backward_hooks = None
     try:
         yield
     finally:
         weight._backward_hooks = hooks
-
-
-def _arguments(trainer: Trainer, batch: Any) -> list[Any]:
-    """What Lightning passes to ``training_step``: the batch, and its index if it is asked for."""
-    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, trainer.fit_loop.batch_idx)
-    return list(kwargs.values())

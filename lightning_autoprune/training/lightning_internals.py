@@ -1,11 +1,16 @@
-"""What is read of Lightning's loops and optimizers; its private members are behind the functions here."""
+"""What is read of Lightning's loops, optimizers and connectors. All use of private members is in this module.
+
+Lightning 2.6 is required, because private members may change with any release.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.data import _update_dataloader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
@@ -21,33 +26,51 @@ from lightning_autoprune.errors import AutoPruneError
 
 __all__ = [
     "average_model",
+    "callbacks_of",
     "combine_like",
     "combined_validation_loader",
+    "drop_metric",
     "dump_weights",
     "grad_scaler",
+    "gradient_scale",
     "has_stepped",
+    "is_moving_training_batch",
     "is_sequential",
+    "log_is_due",
     "logger_key",
     "metric_logs",
-    "moves_training_batch",
-    "owners",
+    "model_averaging_period",
+    "optimizer_by_parameter",
     "replace_sampler",
     "run_transfer_hook",
-    "scale_left",
+    "set_metrics",
     "steps_done",
     "total_steps",
     "training_data_source",
+    "training_step_arguments",
     "will_step",
 ]
 
 
-def owners(trainer: Trainer) -> dict[int, Optimizer]:
-    """The optimizer of each parameter, by the parameter's ``id``."""
-    return {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+# The Trainer
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def model_averaging_period(trainer: Trainer) -> int | None:
+    """Return the number of steps between two averages of the ranks' weights under DDP; None without averages."""
+    return getattr(trainer.strategy, "_model_averaging_period", None)
+
+
+# Steps
 
 
 def total_steps(trainer: Trainer) -> int:
-    """Length of the run in training steps: batches that end in an optimizer step.
+    """Return the length of the run in training steps: batches that end in an optimizer step.
 
     Raises:
         AutoPruneError: if it can't be known before the run is over.
@@ -60,40 +83,49 @@ def total_steps(trainer: Trainer) -> int:
             )
         if not trainer.lightning_module.automatic_optimization:
             raise AutoPruneError(
-                f"{unknown}: with manual optimization `max_steps` counts the steps of the optimizer, of which a batch"
-                " may have none or several. Set `max_epochs` instead."
+                f"{unknown}: with manual optimization, `max_steps` counts the optimizer's steps, and a batch may have"
+                " none or several. Set `max_epochs` instead."
             )
     total, epochs = trainer.estimated_stepping_batches, trainer.max_epochs
     if epochs not in (None, -1) and trainer.num_training_batches < math.inf:
-        factors = [trainer.accumulate_grad_batches] * epochs
-        for callback in _callbacks(trainer):
-            if isinstance(callback, GradientAccumulationScheduler):
-                factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
-        for callback in _callbacks(trainer):
-            if isinstance(callback, StochasticWeightAveraging):  # which may add an epoch without steps
-                factors = factors[: callback._max_epochs]
+        factors = _accumulation_by_epoch(trainer, epochs)
         steps = sum(math.ceil(trainer.num_training_batches / factor) for factor in factors)
         total = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < total < math.inf:
         raise AutoPruneError(
             f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"
-            " (`max_time` may be set beside them)."
+            " (`max_time` may be set as well)."
         )
     return int(total)
 
 
+def _accumulation_by_epoch(trainer: Trainer, epochs: int) -> list[int]:
+    """Return over how many batches gradients are accumulated, for each epoch with optimizer steps."""
+    factors = [trainer.accumulate_grad_batches] * epochs
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, StochasticWeightAveraging):  # it may add an epoch without optimizer steps
+            factors = factors[: callback._max_epochs]
+    return factors
+
+
 def steps_done(trainer: Trainer) -> int:
-    """Number of training steps that are over, earlier fits included; what Lightning's loggers take for the step."""
+    """Return the number of training steps that are over, earlier fits included, as Lightning's loggers count them."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def has_stepped(trainer: Trainer) -> bool:
-    """Whether the batch that ends took an optimizer step, rather than only adding to the gradients."""
+    """Return True if the batch that ends took an optimizer step, rather than only adding to the gradients."""
     return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
 
 
 def will_step(trainer: Trainer) -> bool:
-    """Whether the batch that is being loaded will end in an optimizer step, as the last of an epoch always does."""
+    """Return True if the batch that is being loaded will end in an optimizer step.
+
+    The last batch of an epoch always does.
+    """
     progress = trainer.fit_loop.epoch_loop.batch_progress
     ready = progress.current.ready + 1
     return (
@@ -104,33 +136,81 @@ def will_step(trainer: Trainer) -> bool:
     )
 
 
-def moves_training_batch(trainer: Trainer) -> bool:
-    """Whether it is Lightning that moves a batch now, to train on it, and not a hook of the user's that moves its own.
+def is_moving_training_batch(trainer: Trainer) -> bool:
+    """Return True if Lightning moves a batch to train on it now, rather than a hook of the user's that moves its own.
 
-    Lightning names the hook it is in; ``batch_progress`` does not tell this move from one when an epoch starts or ends.
+    Lightning stores the name of the hook that it runs. ``batch_progress`` does not tell this move from a move when an
+    epoch starts or ends.
     """
     return trainer.training and trainer.lightning_module._current_fx_name == "batch_to_device"
 
 
+def training_step_arguments(trainer: Trainer, batch: Any) -> list[Any]:
+    """Return what Lightning passes to ``training_step``: the batch, and its index if the method asks for it."""
+    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, trainer.fit_loop.batch_idx)
+    return list(kwargs.values())
+
+
+# Optimizers
+
+
+def optimizer_by_parameter(trainer: Trainer) -> dict[int, Optimizer]:
+    """Return the optimizer of each parameter, by the parameter's ``id``."""
+    return {id(p): o for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+
+
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
-    """What scales the loss in 16-bit precision, and skips steps whose gradients overflow; None if nothing does."""
+    """Return what scales the loss in 16-bit precision and skips steps whose gradients overflow; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
 
 
-def scale_left(scaler: GradScaler, optimizer: Optimizer) -> float:
-    """What the gradients of an optimizer are multiplied by when its step begins.
+def gradient_scale(scaler: GradScaler, optimizer: Optimizer) -> float:
+    """Return the factor that is still in the gradients of an optimizer when its step begins.
 
-    Nothing, as a rule. Fused optimizers take the scale out themselves, and Lightning leaves it in where the last
+    It is 1 as a rule. Fused optimizers divide by the scale themselves, and Lightning leaves it in if the last
     ``training_step`` of an accumulation gave no loss.
     """
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
     return 1.0 if stage is OptState.UNSCALED else scaler.get_scale()
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
+# Metrics
+
+
+def log_is_due(trainer: Trainer) -> bool:
+    """Return True if Lightning logs in this step."""
+    return trainer._logger_connector.should_update_logs
+
+
+def set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Mapping[str, float]) -> None:
+    """Set metrics without ``self.log``, whose bookkeeping costs about half a millisecond per key and step."""
+    connector = trainer._logger_connector
+    connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+    connector._progress_bar_metrics.update(progress_bar)
+
+
+def drop_metric(trainer: Trainer, name: str) -> None:
+    """Remove a metric that other callbacks can monitor, if it is there."""
+    trainer._logger_connector._callback_metrics.pop(name, None)
+
+
+def metric_logs(loop: Any, name: str) -> list[Any]:
+    """Return Lightning's records of a metric that a loop logs, one per hook that logs it.
+
+    Lightning keeps the records when the loop ends, and resets them (`has_reset`).
+
+    Args:
+        loop: the training epoch loop or the validation loop of a fit.
+        name: the name of the metric in `callback_metrics`.
+    """
+    results = loop._results
+    return [
+        log for log in results.values() if any(name in results._forked_name(log, on_step) for on_step in (True, False))
+    ]
+
+
+# Loggers, checkpoints and other callbacks
 
 
 def logger_key(logger: WandbLogger | TensorBoardLogger, name: str) -> str:
@@ -148,19 +228,7 @@ def average_model(callback: WeightAveraging | StochasticWeightAveraging) -> nn.M
     return callback._average_model
 
 
-def metric_logs(loop: Any, name: str) -> list[Any]:
-    """Return Lightning's records of a metric that a loop logs, one per hook that logs it.
-
-    Lightning keeps the records when the loop ends, and resets them (`has_reset`).
-
-    Args:
-        loop: the training epoch loop or the validation loop of a fit.
-        name: the name of the metric in `callback_metrics`.
-    """
-    results = loop._results
-    return [
-        log for log in results.values() if any(name in results._forked_name(log, on_step) for on_step in (True, False))
-    ]
+# Loaders
 
 
 def training_data_source(trainer: Trainer) -> Any:

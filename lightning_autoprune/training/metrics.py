@@ -54,7 +54,7 @@ class MetricsReporter:
                 before[name] if name in before else pack(torch.ones(weight.shape, dtype=torch.bool))
                 for name, weight in weights.items()
             ]
-        self.history.extend(list(weights))
+        self.history.add_layers(list(weights))
 
     def held_out_loss(self, loss: float) -> None:
         """Takes the loss of a held-out batch."""
@@ -99,7 +99,7 @@ class MetricsReporter:
         found = followed_metric(trainer, self.history.metric, late=late)
         if found is not None:
             step = steps_done(trainer) - (not trainer.validating)  # a validation comes before its step is counted
-            self.history.measure(found[0], step, pruner.sparsity, found[1], pruner.frozen)
+            self.history.record_metric(found[0], step, pruner.sparsity, found[1], masks_final=pruner.masks_final)
 
     def log(
         self,
@@ -128,7 +128,9 @@ class MetricsReporter:
             back = int((now & ~before).sum())
             revived += back
             self.history.revived[i] += back
-        self.history.add(steps_done(trainer), list(layers.values()), metrics["autoprune/sparsity"], always=remember)
+        self.history.record_sparsity(
+            steps_done(trainer), list(layers.values()), metrics["autoprune/sparsity"], always=remember
+        )
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}
         metrics |= {f"autoprune/sparsity/{name}": value for name, value in layers.items()}
         for logger in trainer.loggers:
@@ -148,7 +150,7 @@ class MetricsReporter:
         """Restores what :meth:`state_dict` gave."""
         self._loss_sum, self._losses = state["loss"]
         self._before = list(state["before"])
-        self.history = RunHistory.of(state["history"])
+        self.history = RunHistory.from_state_dict(state["history"])
 
 
 def _set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Mapping[str, float]) -> None:

@@ -1,58 +1,60 @@
-"""One fit under the callback: what is pruned, by which gradients, and what is told of it."""
+"""One fit under the callback: what is pruned, when, by which gradients, and what is reported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, listed
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.method.settings import Settings
-from lightning_autoprune.model.prunable_layers import being_pruned
+from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
+from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
 from lightning_autoprune.training.held_out.sources import HeldOutSource
-from lightning_autoprune.training.lightning_internals import owners, steps_done, total_steps, will_step
+from lightning_autoprune.training.lightning_internals import (
+    log_is_due,
+    optimizer_by_parameter,
+    steps_done,
+    total_steps,
+    will_step,
+)
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
-from lightning_autoprune.training.model_analysis import plan
-from lightning_autoprune.training.trainer_checks import check_shards
+from lightning_autoprune.training.model_analysis import analyze_model
+from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
+from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
-__all__ = ["PruningRun", "warn_of_changes"]
+__all__ = ["PruningRun"]
 
 
 class PruningRun:
-    """Prunes a module from the start of its training to the end.
+    """Prunes the module of a trainer from the start of its training to the end.
 
     Args:
         trainer: the trainer.
         module: the module that it trains.
         weights: those that may be pruned, by layer name.
         optimizers: those that train them.
-        settings: how to prune.
-        source: of the held-out data; it has been started.
-        train_gradients: as of the callback.
-        loss_fn: as of the callback.
-        seed: as of the callback.
+        settings: those of the callback.
+        source: gives the held-out data; it has been started.
 
     Attributes:
-        module: that is trained.
+        module: the module that is trained.
         pruner: the course of the run.
         report: what is logged.
-        gradients: those that M follows.
-        active: whether training is under way.
+        gradients: takes the auxiliary steps.
 
     Raises:
-        AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no neurons.
+        AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
     """
 
     def __init__(
@@ -61,217 +63,200 @@ class PruningRun:
         module: LightningModule,
         weights: Mapping[str, nn.Parameter],
         optimizers: Sequence[Optimizer],
-        settings: Settings,
+        settings: CallbackSettings,
         source: HeldOutSource,
-        train_gradients: bool | None,
-        loss_fn: Callable[[LightningModule, Any], Tensor] | None,
-        seed: int,
     ) -> None:
-        chosen, neurons, self._cost = plan(module, weights, settings)
-        if trainer.world_size > 1 and neurons:  # numbered alike on all ranks
+        self._trainer, self.module, self._settings, self._source = trainer, module, settings, source
+        self._analysis = analyze_model(module, weights, settings)
+        chosen, neurons = self._analysis.weights, self._analysis.neurons
+        if trainer.world_size > 1 and neurons:  # all ranks must number the channels alike
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self.module, self._source, self._optimizers = module, source, list(optimizers)
-        self._trainer = trainer
         self.report = MetricsReporter(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
-        self.gradients = AuxiliarySteps(
-            module, self.pruner, source, self._optimizers, self.report, train_gradients, loss_fn, seed
-        )
-        self._handles: list[Any] = []
-        self._masked: set[int] = set()  # the optimizers whose gradients Lightning's hook has masked
-        self._stepping: set[int] = set()  # those whose step is under way, under manual optimization
-        self._stepped: set[int] = set()  # those whose hook was called in the training step under way
-        self._left_dense: list[str] = []  # of the layers that were thawed too late
-        self._no_neurons = [name for name in weights if name not in chosen]
+        wanted = settings.train_gradients
+        by_default = source.default_train_gradients and len(optimizers) == 1
+        follows_training = by_default if wanted is None or not source.has_batches else wanted
+        self.gradients = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
+        manual = not module.automatic_optimization
+        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
+        self._left_dense: list[str] = []  # layers that were unfrozen too late
+        self._without_channels = [name for name in weights if name not in chosen]
 
-    def start(self, trainer: Trainer) -> None:
-        """Enters the phase that the run is in, and hooks into the optimizers."""
+    # Start
+
+    def start(self) -> None:
+        """Enter the phase that the run is in, and hook into the optimizers."""
         step, phases = self.pruner.step, self.pruner.phases
         if step > phases.start and self.pruner.auxiliary is None:
             rank_zero_warn(
-                f"This fit begins after {step} of {phases.total} steps without a state of pruning, which begins after"
-                f" {phases.start} and ends after {phases.end}: {max(phases.end - step, 0)} steps are left for it. For"
-                " all of them, start a new fit from the weights alone, without `ckpt_path`."
+                f"This fit begins after {step} of {phases.total} steps without a pruning state. Pruning begins after"
+                f" {phases.start} steps and ends after {phases.end}, so {max(phases.end - step, 0)} steps are left for"
+                " it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
             )
         self.pruner.start()
-        if self.pruner.frozen:
+        if self.pruner.masks_final:
             self._source.on_masks_final()
-            prune_averages(trainer, self.pruner)
+            prune_averages(self._trainer, self.pruner)
         else:
-            being_pruned.update(self.module.modules())
-        reshard(self.module)  # the example may have left copies of the weights as they were
-        self._hook_into(self._optimizers)
+            mark_as_being_pruned(self.module)
+        reshard(self.module)  # the example may have left gathered copies of the weights as they were
+        self._hooks.attach()
 
-    def _hook_into(self, optimizers: Sequence[Optimizer]) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._optimizers[:] = optimizers
-        self._handles = [o.register_step_post_hook(self._after_weight_step) for o in optimizers]
-        if not self.module.automatic_optimization:  # a step past Lightning, by `optimizers(use_pl_optimizer=False)`
-            self._handles += [o.register_step_pre_hook(self._before_manual_step) for o in optimizers]
+    @property
+    def is_training(self) -> bool:
+        """True while training is under way."""
+        return self._hooks.attached
 
-    def _follow(self, owned: Mapping[int, Optimizer]) -> None:
-        """Hooks into the optimizers that train the weights now, where the user has made new ones."""
-        found = {id(owner): owner for weight in self.pruner.weights.values() if (owner := owned.get(id(weight)))}
-        if found.keys() - set(map(id, self._optimizers)):
-            self._hook_into(list(found.values()))
+    @property
+    def is_over(self) -> bool:
+        """True once all steps have been taken."""
+        return self.pruner.step >= self.pruner.phases.total
 
-    def take_in(self, trainer: Trainer, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Prunes layers too that have been thawed since, as finetuning callbacks do; warns of those that stay dense.
+    def upcoming_step(self) -> int | None:
+        """Return the number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
+        return self.pruner.step if self.pruner.due and will_step(self._trainer) else None
 
-        Optimizers that have been made anew since are followed.
+    # Layers that are unfrozen during the run
+
+    def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
+        """Prune layers too that finetuning callbacks have unfrozen, and warn of those that must stay dense.
+
+        Optimizers that have been made anew are followed.
 
         Args:
-            trainer: the trainer.
             candidates: all weights of the module that may be pruned, trained or not, by layer name.
         """
-        owned = owners(trainer)
-        self._follow(owned)
-        known = [*self.pruner.weights, *self._left_dense, *self._no_neurons]
+        owners = optimizer_by_parameter(self._trainer)
+        self._hooks.follow(self.pruner.weights.values(), owners)
+        known = {*self.pruner.weights, *self._left_dense, *self._without_channels}
         for name, weight in candidates.items():
-            if name in known or not weight.requires_grad or id(weight) not in owned:
+            if name in known or not weight.requires_grad or id(weight) not in owners:
                 continue
             try:
-                self._check_thawed(trainer, name, weight, owned[id(weight)])
-                taken = {n: w for n, w in candidates.items() if n in self.pruner.weights or n == name}
-                self.pruner.extend(taken)
-                self.report.extend(taken)
+                self._check_unfrozen(name, weight, owners[id(weight)])
+                weights = {n: w for n, w in candidates.items() if n in self.pruner.weights or n == name}
+                self.pruner.extend(weights)
+                self.report.extend(weights)
             except AutoPruneError as error:
-                rank_zero_warn(f"Layer {name!r}, which is thawed now, stays dense. {error}")
+                rank_zero_warn(f"Layer {name!r}, which has been unfrozen, stays dense. {error}")
                 self._left_dense.append(name)
 
-    def _check_thawed(self, trainer: Trainer, name: str, weight: nn.Parameter, owner: Optimizer) -> None:
-        """Raises if a layer can't be pruned that has been thawed."""
-        if self.pruner.frozen:
+    def _check_unfrozen(self, name: str, weight: nn.Parameter, owner: Optimizer) -> None:
+        """Raise if a layer that has been unfrozen can't be pruned."""
+        if self.pruner.masks_final:
             raise AutoPruneError("The masks are final.")
-        if self.pruner.neurons:
+        if not self.pruner.can_extend:
             raise AutoPruneError("Neurons are found when fitting starts.")
-        if owner not in self._optimizers:
+        if owner not in self._hooks.optimizers:
             raise AutoPruneError(
                 "It has an optimizer of its own, which trained no prunable weight when fitting started."
             )
-        if trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
-            raise AutoPruneError("DDP does not share the gradients of what was frozen when fitting started.")
-        check_shards(trainer, {name: weight})
-
-    @property
-    def active(self) -> bool:
-        """Whether training is under way."""
-        return bool(self._handles)
-
-    @property
-    def over(self) -> bool:
-        """Whether all steps have been taken."""
-        return self.pruner.step >= self.pruner.phases.total
-
-    def upcoming(self, trainer: Trainer) -> int | None:
-        """The number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
-        return self.pruner.step if self.pruner.due and will_step(trainer) else None
+        support = support_for(self._trainer)
+        support.check_unfrozen(self._trainer)
+        support.check_weights(self._trainer, {name: weight})
 
     # Each step
 
-    def before_weight_step(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        """Masks the gradients before they are clipped; M may need them as they were."""
-        if id(optimizer) not in self._stepping:
-            self._masked.add(id(optimizer))
-            self._mask(trainer, optimizer)
+    def before_weight_step(self, optimizer: Optimizer) -> None:
+        """Mask the gradients before they are clipped; M may need them unmasked."""
+        self._hooks.on_before_step(optimizer)
 
-    def _before_manual_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._stepping.add(id(optimizer))
-        if id(optimizer) not in self._masked:
-            self._mask(self._trainer, optimizer)
-
-    def _mask(self, trainer: Trainer, optimizer: Optimizer) -> None:
-        self.gradients.before_weight_step(trainer, optimizer)
+    def _prepare_weight_step(self, optimizer: Optimizer) -> None:
+        trains_weights = any(optimizer is followed for followed in self._hooks.optimizers)
+        self.gradients.before_weight_step(optimizer, trains_weights)
         self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
-    def _after_weight_step(self, optimizer: Optimizer, *_: Any) -> None:
-        self._stepping.discard(id(optimizer))
-        self._masked.discard(id(optimizer))
-        self._stepped.add(id(optimizer))
-        self.pruner.after_weight_step()
+    def end_step(self) -> None:
+        """Step M, update the masks, move on to the next phase, and report."""
+        self._hooks.end_training_step()
+        self.gradients.after_weight_step()
+        was_dense = self.pruner.auxiliary is None
+        became_final = self.pruner.end_step(self.report.history.record_histograms)
+        if was_dense and self.pruner.auxiliary is not None:
+            self.gradients.warn_of_unused_layers()
+        if became_final:
+            self._finish_pruning()
+        self._report_step(became_final)
 
-    def end_step(self, trainer: Trainer, log_is_due: Callable[[int], bool]) -> None:
-        """Steps M, updates the masks, moves on to the next phase, and reports.
-
-        Args:
-            trainer: the trainer.
-            log_is_due: tells whether to log once so many steps are over.
-        """
-        if len(self._stepped) < len(self._optimizers):  # some optimizers call no hooks
-            self.pruner.after_weight_step()
-        self._stepped.clear()
-        self._masked.clear()
-        self._stepping.clear()
-        self.gradients.after_weight_step(trainer)
-        dense = self.pruner.auxiliary is None
-        frozen_now = self.pruner.end_step(self.report.history.look_at)
-        if dense and self.pruner.auxiliary is not None:
-            self.gradients.warn_of_unused()
-        if frozen_now:
-            self._finish_pruning(trainer)
+    def _report_step(self, became_final: bool) -> None:
         layers = self.pruner.layer_sparsity()
-        flops = self._cost.flops_left(layers) if self._cost else None
-        metrics = self.report.publish(trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops, over=self.pruner.frozen)
-        if frozen_now or log_is_due(self.pruner.step):
-            masks = self.pruner.each_mask() if frozen_now or not self.pruner.frozen else ()  # they change no more
-            self.report.log(trainer, metrics, layers, masks, remember=frozen_now)
+        flops, over = self._analysis.flops_left(layers), self.pruner.masks_final
+        metrics = self.report.publish(self._trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops, over=over)
+        if became_final or self._log_is_due():
+            masks = self.pruner.each_mask() if became_final or not over else ()  # final masks change no more
+            self.report.log(self._trainer, metrics, layers, masks, remember=became_final)
 
-    def _finish_pruning(self, trainer: Trainer) -> None:
-        being_pruned.difference_update(self.module.modules())
+    def _log_is_due(self) -> bool:
+        every = self._settings.log_every_n_steps
+        return log_is_due(self._trainer) if every is None else self.pruner.step % every == 0
+
+    def _finish_pruning(self) -> None:
+        remove_mark(self.module)
         self._source.on_masks_final()
-        self.report.history.final = steps_done(trainer)
-        prune_averages(trainer, self.pruner)
+        self.report.history.masks_final_at = steps_done(self._trainer)
+        prune_averages(self._trainer, self.pruner)
         if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
-    # What is told of it
+    # What is reported
 
     def layers(self) -> list[LayerSummary]:
-        """A row for each layer."""
+        """Return a row for each layer."""
         revived = dict(zip(self.pruner.weights, self.report.history.revived, strict=True))
-        return summarize_layers(self.pruner.weights, self._flops(), revived, self.pruner.layer_sparsity())
+        flops = self._analysis.flops_by_layer()
+        return summarize_layers(self.pruner.weights, flops, revived, self.pruner.layer_sparsity())
 
-    def log_figures(self, trainer: Trainer, *, ended: bool = False) -> None:
-        """Hands the loggers the figures of the run so far."""
+    def measure(self, *, late: bool = False) -> None:
+        """Record the metric that is followed beside the sparsity, if it has just been measured.
+
+        Args:
+            late: whether the hooks of the epoch's end, which may have logged it, are over.
+        """
+        self.report.measure(self._trainer, self.pruner, late=late)
+
+    def log_figures(self, *, ended: bool = False) -> None:
+        """Hand the loggers the figures of the run so far."""
         history = self.report.history
         if self.pruner.M:
-            history.look_at(self.pruner.M)
-        if trainer.is_global_zero:
-            best = best_values(trainer, history) if ended else None
-            log_figures(trainer, steps_done(trainer), self.layers(), history, best)
+            history.record_histograms(self.pruner.M)
+        if self._trainer.is_global_zero:
+            best = best_values(self._trainer, history) if ended else None
+            log_figures(self._trainer, steps_done(self._trainer), self.layers(), history, best)
 
-    def log_artifact(self, trainer: Trainer) -> None:
-        """Hands W&B the best checkpoint that is pruned."""
-        if self.pruner.frozen:
+    def log_artifact(self) -> None:
+        """Hand W&B the best checkpoint with final masks."""
+        if self.pruner.masks_final:
             from lightning_autoprune.training.loggers.wandb import log_artifact
 
             layers = self.pruner.layer_sparsity()
-            metadata = {"sparsity": self.pruner.sparsity, "layer_sparsity": layers}
-            if self._cost:
-                metadata["flops"] = self._cost.flops_left(layers)
-            log_artifact(trainer, self.pruner, metadata)
-
-    def _flops(self) -> dict[str, int] | None:
-        return {name: self._cost.flops_of(name) for name in self._cost.layers} if self._cost else None
+            metadata: dict[str, Any] = {"sparsity": self.pruner.sparsity, "layer_sparsity": layers}
+            if (flops := self._analysis.flops_left(layers)) is not None:
+                metadata["flops"] = flops
+            log_artifact(self._trainer, self.pruner, metadata)
 
     # The end
 
-    def end(self) -> None:
-        """Writes the zeros once more, which what other callbacks do when fitting ends may have overwritten."""
+    def warn_if_unfinished(self) -> None:
+        """Warn if training has ended before pruning did."""
+        if not self.pruner.masks_final:
+            rank_zero_warn(
+                f"Training ended after {self.pruner.step} of {self.pruner.phases.total} steps, before the masks were"
+                f" final: sparsity is {self.pruner.sparsity:.2%}. Resume to go on."
+            )
+
+    def write_zeros(self) -> None:
+        """Zero pruned weights once more, as other callbacks may have overwritten them when fitting ended."""
         prune_again(self.pruner)
 
     def release(self) -> None:
-        """Lets go of the module and the optimizers; what has been pruned stays pruned."""
-        being_pruned.difference_update(self.module.modules())
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizers = [], []
+        """Remove all hooks and marks; pruned weights stay zero."""
+        remove_mark(self.module)
+        self._hooks.remove()
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """All that resuming needs beside the weights, the optimizer and the loops; plain types and tensors."""
+        """Return all that resuming needs beside weights, optimizers and loops; plain types and tensors."""
         return {
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
@@ -281,28 +266,28 @@ class PruningRun:
             "pruner": self.pruner.state_dict(),
             "report": self.report.state_dict(),
             "held_out": self._source.state_dict(),
-            "flops": self._flops(),
+            "flops": self._analysis.flops_by_layer(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, before :meth:`start`.
+        """Restore what :meth:`state_dict` gave, before :meth:`start`.
 
         Raises:
             AutoPruneError: if it was made for other layers, shapes or held-out data.
         """
         self._left_dense = list(state["left_dense"])
         self.pruner.load_state_dict(state["pruner"])
-        if list(state["layers"]) != list(self.pruner.weights):  # neurons are numbered in the order of the layers
+        if list(state["layers"]) != list(self.pruner.weights):  # channels are numbered in the order of the layers
             raise AutoPruneError(
-                f"The checkpoint's pruning state is for other layers: {listed(state['layers'])} there, and"
-                f" {listed(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`, or"
-                " start from its weights alone."
+                f"The checkpoint's pruning state is for other layers: {quote_names(state['layers'])} there, and"
+                f" {quote_names(self.pruner.weights)} here. Build the same model with the same `include` and `exclude`,"
+                " or start from its weights alone."
             )
         if self.pruner.auxiliary:
-            warn_of_changes(state["settings"], self.pruner.described(), self.pruner.frozen)
+            _warn_of_changed_settings(state["settings"], self.pruner.described(), self.pruner.masks_final)
         self.report.load_state_dict(state["report"])
         self.gradients.load_state_dict(state["gradients"])
-        if self.pruner.frozen:
+        if self.pruner.masks_final:
             return
         if self._source.description != state["source"]:
             raise AutoPruneError(
@@ -313,13 +298,13 @@ class PruningRun:
         self._source.load_state_dict(state["held_out"])
 
     def go_back(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave in the middle of the run, on weights of the same moment.
+        """Restore what :meth:`state_dict` gave in the middle of the run, on weights of the same moment.
 
         Raises:
-            AutoPruneError: as :meth:`load_state_dict`; if the masks are final here and were not then.
+            AutoPruneError: as :meth:`load_state_dict`; also if the masks are final now and were not then.
         """
         auxiliary = state["pruner"]["auxiliary"]
-        if self.pruner.frozen and not (auxiliary and auxiliary["frozen"]):
+        if self.pruner.masks_final and not (auxiliary and auxiliary["frozen"]):
             raise AutoPruneError(
                 "A checkpoint of an earlier phase can't be restored while the masks are final: stop this fit, and pass"
                 " the checkpoint to a new one as `ckpt_path`."
@@ -327,20 +312,20 @@ class PruningRun:
         self.load_state_dict(state)
 
 
-def warn_of_changes(saved: Mapping[str, Any], here: Mapping[str, Any], frozen: bool) -> None:
-    """Warns of settings that differ from those of the checkpoint.
+def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:
+    """Warn of settings that differ from those of the checkpoint's run.
 
     Args:
         saved: the settings of the checkpoint's run, and its length as ``steps``.
         here: those of this run.
-        frozen: whether the masks are final; the length of the run does not matter then.
+        masks_final: whether the masks are final; the length of the run does not matter then.
     """
-    names = [name for name in here if saved[name] != here[name] and not (frozen and name == "steps")]
-    if not names:
+    changed = [name for name in here if saved[name] != here[name] and not (masks_final and name == "steps")]
+    if not changed:
         return
-    if frozen:
+    if masks_final:
         what = "Its masks are final, so they stay: to prune anew, start a new fit from its weights alone."
     else:
         what = "The run goes on with the new ones, as far as they still matter."
-    changes = ", ".join(f"{name} {saved[name]} (here {here[name]})" for name in names)
+    changes = ", ".join(f"{name} {saved[name]} (here {here[name]})" for name in changed)
     rank_zero_warn(f"The checkpoint's run had other settings: {changes}. {what}")

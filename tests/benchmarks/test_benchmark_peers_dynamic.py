@@ -1,3 +1,5 @@
+"""The benchmarks' RigL, SET, Hyperflux and ModelPruning do what their papers or their documentation say."""
+
 from __future__ import annotations
 
 import math
@@ -9,7 +11,7 @@ from harness.methods.dynamic import DynamicSparse, erk_counts
 from harness.methods.hyperflux import Hyperflux
 from harness.methods.lightning_pruning import LightningPruning
 from harness.tasks import Task
-from harness.training import train
+from harness.training import train_and_test
 from lightning.pytorch import Callback
 from peers import STEPS, make_task, mlp, run_watched
 from torch import nn
@@ -26,10 +28,10 @@ MLP, CONVOLUTIONS = make_task(mlp, (12,)), make_task(convolutions, (1, 8, 8))
 
 
 class Watch(Callback):
-    """The weights and gradients before each step, the weights after it, and what else is asked for."""
+    """Records the gradients of each step, the weights after it, and the result of ``look``."""
 
     def __init__(self, look=lambda: None):
-        self.look, self.gradients, self.weights, self.seen = look, [], [], []
+        self.look, self.gradients, self.weights, self.looks = look, [], [], []
 
     def on_train_start(self, trainer, pl_module):
         self.parameters = list(prunable_weights(pl_module).values())
@@ -39,11 +41,11 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         self.weights.append([w.detach().clone() for w in self.parameters])
-        self.seen.append(self.look())
+        self.looks.append(self.look())
 
 
 def run(method, task=MLP, look=lambda: None):
-    """Trains; returns the outcome, what was watched and the network."""
+    """Train, and return the outcome, the watch and the network."""
     watch = Watch(look)
     outcome, network = run_watched(method, task, watch)
     return outcome, watch, network
@@ -63,7 +65,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("task", "total"), [(MLP, 1020), (CONVOLUTIONS, 510)], ids=["mlp", "convolutions"])
-def test_the_compression_is_exact_and_the_weights_are_plain(name, task, total):
+def test_compression_is_exact_and_weights_are_plain(name, task, total):
     outcome, _, network = run(METHODS[name](7), task)
     weights = prunable_weights(network)
     assert sum(w.numel() for w in weights.values()) == total
@@ -75,7 +77,7 @@ def test_the_compression_is_exact_and_the_weights_are_plain(name, task, total):
 
 
 @pytest.mark.parametrize(("name", "end"), [("rigl", 0.75), ("set", 0.75), ("hyperflux", 0.66)])
-def test_fine_tuning_keeps_the_masks_and_trains_the_rest(name, end):
+def test_fine_tuning_keeps_the_masks_and_trains_the_kept_weights(name, end):
     _, watch, _ = run(METHODS[name](7))
     start = math.ceil(end * STEPS)
     masks = [w != 0 for w in watch.weights[start]]
@@ -94,13 +96,13 @@ def test_erk_densities_are_proportional_to_the_sum_of_the_dimensions_over_their_
     assert counts == [1600, 300, 102]
 
 
-def test_erk_layers_that_would_be_more_than_dense_are_dense_and_the_others_share_the_rest():
-    # (10, 1) would have 1001 · 11/621 = 17.7; of the other 991, 500/610 are 812.3 and 110/610 are 178.7
+def test_erk_layers_that_are_too_small_stay_dense_and_the_others_share_the_rest():
+    # (10, 1) would get 1001 · 11/621 = 17.7; of the other 991, 500/610 is 812.3 and 110/610 is 178.7
     assert erk_counts([(300, 200), (100, 10), (10, 1)], 1001) == [812, 179, 10]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 10, 57, 333, 1019, 1020])
-def test_erk_counts_sum_up_exactly_and_fit(keep):
+def test_erk_counts_sum_to_the_number_to_keep_and_fit(keep):
     shapes = [w.shape for w in prunable_weights(mlp()).values()]
     counts = erk_counts(shapes, keep)
     assert sum(counts) == keep
@@ -108,7 +110,7 @@ def test_erk_counts_sum_up_exactly_and_fit(keep):
 
 
 def test_erk_refuses_more_weights_than_there_are():
-    with pytest.raises(ValueError, match="11 weights to keep of 10"):
+    with pytest.raises(ValueError, match="`keep` is 11; it must be from 0 to 10"):
         erk_counts([(5, 2)], 11)
 
 
@@ -116,49 +118,49 @@ def test_erk_refuses_more_weights_than_there_are():
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
-def test_the_first_masks_do_not_know_the_weights_that_the_same_seed_made(grow):
+def test_the_first_masks_do_not_depend_on_the_weights_of_the_same_seed(grow):
     class First(Callback):
         def on_train_start(self, trainer, pl_module):
             first = next(iter(prunable_weights(pl_module).values())).detach()
             self.positive = float((first[first != 0] > 0).float().mean())
 
     watch = First()
-    run_watched(DynamicSparse(3, grow, seed=0), MLP, watch)  # the seed that `run_watched` has
+    run_watched(DynamicSparse(3, grow, seed=0), MLP, watch)  # the seed of `run_watched`
     assert 0.3 < watch.positive < 0.7
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
-def test_every_layer_keeps_its_number_of_weights_from_the_first_step_on(grow):
+def test_every_layer_has_its_number_of_weights_from_the_first_step_on(grow):
     method = DynamicSparse(7, grow, every=3)
     _, watch, _ = run(method, look=lambda: [mask.clone() for mask in method.masks])
     counts = erk_counts([w.shape for w in method.weights], round(1020 / 7))
-    assert len(watch.seen) == STEPS
-    for masks, weights in zip(watch.seen, watch.weights, strict=True):
+    assert len(watch.looks) == STEPS
+    for masks, weights in zip(watch.looks, watch.weights, strict=True):
         assert [int(mask.sum()) for mask in masks] == counts
         assert all((w[~mask] == 0).all() for w, mask in zip(weights, masks, strict=True))
     moves = [
         step
         for step in range(1, STEPS)
-        if any(not torch.equal(a, b) for a, b in zip(watch.seen[step - 1], watch.seen[step], strict=True))
+        if any(not torch.equal(a, b) for a, b in zip(watch.looks[step - 1], watch.looks[step], strict=True))
     ]
     assert moves
     assert all((step + 1) % 3 == 0 and step + 1 < 0.75 * STEPS for step in moves)
 
 
-def test_the_share_that_is_exchanged_falls_on_a_cosine():
+def test_the_exchanged_fraction_falls_on_a_cosine():
     method = DynamicSparse(2, "random", fraction=0.4, end=1.0)
     method.steps = 40
     for method.step in (0, 10, 20, 40):
-        assert method.share == pytest.approx(0.2 * (1 + math.cos(math.pi * method.step / 40)))
+        assert method.exchange_fraction == pytest.approx(0.2 * (1 + math.cos(math.pi * method.step / 40)))
 
-    class Others(DynamicSparse):
-        """What was dropped is the last to grow."""
+    class DroppedGrowLast(DynamicSparse):
+        """Grows dropped weights only after all others."""
 
-        def _random(self, weight):
+        def _random_scores(self, weight):
             active = weight != 0
-            return super()._random(weight).masked_fill(active, -0.5)
+            return super()._random_scores(weight).masked_fill(active, -0.5)
 
-    for _, _, old, new, count in exchanges("random", Others):
+    for _, _, old, new, count in exchanges("random", DroppedGrowLast):
         assert int((old & ~new).sum()) == count
 
 
@@ -167,16 +169,16 @@ def test_rigl_grows_by_the_largest_gradient_and_from_zero():
     _, watch, _ = run(method, look=lambda: [mask.clone() for mask in method.masks])
     for step in (9, 19):  # the tenth and the twentieth
         for i in range(3):
-            before, after = watch.seen[step - 1][i], watch.seen[step][i]
+            before, after = watch.looks[step - 1][i], watch.looks[step][i]
             weight, gradient = watch.weights[step][i], watch.gradients[step][i].abs()
             grown = after & (weight == 0)
             assert (grown & ~before).any()
             assert gradient[grown].min() >= gradient[~after].max()
-            assert not (after & (weight != 0) & ~before).any()  # what wasn't kept before is there from 0
+            assert not (after & (weight != 0) & ~before).any()  # weights that were not kept before start at 0
 
 
 def exchanges(grow, method=DynamicSparse):
-    """Of each exchange and layer the weights before and after it, their masks, and how many might be exchanged."""
+    """Return, per exchange and layer, the weights before and after, both masks, and the number to exchange."""
     found = []
 
     class Spy(method):
@@ -187,7 +189,13 @@ def exchanges(grow, method=DynamicSparse):
                 for before, now, old, new in zip(weights, self.weights, masks, self.masks, strict=True):
                     kept = int(old.sum())
                     found.append(
-                        (before, now.detach().clone(), old, new, min(round(self.share * kept), old.numel() - kept))
+                        (
+                            before,
+                            now.detach().clone(),
+                            old,
+                            new,
+                            min(round(self.exchange_fraction * kept), old.numel() - kept),
+                        )
                     )
 
     run(Spy(7, grow, every=10))
@@ -204,7 +212,7 @@ def test_the_smallest_weights_of_a_layer_are_dropped(grow):
 
 
 @pytest.mark.parametrize("grow", ["gradient", "random"])
-def test_a_weight_that_is_dropped_and_grown_at_once_goes_on_as_it_was(grow):
+def test_a_weight_that_is_dropped_and_grown_at_once_keeps_its_value(grow):
     at_once = 0
     for before, now, old, new, count in exchanges(grow):
         assert torch.equal(now[old & new], before[old & new])
@@ -213,14 +221,14 @@ def test_a_weight_that_is_dropped_and_grown_at_once_goes_on_as_it_was(grow):
     assert at_once > 0
 
 
-def test_set_grows_at_random_by_its_seed():
+def test_set_grows_at_random_and_its_seed_decides():
     finals = [run(DynamicSparse(7, "random", every=3, seed=seed))[1].weights[-1] for seed in (0, 0, 1)]
     first, again, other = ([w != 0 for w in weights] for weights in finals)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_moments_of_grown_weights_are_zero_and_pruned_weights_gather_none():
+def test_moments_of_grown_weights_are_zero_and_so_are_those_of_pruned_weights():
     moments = []
 
     class Spy(DynamicSparse):
@@ -247,7 +255,7 @@ def test_moments_of_grown_weights_are_zero_and_pruned_weights_gather_none():
 # Hyperflux
 
 
-def test_hyperflux_follows_its_curve_regrows_and_hits_the_target():
+def test_hyperflux_follows_its_path_regrows_and_meets_the_target():
     method = Hyperflux(5, begin=0.1, end=0.9, depth=0.5, regrow=0.25, speed=8)
     long = Task("long", MLP.data, mlp, 40, 32, 1e-2, "error", (5,))
     _, watch, _ = run(method, long)
@@ -255,12 +263,12 @@ def test_hyperflux_follows_its_curve_regrows_and_hits_the_target():
     steps = len(kept)
     assert kept[round(0.1 * steps) - 2] == 1020  # dense until pruning begins
     lowest = kept[round(0.7 * steps)]
-    assert 0.3 * 204 < lowest < 0.9 * 204  # of a curve that ends at half of the target
+    assert 0.3 * 204 < lowest < 0.9 * 204  # the path ends at half of the target
     assert kept[-1] == 204
-    assert max(kept[round(0.7 * steps) : round(0.9 * steps) - 2]) > lowest  # some are back before the cut
+    assert max(kept[round(0.7 * steps) : round(0.9 * steps) - 2]) > lowest  # some weights return before the cut
 
 
-def test_weights_that_return_have_the_values_they_were_pruned_with_and_the_others_train():
+def test_weights_return_with_the_values_they_were_pruned_with_and_the_others_train():
     method = Hyperflux(5, begin=0.1, end=0.9, speed=8)
     task = Task("long", MLP.data, mlp, 20, 32, 1e-2, "error", (5,))
     _, watch, _ = run(method, task, look=lambda: [latent.clone() for latent in method.latent])
@@ -268,9 +276,9 @@ def test_weights_that_return_have_the_values_they_were_pruned_with_and_the_other
     for i in range(3):
         at_pruning = watch.weights[0][i].clone()
         for step in range(1, len(watch.weights)):
-            if not watch.seen[step] or not watch.seen[step - 1]:
+            if not watch.looks[step] or not watch.looks[step - 1]:
                 continue
-            before, now, latent = watch.weights[step - 1][i], watch.weights[step][i], watch.seen[step][i]
+            before, now, latent = watch.weights[step - 1][i], watch.weights[step][i], watch.looks[step][i]
             gone, back = (before != 0) & (now == 0), (before == 0) & (now != 0)
             at_pruning[gone] = latent[gone]
             assert torch.equal(now[back], at_pruning[back])
@@ -281,7 +289,7 @@ def test_weights_that_return_have_the_values_they_were_pruned_with_and_the_other
     assert trained > 0.9 * kept
 
 
-def test_flux_is_the_gradient_times_the_weight_and_pressure_is_added():
+def test_flux_is_the_gradient_times_the_weight_plus_the_pressure():
     checked = []
 
     class Spy(Hyperflux):
@@ -304,7 +312,7 @@ def test_flux_is_the_gradient_times_the_weight_and_pressure_is_added():
 # ModelPruning
 
 
-def test_model_pruning_follows_the_cubic_at_the_ends_of_epochs():
+def test_modelpruning_follows_the_cubic_at_the_ends_of_epochs():
     method = LightningPruning(10, begin=0.1, end=0.7)
     long = Task("long", MLP.data, mlp, 10, 32, 1e-2, "error", (10,))
     kept = []
@@ -324,6 +332,6 @@ def test_model_pruning_follows_the_cubic_at_the_ends_of_epochs():
     assert outcome.compression == 10.0
 
 
-def test_model_pruning_can_run_twice():
+def test_modelpruning_can_run_twice():
     method = LightningPruning(10)
-    assert [train(MLP, method, 0, Path()).compression for _ in range(2)] == [10.0, 10.0]
+    assert [train_and_test(MLP, method, 0, Path()).compression for _ in range(2)] == [10.0, 10.0]

@@ -1,3 +1,5 @@
+"""The benchmarks' L0, variational dropout, spred and NNCF do what their papers or their documentation say."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +20,7 @@ from torch import nn
 
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
-CUT = 27  # steps that are over at the cut, of 40 · 0.66
+CUT = 27  # the cut is after this step, the first at or after 40 · 0.66
 RUNS = {
     "l0": lambda compression=10, strength=10.0, **kw: L0(compression, strength, gate_lr=0.2, end=0.66, **kw),
     "vardrop": lambda compression=10, strength=1.0, **kw: VariationalDropout(
@@ -34,7 +36,7 @@ def convolutions():
 
 
 class Embedded(nn.Module):
-    """Codes into an embedding and a linear layer, of which only the second is pruned."""
+    """An embedding of codes and a linear layer, of which only the linear layer is pruned."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +56,7 @@ TASKS = {"mlp": make_task(mlp, (12,)), "convolutions": make_task(convolutions, (
 
 
 class Watch(Callback):
-    """The weights after each step, and how many steps Adam has made with its state of them."""
+    """Records the weights after each step, and how many steps Adam's state of each weight has seen."""
 
     def __init__(self):
         self.weights, self.ages = [], []
@@ -66,20 +68,20 @@ class Watch(Callback):
 
 
 def run(method, task):
-    """Trains; returns the outcome, what was watched and the network."""
+    """Train, and return the outcome, the watch and the network."""
     watch = Watch()
     outcome, network = run_watched(method, task, watch)
     return outcome, watch, network
 
 
 def check_run(method, task):
-    """What holds of each of these methods."""
+    """Check what holds for each of these methods."""
     dense = task.network()
     total = sum(w.numel() for w in prunable_weights(dense).values())
     _, watch, network = run(method, task)
     after = list(prunable_weights(network).values())
     assert sum(int(w.count_nonzero()) for w in after) == round(total / 10)
-    # Plain: names and shapes of the dense network, nothing in place of a forward, no noise even in training mode.
+    # Plain: names and shapes of the dense network, no replaced forward, and no noise even in training mode.
     shapes = {name: tensor.shape for name, tensor in dense.state_dict().items()}
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
     assert all(p.requires_grad for p in network.parameters())
@@ -87,7 +89,7 @@ def check_run(method, task):
     inputs = task.data(Path()).train[0][:32]
     network.train()
     torch.testing.assert_close(network(inputs), network(inputs), rtol=0, atol=0)
-    # From the cut on the same weights are 0, and the others learn, with a young Adam.
+    # From the cut on, the same weights are 0, and the others learn with a fresh state of Adam.
     assert sum(int(w.count_nonzero()) for w in watch.weights[CUT - 2]) > total / 2
     for first, *rest in zip(*watch.weights[CUT - 1 :], strict=True):
         assert all(torch.equal(first == 0, weight == 0) for weight in rest)
@@ -98,12 +100,12 @@ def check_run(method, task):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("name", RUNS)
-def test_exact_plain_and_frozen(name, task):
+def test_the_cut_is_exact_the_network_is_plain_and_the_masks_are_final(name, task):
     check_run(RUNS[name](), TASKS[task])
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_partners_rest_after_the_cut(name):
+def test_partners_do_not_change_after_the_cut(name):
     method, at_cut = RUNS[name](), []
     cut = method.cut
     method.cut = lambda: (cut(), at_cut.extend(p.detach().clone() for p in method.partners))
@@ -116,7 +118,7 @@ def gate(log_alpha):
     return (torch.sigmoid(log_alpha) * 1.2 - 0.1).clamp(1e-3, 1)
 
 
-# From a weight and its partner: what decides on it, and what it is after the cut.
+# From a weight and its partner: the score, and the value after the cut.
 SCORES = {
     "l0": (lambda w, p: torch.sigmoid(p), lambda w, p: w * gate(p)),
     "vardrop": (lambda w, p: w.square() / p.exp(), lambda w, p: w),
@@ -125,7 +127,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_cut_by_own_score(name):
+def test_the_cut_keeps_the_largest_scores(name):
     method, seen = RUNS[name](), []
     cut, flat = method.cut, lambda tensors: torch.cat([tensor.detach().flatten() for tensor in tensors])
 
@@ -143,34 +145,34 @@ def test_cut_by_own_score(name):
     torch.testing.assert_close(weights[kept], settled[kept])
 
 
-# How much the regularizer has pressed before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
-PRESSED = {
-    "l0": (lambda w, p: l0.typical(p) == 0, (0.1, 30.0)),
+# Weights that the regularizer has pruned before the cut: closed gates, noise over weight (log α > 3), small magnitudes.
+PRUNED = {
+    "l0": (lambda w, p: l0.noise_free_gates(p) == 0, (0.1, 30.0)),
     "vardrop": (lambda w, p: vardrop.log_alpha(w, p) > 3, (0.01, 3.0)),
     "spred": (lambda w, p: (w * p).abs() < 1e-2, (1e-5, 1e-1)),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_strength_presses(name):
-    pressed, strengths = PRESSED[name]
-    shares = []
+def test_a_larger_strength_prunes_more_weights(name):
+    is_pruned, strengths = PRUNED[name]
+    fractions = []
     for strength in strengths:
         method = RUNS[name](strength=strength)
         cut = method.cut
 
         def look(method=method, cut=cut):
             pairs = zip(method.weights, method.partners, strict=True)
-            shares.append(float(torch.cat([pressed(w, p).flatten() for w, p in pairs]).float().mean()))
+            fractions.append(float(torch.cat([is_pruned(w, p).flatten() for w, p in pairs]).float().mean()))
             cut()
 
         method.cut = look
         run(method, TASKS["mlp"])
-    assert shares[1] > shares[0] + 0.2
+    assert fractions[1] > fractions[0] + 0.2
 
 
 def prepared(method, network, shape=(4, 12)):
-    """A method with a network, in the middle of a run of 100 steps."""
+    """Prepare a method for a network, in the middle of a run of 100 steps, and return its inputs."""
     inputs = torch.randn(shape)
     method.prepare(network, inputs)
     method.step, method.steps, method.labels = 50, 100, len(inputs)
@@ -178,7 +180,7 @@ def prepared(method, network, shape=(4, 12)):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ramp(name):
+def test_the_penalty_rises_to_its_strength_over_the_ramp(name):
     method = RUNS[name](ramp=0.5)
     prepared(method, mlp())
     full = float(method.penalty(None).detach())
@@ -190,29 +192,29 @@ def test_ramp(name):
 
 
 @pytest.mark.parametrize("log_alpha", [-3.0, -0.5, 0.0, 2.0])
-def test_gates_open_as_often_as_computed(log_alpha):
-    gates = l0.sample(torch.full((200_000,), log_alpha))
+def test_gates_open_with_the_computed_probability(log_alpha):
+    gates = l0.sample_gates(torch.full((200_000,), log_alpha))
     assert (gates != 0).float().mean() == pytest.approx(float(l0.probability_open(torch.tensor(log_alpha))), abs=5e-3)
     assert gates.min() >= 0
-    assert gates.max() == 1  # the stretch puts mass on both ends
+    assert gates.max() == 1  # stretching puts probability mass on both ends
     assert (gates == 0).any()
 
 
-def test_gates_learn_through_the_noise():
+def test_gates_get_gradients_through_the_noise():
     log_alpha = torch.zeros(100_000, requires_grad=True)
-    l0.sample(log_alpha).mean().backward()
-    eps = 0.05  # the derivative of the mean gate by log α
-    means = [float(l0.sample(torch.full((1_000_000,), sign * eps)).mean()) for sign in (-1, 1)]
+    l0.sample_gates(log_alpha).mean().backward()
+    eps = 0.05  # for a numerical derivative of the mean gate by log α
+    means = [float(l0.sample_gates(torch.full((1_000_000,), sign * eps)).mean()) for sign in (-1, 1)]
     assert float(log_alpha.grad.sum()) == pytest.approx((means[1] - means[0]) / (2 * eps), rel=0.05)
 
 
-def test_l0_starts_open_and_counts_gates_over_labels():
+def test_l0_starts_open_and_divides_the_number_of_gates_by_the_labels():
     method = L0(10, open=0.8)
     prepared(method, mlp(), (16, 12))
     assert float(method.regularizer().detach()) == pytest.approx(0.8 * 1020 / 16, rel=1e-4)
 
 
-def test_one_draw_of_gates_a_batch():
+def test_gates_are_drawn_once_per_batch():
     method, network = L0(10, open=0.5), mlp()
     prepared(method, network)
     outputs = network(torch.ones(4, 12))
@@ -228,7 +230,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_local_reparametrisation_has_the_moments_of_sampled_weights(kind):
+def test_local_reparameterization_has_the_moments_of_sampled_weights(kind):
     make, shape = LAYERS[kind]
     layer = make().to(memory_format=torch.channels_last)
     method = VariationalDropout(10, log_variance=-1.0)
@@ -245,12 +247,12 @@ def test_local_reparametrisation_has_the_moments_of_sampled_weights(kind):
     torch.testing.assert_close(outputs.std(0), sampled.std(0), rtol=0.04, atol=1e-3)
 
 
-def test_divergence():
+def test_the_divergence_falls_with_the_noise_and_matches_the_exact_expectation():
     log_alpha = torch.linspace(-8, 8, 100)
     values = vardrop.divergence(log_alpha)
-    assert (values.diff() < 0).all()  # more noise is nearer to the prior
+    assert (values.diff() < 0).all()  # more noise is closer to the prior
     assert values[-1] == pytest.approx(0, abs=1e-3)
-    # Against the expectation itself, E log|1 + √α·ε| - ½ log α and a constant; the paper's fit is good to about 0.01.
+    # The exact expectation is E log|1 + √α·ε| - ½ log α plus a constant; the paper's fit is good to about 0.01.
     noise = torch.randn(2_000_000, dtype=torch.float64)
     points = torch.tensor([-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0], dtype=torch.float64)
     exact = torch.stack([(1 + (a / 2).exp() * noise).abs().log().mean() - a / 2 for a in points])
@@ -258,7 +260,7 @@ def test_divergence():
     torch.testing.assert_close(fitted - fitted[0], exact - exact[0], rtol=0, atol=0.03)
 
 
-def test_vardrop_weighs_the_divergence_by_labels():
+def test_vardrop_divides_the_divergence_by_the_labels():
     method, network = VariationalDropout(10), mlp()
     prepared(method, network, (16, 12))
     weights = torch.cat([w.flatten() for w in prunable_weights(network).values()])
@@ -266,13 +268,13 @@ def test_vardrop_weighs_the_divergence_by_labels():
     assert float(method.regularizer().detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
 
 
-def test_labels_of_a_sequence_are_counted_one_by_one():
+def test_each_label_of_a_sequence_counts():
     inputs = torch.randn(320, 4, 12)
     labels = inputs[..., :3].argmax(-1)
     data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
     method = L0(10)
     run_watched(method, Task("tiny", lambda directory: data, mlp, 1, 32, 1e-2, "error", (10,)), Callback())
-    assert method.labels == 256 * 4  # the loss is a mean over them
+    assert method.labels == 256 * 4  # the loss is a mean over all of them
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -289,12 +291,12 @@ def test_spred_starts_as_the_dense_network(task):
     inputs = TASKS[task].data(Path()).train[0]
     torch.testing.assert_close(network.eval()(inputs), dense.eval()(inputs))
     assert Spred(10).score(torch.tensor([2.0, -3.0]), torch.tensor([3.0, 1.0])).tolist() == [6, 3]
-    # At |u| = |v| the penalty is twice the strength times the L1 norm.
+    # If |u| = |v|, the penalty is twice the strength times the L1 norm.
     norm = sum(float(w.detach().abs().sum()) for w in prunable_weights(dense).values())
     assert float(method.penalty(network).detach()) == pytest.approx(2 * 0.1 * norm, rel=1e-5)
 
 
-def test_spreds_penalty_shrinks_every_weight():
+def test_the_penalty_of_spred_shrinks_every_weight():
     network, method = mlp(), Spred(10, strength=0.1)
     method.prepare(network, torch.zeros(1, 12))
     factors = [*prunable_weights(network).values(), *method.partners]
@@ -306,7 +308,7 @@ def test_spreds_penalty_shrinks_every_weight():
 
 
 @pytest.mark.parametrize("task", ["mlp", "convolutions", "codes"])
-def test_nncf(task):
+def test_nncf_is_cut_exactly_and_plain(task):
     os.environ["NNCF_CI"] = "1"  # no usage statistics
     pytest.importorskip("nncf")
     from harness.methods.nncf_rb import NNCFRegularized
@@ -315,7 +317,7 @@ def test_nncf(task):
     check_run(method, make_code_task() if task == "codes" else TASKS[task])
 
 
-def test_nncf_reaches_its_ratio():
+def test_nncf_reaches_its_target_ratio():
     os.environ["NNCF_CI"] = "1"
     pytest.importorskip("nncf")
     from harness.methods.nncf_rb import NNCFRegularized
@@ -327,7 +329,7 @@ def test_nncf_reaches_its_ratio():
     assert kept == [pytest.approx(0.2, abs=0.03)]
 
 
-def test_weights_that_nncf_pruned_too_much_are_there_again():
+def test_weights_that_nncf_pruned_beyond_the_target_are_restored():
     os.environ["NNCF_CI"] = "1"
     pytest.importorskip("nncf")
     from harness.methods.nncf_rb import NNCFRegularized

@@ -1,4 +1,4 @@
-"""A file is replaced whole or not at all."""
+"""A file is replaced as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from lightning_autoprune.deploy.atomic_write import atomic_write
 
 
-def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+def test_a_file_is_replaced_once_it_is_complete(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
     with atomic_write(path) as temporary:
@@ -19,7 +19,7 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_raised_leaves_the_old_file_and_no_other(tmp_path):
+def test_an_error_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
 
@@ -34,7 +34,7 @@ def test_what_is_raised_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_others_may_read_it_as_any_new_file(tmp_path):
+def test_a_new_file_has_the_usual_mode(tmp_path):
     (tmp_path / "usual").touch()
     with atomic_write(tmp_path / "a") as temporary:
         temporary.unlink()
@@ -42,14 +42,14 @@ def test_others_may_read_it_as_any_new_file(tmp_path):
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_folder_that_is_not_there_is_told_by_the_name_that_was_given(tmp_path):
+def test_a_missing_folder_raises_an_error_with_the_path_as_given(tmp_path):
     path = tmp_path / "none" / "a"
     with pytest.raises(FileNotFoundError) as error, atomic_write(path):
         pass
     assert error.value.filename == str(path)
 
 
-def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
+def test_a_link_stays_and_the_file_that_it_points_to_is_replaced(tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with atomic_write(tmp_path / "link") as temporary:
@@ -59,7 +59,7 @@ def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_what_is_no_file_is_left_alone(make, tmp_path):
+def test_folders_and_pipes_are_left_alone(make, tmp_path):
     path = tmp_path / "a"
     make(path)
     before = path.stat().st_mode
@@ -69,7 +69,7 @@ def test_what_is_no_file_is_left_alone(make, tmp_path):
     assert path.stat().st_mode == before
 
 
-def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
+def test_two_writers_of_one_file_do_not_disturb_each_other(tmp_path):
     with atomic_write(tmp_path / "a") as first:
         first.write_text("first")
         with atomic_write(tmp_path / "a") as second:
@@ -80,7 +80,7 @@ def test_two_that_write_one_file_at_once_do_not_disturb_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o444, 0o664])
-def test_a_file_keeps_its_mode_and_no_one_else_can_read_it_meanwhile(mode, tmp_path):
+def test_a_file_keeps_its_mode_and_the_temporary_file_has_it_too(mode, tmp_path):
     path = tmp_path / "a"
     path.touch()
     path.chmod(mode)

@@ -1,4 +1,4 @@
-"""Which channels are dead, and where what they add goes."""
+"""Dead channels are removed, and the constants that they add move into biases."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from architectures import assert_equal
+from architectures import assert_same_outputs
 from torch import nn
 
 from lightning_autoprune.deploy.shrink import shrink
 
 
-def test_neurons_without_inputs_or_readers_go_and_what_they_added_is_in_the_bias():
+def test_neurons_without_inputs_or_readers_are_removed_and_their_constants_move_into_the_bias():
     network = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2, bias=False))
     network[0].weight.data[0] = 0  # constant: sigmoid of its bias
     network[2].weight.data[:, 1] = 0  # not read
     small = shrink(network, torch.zeros(1, 3))
     assert torch.equal(small[0].weight, network[0].weight[2:])
     torch.testing.assert_close(small[2].bias, network[2].weight[:, 0] * network[0].bias[0].sigmoid())
-    assert_equal(network, small, (3,))
+    assert_same_outputs(network, small, (3,))
 
 
 def test_one_dead_channel_makes_others_dead():
@@ -28,18 +28,18 @@ def test_one_dead_channel_makes_others_dead():
     network[2].weight.data[1, 1] = 0  # and it was the only reader of neuron 1 of the first
     small = shrink(network, torch.zeros(1, 3))
     assert [tuple(small[i].weight.shape) for i in (0, 2, 4)] == [(1, 3), (1, 1), (2, 1)]
-    assert_equal(network, small, (3,))
+    assert_same_outputs(network, small, (3,))
 
 
-def test_a_layer_keeps_one_channel_if_all_are_dead():
+def test_one_channel_of_a_layer_remains_if_all_are_dead():
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     network[0].weight.data.zero_()
     small = shrink(network, torch.zeros(1, 3))
     assert (small[0].out_features, small[2].in_features, small[2].out_features) == (1, 1, 2)
-    assert_equal(network, small, (3,))
+    assert_same_outputs(network, small, (3,))
 
 
-def test_a_constant_that_a_zero_padded_convolution_reads_stays():
+def test_a_constant_stays_if_a_zero_padded_convolution_reads_it():
     def network(**options):
         torch.manual_seed(0)
         made = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 2, 3, **options), nn.Flatten())
@@ -56,17 +56,17 @@ def test_a_constant_that_a_zero_padded_convolution_reads_stays():
         made = network(**options)
         small = shrink(made, torch.zeros(2, 1, 8, 8))
         assert small[0].out_channels == left
-        assert_equal(made, small, (1, 8, 8))
+        assert_same_outputs(made, small, (1, 8, 8))
 
 
-def test_a_relu_that_happens_to_be_off_is_not_dead():
+def test_a_relu_that_is_off_for_all_tried_inputs_is_not_dead():
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    network[0].bias.data[0] = -1000.0  # off on all inputs that are tried
+    network[0].bias.data[0] = -1000.0  # off for all inputs that are tried
     assert shrink(network, torch.zeros(1, 3))[0].out_features == 4
 
 
 class Padded(nn.Module):
-    """Pads, which the example has none of, are found by a comparison, through which no NaN is seen."""
+    """Finds padding, which the example does not have, by a comparison, which stops NaN."""
 
     def __init__(self, integers: bool) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Padded(nn.Module):
 
 
 @pytest.mark.parametrize("integers", [True, False])
-def test_a_constant_stays_that_padding_makes_zero(integers):
+def test_a_constant_stays_if_padding_makes_it_zero(integers):
     network = Padded(integers)
     network.first.weight.data[2:] = 0
     network.first.bias.data.fill_(0.7)
@@ -91,7 +91,7 @@ def test_a_constant_stays_that_padding_makes_zero(integers):
 
 
 class Coded(nn.Module):
-    """A number of a channel is an output."""
+    """Returns integers that depend on the channels."""
 
     def __init__(self, code) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Coded(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The dead channels of")
 @pytest.mark.parametrize("code", [lambda h: h.argmax(-1), lambda h: (h > 0).long().sum(-1), lambda h: h > 0])
-def test_outputs_that_are_integers_stay_the_same(code):
+def test_integer_outputs_stay_the_same(code):
     network = Coded(code)
     network.first.weight.data[:4] = 0
     network.first.bias.data[:4] = 0.1
@@ -112,7 +112,7 @@ def test_outputs_that_are_integers_stay_the_same(code):
     assert torch.equal(small(x)[1], network(x)[1])
 
 
-def test_a_buffer_that_a_forward_writes_to_is_as_it_was():
+def test_a_buffer_that_the_forward_writes_to_is_restored():
     class Counting(nn.Sequential):
         def __init__(self) -> None:
             super().__init__(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -128,12 +128,12 @@ def test_a_buffer_that_a_forward_writes_to_is_as_it_was():
 
 
 @pytest.mark.parametrize(("layer", "shape"), [(nn.Linear(4, 3), (2, 4)), (nn.Conv2d(1, 2, 3), (2, 1, 4, 4))])
-def test_a_layer_alone_stays_as_it_is(layer, shape):
-    assert_equal(layer, shrink(layer, torch.randn(shape)), shape[1:])
+def test_a_single_layer_stays_as_it_is(layer, shape):
+    assert_same_outputs(layer, shrink(layer, torch.randn(shape)), shape[1:])
 
 
 class Masked(nn.Module):
-    """A sum over the steps that a mask leaves."""
+    """Sums over the steps that a mask selects."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("mask", [torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5, dtype=torch.int64)])
-def test_a_constant_that_hangs_on_a_mask_stays(mask):
+def test_a_constant_stays_if_a_mask_multiplies_it(mask):
     network, x = Masked(), torch.randn(2, 5, 4)
     small = shrink(network, (x, mask))
     other = torch.rand(2, 5, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -159,7 +159,7 @@ class Batch:
 
 
 class Shifted(nn.Module):
-    """What is added to a dead channel comes from beside the weights."""
+    """Adds an input to a dead channel without a weight."""
 
     def __init__(self):
         super().__init__()
@@ -173,7 +173,7 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize("t", [0.5, 1, True, torch.zeros(4, 1), torch.randn(4, 1), torch.tensor(0.5)])
-def test_a_constant_to_which_a_number_is_added_stays(t):
+def test_a_constant_stays_if_a_number_is_added_to_it(t):
     x, other = torch.randn(4, 4), torch.randn(4, 1)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -184,7 +184,7 @@ def test_a_constant_to_which_a_number_is_added_stays(t):
         torch.testing.assert_close(shrink(network, example)(x, other), network(x, other))
 
 
-def test_a_constant_stays_that_an_integer_changes_which_is_the_same_in_all_rows():
+def test_a_constant_stays_if_an_integer_that_is_the_same_in_all_samples_changes_it():
     class Column(Shifted):
         def forward(self, x, ids):
             return super().forward(x, ids[:, :1].float())
@@ -195,15 +195,15 @@ def test_a_constant_stays_that_an_integer_changes_which_is_the_same_in_all_rows(
     torch.testing.assert_close(small(x, ids), network(x, ids))
 
 
-def test_constants_that_the_input_reaches_through_weights_alone_go():
+def test_constants_are_removed_if_the_input_reaches_them_only_through_weights():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
             self.embed, self.a, self.b = nn.Embedding(9, 4), nn.Conv1d(8, 6, 1), nn.Linear(6, 2)
             self.norm, self.deep = nn.BatchNorm1d(6), nn.Conv1d(6, 6, 1, groups=6)
-            self.a.weight.data[:2] = 0  # constants: these,
-            self.norm.weight.data[2] = 0  # what is multiplied by 0,
-            self.deep.weight.data[3] = 0  # and what is not passed on
+            self.a.weight.data[:2] = 0  # constant: two rows without weights,
+            self.norm.weight.data[2] = 0  # a channel that is multiplied by 0,
+            self.deep.weight.data[3] = 0  # and one that a depthwise convolution does not pass on
 
         def forward(self, x, i):
             x = torch.cat([x, self.embed(i)], -1).mT
@@ -216,26 +216,26 @@ def test_constants_that_the_input_reaches_through_weights_alone_go():
 
 
 class Readout(nn.Module):
-    """Rows through a layer, over which another reads a sum or a mean."""
+    """Reads a sum or a mean over the samples."""
 
-    def __init__(self, over_rows):
+    def __init__(self, over_samples):
         super().__init__()
-        self.a, self.b, self.over_rows = nn.Linear(4, 8), nn.Linear(8, 2), over_rows
+        self.a, self.b, self.over_samples = nn.Linear(4, 8), nn.Linear(8, 2), over_samples
         self.a.weight.data[:4] = 0
 
     def forward(self, x):
-        return self.b(self.over_rows(self.a(x).sigmoid()))
+        return self.b(self.over_samples(self.a(x).sigmoid()))
 
 
-@pytest.mark.parametrize(("over_rows", "shape"), [(lambda y: y.mean(0), (5, 4)), (nn.Identity(), (4,))])
-def test_a_layer_may_read_a_vector(over_rows, shape):
-    network, x = Readout(over_rows), torch.randn(shape)
+@pytest.mark.parametrize(("over_samples", "shape"), [(lambda y: y.mean(0), (5, 4)), (nn.Identity(), (4,))])
+def test_a_constant_that_a_layer_reads_as_a_vector_is_removed(over_samples, shape):
+    network, x = Readout(over_samples), torch.randn(shape)
     small = shrink(network, x)
     assert (small.a.out_features, small.b.in_features) == (4, 4)
     torch.testing.assert_close(small(2 * x), network(2 * x))
 
 
-def test_a_sum_over_rows_is_no_constant():
+def test_a_sum_over_samples_is_not_constant():
     network = Readout(lambda y: y.sum(0, keepdim=True))
     small, x = shrink(network, torch.randn(5, 4)), torch.randn(9, 4)
     torch.testing.assert_close(small(x), network(x))

@@ -12,7 +12,7 @@ from lightning_autoprune.deploy.gap_coding import decode_mask, encode_mask
 
 
 @given(st.integers(0, 2000), st.floats(0, 1), st.integers(0, 2**16))
-def test_positions_come_back_whatever_the_mask(n, density, seed):
+def test_every_mask_is_decoded_to_its_positions(n, density, seed):
     mask = torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
     b, code = encode_mask(mask)
     assert torch.equal(decode_mask(code, n, int(mask.sum()), b), mask.nonzero().flatten())
@@ -27,14 +27,14 @@ def test_the_code_is_within_6_percent_of_the_entropy(one_in):
     assert entropy <= len(encode_mask(mask)[1]) < 1.06 * entropy
 
 
-def test_a_dense_mask_is_coded_as_the_bitmask():
+def test_a_dense_mask_is_coded_as_its_bitmask():
     mask = torch.rand(64, generator=torch.Generator().manual_seed(0)) < 0.6
     b, code = encode_mask(mask)
     assert b == 0
     assert [byte >> i & 1 for byte in code.tolist() for i in range(8)][: len(mask)] == mask.int().tolist()
 
 
-def test_a_code_of_other_positions_is_refused():
+def test_a_code_that_does_not_fit_the_counts_is_refused():
     mask = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < 0.02
     kept, (b, code) = int(mask.sum()), encode_mask(mask)
     assert _decodes(code, 1000, kept, b)
@@ -46,9 +46,9 @@ def test_a_code_of_other_positions_is_refused():
     assert not _decodes(code, 1000, kept, 40)
 
 
-def test_random_bytes_give_positions_in_order_or_an_error():
+def test_random_bytes_decode_to_ascending_positions_or_raise_an_error():
     generator = random.Random(0)
-    good = 0
+    decoded = 0
     for _ in range(5000):
         code = torch.tensor([generator.randrange(256) for _ in range(generator.randrange(12))], dtype=torch.uint8)
         n, k, b = generator.randrange(2 ** generator.randrange(1, 48)), generator.randrange(20), generator.randrange(50)
@@ -56,10 +56,10 @@ def test_random_bytes_give_positions_in_order_or_an_error():
             kept = decode_mask(code, n, k, b)
         except ValueError:
             continue
-        good += 1
+        decoded += 1
         assert len(kept) == k
         assert k == 0 or ((kept.diff() > 0).all() and kept[0] >= 0 and kept[-1] < n)
-    assert good > 20
+    assert decoded > 20
 
 
 def _decodes(code, n, k, b):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from architectures import DIFFICULT, EXACT, Two, assert_equal, prune, resnet
+from architectures import DIFFICULT, EXACT, TwoLayers, assert_same_outputs, prune_randomly, resnet
 from helpers import fit
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,25 +25,25 @@ def size(network):
 
 @pytest.mark.parametrize("density", [0.03, 0.1, 0.3])
 @pytest.mark.parametrize("name", EXACT)
-def test_a_shrunk_network_is_the_same_function(name, density):
+def test_a_shrunk_network_gives_the_same_outputs(name, density):
     make, shape = EXACT[name]
-    network = prune(make(), density)
+    network = prune_randomly(make(), density)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing had to stay that the graph said could go
+        warnings.simplefilter("error")  # all channels that the graph shows as removable are removed
         small = shrink(network, torch.zeros(2, *shape))
-    assert_equal(network, small, shape)
+    assert_same_outputs(network, small, shape)
     assert density > 0.03 or size(small) < 0.75 * size(network)
 
 
 @pytest.mark.parametrize("name", DIFFICULT)
-def test_where_the_graph_is_wrong_or_channels_can_not_go_alone_the_function_stays_the_same(name):
+def test_outputs_stay_the_same_if_the_graph_is_wrong_or_channels_can_not_be_removed_alone(name):
     make, shape = DIFFICULT[name]
     for density in (0.1, 0.3):
-        network = prune(make(), density)
+        network = prune_randomly(make(), density)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             small = shrink(network, torch.randn(2, *shape))
-        assert_equal(network, small, shape)
+        assert_same_outputs(network, small, shape)
 
 
 @given(
@@ -54,32 +54,32 @@ def test_where_the_graph_is_wrong_or_channels_can_not_go_alone_the_function_stay
     st.integers(0, 2**16),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_pruned_mlp_is_shrunk_to_the_same_function(widths, density, activation, bias, seed):
+def test_any_pruned_mlp_gives_the_same_outputs_when_shrunk(widths, density, activation, bias, seed):
     torch.manual_seed(seed)
     layers = []
     for inside, outside in itertools.pairwise(widths):
         layers += [nn.Linear(inside, outside, bias=bias), activation()]
-    network = prune(nn.Sequential(*layers[:-1]), density, seed)
+    network = prune_randomly(nn.Sequential(*layers[:-1]), density, seed)
     small = shrink(network, torch.zeros(2, widths[0]))
-    assert_equal(network, small, widths[:1], rows=50)
-    for layer in small[:-1]:  # no dead neuron is left but where one must stay
+    assert_same_outputs(network, small, widths[:1], samples=50)
+    for layer in small[:-1]:  # no dead neuron remains, except where a layer needs one
         if isinstance(layer, nn.Linear) and layer.out_features > 1:
             assert layer.weight.flatten(1).any(1).all()
 
 
-def test_the_state_loads_into_a_network_of_the_printed_sizes():
-    small = shrink(prune(lenet5(), 0.01), torch.zeros(1, 1, 28, 28))
+def test_the_state_dict_loads_into_a_network_of_the_printed_sizes():
+    small = shrink(prune_randomly(lenet5(), 0.01), torch.zeros(1, 1, 28, 28))
     a, b, c, d = small[0], small[3], small[7], small[9]
     again = lenet5()
     again[0], again[3] = nn.Conv2d(1, a.out_channels, 5), nn.Conv2d(b.in_channels, b.out_channels, 5)
     again[7], again[9] = nn.Linear(c.in_features, c.out_features), nn.Linear(d.in_features, 10)
     assert str(again) == str(small)
     again.load_state_dict(small.state_dict())
-    assert_equal(small, again, (1, 28, 28), rows=10)
+    assert_same_outputs(small, again, (1, 28, 28), samples=10)
 
 
-def test_the_model_is_left_as_it_was():
-    network = prune(resnet(), 0.05)
+def test_shrinking_leaves_the_model_as_it_was():
+    network = prune_randomly(resnet(), 0.05)
     network[1].eval()
     network[0].weight.requires_grad_(False)
     before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
@@ -92,8 +92,8 @@ def test_the_model_is_left_as_it_was():
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_inputs_may_be_a_tuple_or_keyword_arguments():
-    class Two(nn.Module):
+def test_the_example_may_be_a_tuple_or_keyword_arguments():
+    class TwoInputs(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.c = nn.Linear(3, 8), nn.Embedding(5, 8), nn.Linear(8, 2)
@@ -102,7 +102,7 @@ def test_inputs_may_be_a_tuple_or_keyword_arguments():
         def forward(self, x, index):
             return {"out": (self.c(torch.relu(self.a(x))) * self.b(index).sum(-1, keepdim=True), None)}
 
-    network = Two()
+    network = TwoInputs()
     x, index = torch.randn(4, 3), torch.tensor([0, 4, 2, 2])
     for example in ((x, index), {"index": index, "x": x}):
         small = shrink(network, example)
@@ -127,7 +127,7 @@ class Lit(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-2)
 
 
-def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_pruned():
+def test_a_lightning_module_is_refused_while_it_is_pruned_and_shrunk_afterwards():
     seen = {}
 
     class Watch(Callback):
@@ -138,7 +138,7 @@ def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_prun
                     shrink(pl_module.net, torch.zeros(1, 4))
                 seen["error"] = str(error.value)
                 shrink(copy.deepcopy(pl_module.net), torch.zeros(1, 4))
-            if pruner.frozen and "small" not in seen:
+            if pruner.masks_final and "small" not in seen:
                 seen["small"] = shrink(pl_module, torch.zeros(1, 4))
 
     callback = AutoPruneCallback(target_sparsity=0.9)
@@ -152,7 +152,7 @@ def test_a_lightning_module_is_shrunk_after_fitting_and_refused_while_it_is_prun
     small = shrink(model, torch.zeros(1, 4))
     assert isinstance(small, Lit)
     assert small.net[0].out_features == seen["small"].net[0].out_features < 32
-    assert_equal(model, small, (4,))
+    assert_same_outputs(model, small, (4,))
 
 
 def test_a_compiled_network_is_shrunk():
@@ -174,7 +174,7 @@ def test_a_compiled_network_is_shrunk():
     torch.testing.assert_close(small(x), network(x))
 
 
-def test_it_warns_if_no_channel_is_found():
+def test_shrink_warns_if_no_channel_is_found():
     class Detached(nn.Sequential):
         def forward(self, x):
             return super().forward(x).detach()
@@ -183,13 +183,13 @@ def test_it_warns_if_no_channel_is_found():
         shrink(Detached(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3))
 
 
-def test_tensors_that_a_model_holds_from_its_last_forward_may_have_a_graph():
-    class Keeps(nn.Sequential):
+def test_a_model_may_store_tensors_with_a_graph():
+    class StoresFeatures(nn.Sequential):
         def forward(self, x):
             self.features = {"first": self[0](x)}
             return self[2](self[1](self.features["first"]))
 
-    network, x = Keeps(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
+    network, x = StoresFeatures(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(5, 3)
     network[0].weight.data[1:] = 0
     network.loss = loss = network(x).mean()
     small = shrink(network, x)
@@ -199,22 +199,22 @@ def test_tensors_that_a_model_holds_from_its_last_forward_may_have_a_graph():
 
 
 @dataclass
-class Out:
+class ModelOutput:
     features: torch.Tensor
 
 
-def test_outputs_in_objects_are_outputs():
-    class Wrapped(Two):
+def test_channels_of_outputs_in_objects_stay():
+    class Wrapped(TwoLayers):
         def forward(self, x):
             features = torch.relu(self.a(x))
-            return self.b(features), Out(features)
+            return self.b(features), ModelOutput(features)
 
     network, x = Wrapped(), torch.randn(2, 4)
-    network.a.weight.data[2:] = 0  # dead, but for the object in the outputs
+    network.a.weight.data[2:] = 0  # dead, except that they are in the outputs
     assert shrink(network, x).a.out_features == 6
 
 
-def test_layers_may_be_called_by_keyword_or_with_a_size():
+def test_layers_may_be_called_with_keywords_or_an_output_size():
     class Upsamples(nn.Module):
         def __init__(self):
             super().__init__()
@@ -232,7 +232,7 @@ def test_layers_may_be_called_by_keyword_or_with_a_size():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
 
 
-def test_a_forward_may_refuse_inputs_that_are_drawn():
+def test_a_forward_may_refuse_random_inputs():
     class Positive(nn.Sequential):
         def forward(self, x):
             assert x.min() >= 0
@@ -245,7 +245,7 @@ def test_a_forward_may_refuse_inputs_that_are_drawn():
     torch.testing.assert_close(small(x), network(x))
 
 
-def test_integers_of_columns_with_different_ranges_are_not_mixed():
+def test_integer_columns_with_different_ranges_are_not_mixed():
     class Categories(nn.Module):
         def __init__(self):
             super().__init__()
@@ -260,11 +260,11 @@ def test_integers_of_columns_with_different_ranges_are_not_mixed():
     small = shrink(network, i)
     assert small.a.out_features == 3
     torch.testing.assert_close(small(i), network(i))
-    assert shrink(network, i[:1]).a.out_features in (3, 6)  # of one row, the two can't be told apart
+    assert shrink(network, i[:1]).a.out_features in (3, 6)  # a single sample does not show which column has which range
 
 
 @pytest.mark.parametrize("kind", ["-inf", "-1e9", "complex", "nan"])
-def test_no_entry_of_the_outputs_hides_a_wrong_one(kind):
+def test_special_output_values_do_not_hide_a_wrong_entry(kind):
     class Hides(DIFFICULT["shuffled"][0]):
         def forward(self, x):
             y = super().forward(x)
@@ -279,7 +279,7 @@ def test_no_entry_of_the_outputs_hides_a_wrong_one(kind):
     assert small.a.out_features == 6
 
 
-def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
+def test_the_input_and_the_random_state_stay_if_the_forward_changes_them():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
@@ -300,7 +300,7 @@ def test_a_forward_that_writes_into_its_input_or_draws_numbers_is_left_alone():
 
 
 class Offset(nn.Module):
-    """Outputs that vary little for their size; centered over the channels if asked."""
+    """Outputs that vary little for their size; optionally with hidden values centered over the channels."""
 
     def __init__(self, centered):
         super().__init__()
@@ -314,7 +314,7 @@ class Offset(nn.Module):
         return self.c(torch.relu(self.b(h - h.mean(1, keepdim=True) if self.centered else h)))
 
 
-def test_an_offset_of_the_outputs_hides_no_change_and_makes_none():
+def test_an_output_offset_neither_hides_nor_causes_a_mismatch():
     for seed in range(5):
         torch.manual_seed(seed)
         network, x = Offset(centered=True), torch.randn(1000, 8)
@@ -330,7 +330,7 @@ def test_an_offset_of_the_outputs_hides_no_change_and_makes_none():
 def test_layers_whose_dead_channels_must_stay_are_named():
     make, shape = DIFFICULT["shuffled"]
     network = make()
-    network.b.weight.data[:, :2] = 0  # the graph takes them for readers of the first two neurons of a, not the last
+    network.b.weight.data[:, :2] = 0  # they read the last two neurons of a, and the graph says the first two
     with pytest.warns(UserWarning, match="The dead channels of 'a' stay: without them the outputs change"):
         shrink(network, torch.randn(2, *shape))
 

@@ -24,7 +24,7 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("density", [0.0, 0.003, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [*FLOATS, *SMALL, *WHOLE], ids=str)
-def test_every_dtype_comes_back_exactly(dtype, density, path):
+def test_every_dtype_is_restored_exactly(dtype, density, path):
     values = (100 * sparse(40, 30, density=density)).abs().to(dtype)
     save_sparse({"a": values}, path)
     back = load_sparse(path)["a"]
@@ -32,7 +32,7 @@ def test_every_dtype_comes_back_exactly(dtype, density, path):
     assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
 
 
-def test_shapes_names_and_strides_of_all_kinds_come_back(path):
+def test_unusual_shapes_names_and_strides_are_restored(path):
     state = {
         "": torch.tensor(3.0),
         "empty": torch.empty(0, 5),
@@ -48,7 +48,7 @@ def test_shapes_names_and_strides_of_all_kinds_come_back(path):
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-def test_special_values_keep_their_bits_and_negative_zeros_are_zeros(path):
+def test_special_values_keep_their_bits_and_negative_zeros_become_zeros(path):
     values = torch.tensor([float("nan"), float("-inf"), 1e-45, -1e-45, 0.0, -0.0] + [0.0] * 100)
     save_sparse({"a": values, "zeros": torch.full((1000,), -0.0)}, path)
     back = load_sparse(path)
@@ -58,7 +58,7 @@ def test_special_values_keep_their_bits_and_negative_zeros_are_zeros(path):
     assert os.path.getsize(path) < 700
 
 
-def test_denormals_keep_their_bits_where_they_are_flushed(path):
+def test_denormals_keep_their_bits_if_the_processor_flushes_them(path):
     halves = {dtype: torch.finfo(dtype).smallest_normal / 2 for dtype in FLOATS}
     state = {str(dtype): torch.tensor([x, -x] + [0.0, -0.0] * 50, dtype=dtype) for dtype, x in halves.items()}
     state["complex imaginary"] = torch.complex(torch.zeros(102), state["torch.float32"])
@@ -75,17 +75,17 @@ def test_denormals_keep_their_bits_where_they_are_flushed(path):
         assert torch.equal(back[name].view(torch.uint8), (tensor + 0).view(torch.uint8))  # -0.0 + 0 is 0.0
 
 
-def test_only_kept_values_take_room(path):
+def test_only_kept_values_take_space(path):
     sizes = []
     for density in (0.01, 0.02):
         weight = sparse(1000, 1000, density=density)
         save_sparse({"a": weight}, path)
         sizes.append(os.path.getsize(path))
-        assert sizes[-1] < 5.3 * int(weight.count_nonzero()) + 600  # 4 bytes a value, its place in less than 11 bits
+        assert sizes[-1] < 5.3 * int(weight.count_nonzero()) + 600  # 4 bytes per value, less than 11 bits per position
     assert sizes[1] > 1.8 * sizes[0]
 
 
-def test_tied_weights_are_stored_once_and_come_back_tied(path):
+def test_tied_weights_are_stored_once_and_restored_as_tied(path):
     model = nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False))
     save_sparse(model, path)
     single = os.path.getsize(path)
@@ -98,14 +98,14 @@ def test_tied_weights_are_stored_once_and_come_back_tied(path):
     load_sparse_into(nn.Sequential(nn.Linear(50, 50, bias=False), nn.Linear(50, 50, bias=False)), path)
 
 
-def test_views_of_one_storage_that_differ_are_stored_each(path):
+def test_different_views_of_one_storage_are_stored_separately(path):
     whole = sparse(4, 50, density=0.5)
     state = {"whole": whole, "row": whole[0], "column": whole[:, 0], "flat": whole.view(-1)}
     save_sparse(state, path)
     assert all(torch.equal(value, state[name]) for name, value in load_sparse(path).items())
 
 
-def test_a_model_is_read_into_in_place_whatever_its_dtype(path):
+def test_a_file_is_loaded_into_a_model_of_another_dtype_in_place(path):
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
     model[3].weight.data.copy_(sparse(2, 16, density=0.2))
     save_sparse(model, path)
@@ -118,14 +118,14 @@ def test_a_model_is_read_into_in_place_whatever_its_dtype(path):
     )
 
 
-def test_another_architecture_is_refused_with_every_key_and_left_as_it_was(path):
+def test_a_model_of_another_architecture_is_refused_with_every_key_and_left_as_it_was(path):
     save_sparse(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), path)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(5, 3))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(AutoPruneError) as error:
         load_sparse_into(model, path)
     for part in (
-        "is of another architecture than Sequential: '1.weight' is missing in the file; '1.bias' is missing in the",
+        "has another architecture than Sequential: '1.weight' is missing in the file; '1.bias' is missing in the",
         "'2.weight' is not in the model",
         "Build the model that was saved",
     ):
@@ -135,7 +135,7 @@ def test_another_architecture_is_refused_with_every_key_and_left_as_it_was(path)
         load_sparse_into(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(3, 2)), path)
 
 
-def test_metadata_say_version_sparsity_and_metrics(path):
+def test_metadata_has_version_sparsity_and_metrics(path):
     import lightning_autoprune
 
     weight = torch.zeros(10, 10)
@@ -148,7 +148,7 @@ def test_metadata_say_version_sparsity_and_metrics(path):
     }
 
 
-def test_metadata_say_the_sparsity_of_tied_tensors_and_of_those_that_are_stored_whole(path):
+def test_metadata_has_the_sparsity_of_tied_tensors_and_of_tensors_stored_with_zeros(path):
     weight, codes = torch.zeros(10, 10), torch.arange(1, 101, dtype=torch.int8)
     weight[0], codes[:3] = 1, 0
     save_sparse({"a": weight, "": codes, "tied": weight, "tied codes": codes, "dense": torch.ones(3)}, path)
@@ -158,20 +158,20 @@ def test_metadata_say_the_sparsity_of_tied_tensors_and_of_those_that_are_stored_
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (3, "'a' is a int, not a tensor: leave it out and keep it elsewhere"),
+        (3, "'a' is a int, not a tensor: leave it out and store it elsewhere"),
         (torch.ones(2, 2).to_sparse(), "'a' is of layout torch.sparse_coo, dtype torch.float32; only dense tensors"),
         (torch.ones(2, device="meta"), "'a' is on the meta device; only dense tensors with values"),
         (torch.ones([1] * 65), "'a' has 65 dimensions; at most 64 can be stored: reshape it first"),
         (nn.UninitializedParameter(), "'a' is lazy and has no shape yet: run one batch through the model first"),
     ],
 )
-def test_what_is_no_dense_tensor_is_refused_by_name(value, message, path):
+def test_values_that_are_not_dense_tensors_are_refused_by_name(value, message, path):
     with pytest.raises(AutoPruneError, match=message):
         save_sparse({"a": value}, path)
     assert not path.exists()
 
 
-def test_a_lazy_model_is_neither_written_nor_read_into(path):
+def test_a_lazy_model_is_neither_saved_nor_loaded_into(path):
     model = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
     message = "'1.weight' is lazy and has no shape yet: run one batch through the model first"
     with pytest.raises(AutoPruneError, match=message):
@@ -182,7 +182,7 @@ def test_a_lazy_model_is_neither_written_nor_read_into(path):
         load_sparse_into(model, path)
 
 
-def test_a_failed_save_leaves_the_old_file_and_no_other(path, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_only_the_old_file(path, tmp_path, monkeypatch):
     save_sparse({"a": torch.ones(3)}, path)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
@@ -191,7 +191,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(path, tmp_path, monkeypa
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_file_that_is_not_there_is_an_oserror_with_its_name(path):
+def test_a_missing_file_raises_an_oserror_with_its_name(path):
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         load_sparse(path)
 
@@ -204,9 +204,9 @@ def test_conjugate_views_keep_their_values(path):
     assert torch.equal(back["c"], -x.imag)
 
 
-@pytest.mark.parametrize("size", [1000, 100_000])  # memory of small and of large tensors is used again
+@pytest.mark.parametrize("size", [1000, 100_000])  # torch reuses the memory of small and of large tensors
 @pytest.mark.parametrize("lazy", [torch.conj, lambda x: x.conj().imag], ids=["conjugate", "negative"])
-def test_lazily_changed_tensors_of_one_shape_are_not_taken_for_tied(lazy, size, path):
+def test_lazily_conjugated_or_negated_tensors_are_not_mistaken_for_tied(lazy, size, path):
     state = {str(i): lazy(torch.full((size,), complex(i, i + 1))) for i in range(10)}
     save_sparse({**state, "tied": state["3"]}, path)
     back = load_sparse(path)
@@ -215,28 +215,28 @@ def test_lazily_changed_tensors_of_one_shape_are_not_taken_for_tied(lazy, size, 
 
 
 @pytest.mark.parametrize("size", [1000, 100_000])
-def test_tensors_that_are_made_as_they_are_asked_for_are_not_taken_for_tied(size, path):
-    class Made(dict):
+def test_tensors_that_are_created_on_access_are_not_mistaken_for_tied(size, path):
+    class CreatedOnAccess(dict):
         def items(self):
             return ((name, torch.full((size,), value)) for name, value in super().items())
 
-    save_sparse(Made({str(i): float(i) for i in range(10)}), path)
+    save_sparse(CreatedOnAccess({str(i): float(i) for i in range(10)}), path)
     back = load_sparse(path)
     assert [value.unique().tolist() for value in back.values()] == [[i] for i in range(10)]
 
 
-def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
+def test_a_missing_folder_raises_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_sparse({"a": torch.ones(2)}, tmp_path / "no" / "a.safetensors")
 
 
-def test_an_own_file_of_zeros_only_can_be_read(path):
+def test_a_highly_compressed_file_of_zeros_can_be_loaded(path):
     save_sparse({"a": torch.zeros(5_000_000)}, path)
     assert load_sparse(path)["a"].count_nonzero() == 0
 
 
-def test_a_number_after_values_of_another_size_comes_back():
-    """One entry needs no reordering of its bytes, and they may begin anywhere."""
+def test_values_at_unaligned_offsets_are_restored():
+    """A tensor of one entry needs no reordering of its bytes, which may start at any offset."""
     tensors = {"a": torch.ones(3, dtype=torch.int8), "b": torch.tensor(7), "c": torch.tensor([0.5]), "d": torch.ones(5)}
     save_sparse(tensors, "f.safetensors")
     back = load_sparse("f.safetensors")
@@ -246,18 +246,18 @@ def test_a_number_after_values_of_another_size_comes_back():
 @pytest.mark.parametrize(
     ("state", "metrics", "name"), [({2: torch.ones(3), 10: torch.ones(3)}, None, "2"), ({}, {"a": 0.5, 7: 1.0}, "7")]
 )
-def test_names_that_are_no_strings_are_refused(state, metrics, name, path):
-    message = f"The name {name} is of the type int; tensors and metrics must be named by strings: '{name}'"
+def test_names_that_are_not_strings_are_refused(state, metrics, name, path):
+    message = f"The name {name} is of the type int; names of tensors and metrics must be strings: '{name}'"
     with pytest.raises(AutoPruneError, match=message):
         save_sparse(state, path, metrics)
     assert not path.exists()
 
 
-def test_a_sharded_tensor_is_refused_and_the_whole_is_written(path):
+def test_a_sharded_tensor_is_refused_and_its_full_tensor_is_saved(path):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         weight = distribute_tensor(sparse(8, 6), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(AutoPruneError, match=r"'a' is sharded, .* save what `full_tensor\(\)` gives"):
+        with pytest.raises(AutoPruneError, match=r"'a' is sharded, .* save the result of `full_tensor\(\)`"):
             save_sparse({"a": weight}, path)
         save_sparse({"a": weight.full_tensor()}, path)
     finally:

@@ -1,4 +1,4 @@
-"""Files that `save_sparse` has not written, or not so: forged, cut or damaged."""
+"""Files that are forged, truncated, damaged or not from `save_sparse` are refused."""
 
 from __future__ import annotations
 
@@ -15,24 +15,23 @@ from torch import nn
 
 from lightning_autoprune import AutoPruneError
 from lightning_autoprune.deploy.sparse_file import load_sparse, load_sparse_into, save_sparse, sparse_metadata
+from lightning_autoprune.deploy.sparse_format import compute_checksum
 
 
-def test_other_files_are_refused(path):
+def test_files_of_other_formats_are_refused(path):
     save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(AutoPruneError, match="'lightning_autoprune' is not in its metadata, so `save_sparse` has not"):
+    with pytest.raises(AutoPruneError, match="'lightning_autoprune' is not in its metadata, so it was not written by"):
         load_sparse(path)
     torch.save({"a": torch.ones(3)}, path)
-    with pytest.raises(AutoPruneError, match=r"is not a whole sparse file: .* Make it anew with `save_sparse`"):
+    with pytest.raises(AutoPruneError, match=r"is not a valid sparse file: .* Write it again with `save_sparse`"):
         load_sparse(path)
     path.write_bytes(b"")
-    with pytest.raises(AutoPruneError, match="is not a whole sparse file"):
+    with pytest.raises(AutoPruneError, match="is not a valid sparse file"):
         load_sparse(path)
 
 
 def forged(path, change, **content):
-    """Writes a file with a valid checksum whose layout is changed."""
-    from lightning_autoprune.deploy import sparse_file
-
+    """Write a file with a changed layout and a valid checksum."""
     layout = {
         "format": 1,
         "version": "9",
@@ -42,7 +41,7 @@ def forged(path, change, **content):
     values = torch.frombuffer(bytearray(zlib.compress(bytes(12))), dtype=torch.uint8)
     content = {"values": values, "masks": torch.zeros(0, dtype=torch.uint8)} | content
     change(layout)
-    layout["crc32"] = sparse_file._checksum(layout, content)
+    layout["crc32"] = compute_checksum(layout, content)
     save_file(content, path, {"lightning_autoprune": json.dumps(layout)})
 
 
@@ -53,33 +52,36 @@ def forged(path, change, **content):
         (lambda layout: layout["tensors"]["a"].update(kept=4), "does not hold 4 values of 'a'"),
         (lambda layout: layout["tensors"]["a"].update(kept=2), "does not hold 2 values of 'a'"),
         (lambda layout: layout["tensors"]["a"].update(bits=3, mask=1), "can't be 3 positions of 3"),
-        (lambda layout: layout["tensors"]["a"].update(shape=[-3]), "its metadata make no sense: a tensor with"),
-        (lambda layout: layout["tensors"]["a"].update(shape=[3.0]), "its metadata make no sense: a tensor with"),
+        (lambda layout: layout["tensors"]["a"].update(shape=[-3]), "its metadata is invalid: a tensor has the entry"),
+        (lambda layout: layout["tensors"]["a"].update(shape=[3.0]), "its metadata is invalid: a tensor has the entry"),
         (
             lambda layout: layout["tensors"]["a"].update(shape=[2**47] * 65),
-            "a tensor of 65 dimensions, and 64 are allowed",
+            "a tensor has 65 dimensions; at most 64 are allowed",
         ),
         (
             lambda layout: layout["tensors"]["a"].update(shape=[2**24] * 2, bits=0),
-            r"a tensor of shape \(16777216, 16777216\), and fewer than 2\*\*48 entries are allowed",
+            r"a tensor has the shape \(16777216, 16777216\); it must have fewer than 2\*\*48 entries",
         ),
         (lambda layout: layout["tensors"]["a"].update(zeros=4), "does not hold 4 zeros of 'a'"),
         (lambda layout: layout["tensors"]["a"].update(zeros=1, bits=0), "does not hold 1 zeros of 'a'"),
-        (lambda layout: layout["tensors"]["a"].update(shape="abc"), "its metadata make no sense"),
-        (lambda layout: layout["tensors"]["a"].update(dtype="object"), "its metadata make no sense: a tensor with"),
-        (lambda layout: layout["tensors"]["a"].update(other=1), "its metadata make no sense: .*unexpected keyword"),
-        (lambda layout: layout["tensors"]["a"].update(same_as="b", kept=0), "is not a whole sparse file: "),
-        (lambda layout: layout["tensors"].update(a=7), "its metadata make no sense"),
+        (lambda layout: layout["tensors"]["a"].update(shape="abc"), "its metadata is invalid"),
+        (
+            lambda layout: layout["tensors"]["a"].update(dtype="object"),
+            "its metadata is invalid: a tensor has the entry",
+        ),
+        (lambda layout: layout["tensors"]["a"].update(other=1), "its metadata is invalid: .*unexpected keyword"),
+        (lambda layout: layout["tensors"]["a"].update(same_as="b", kept=0), "is not a valid sparse file: "),
+        (lambda layout: layout["tensors"].update(a=7), "its metadata is invalid"),
         (
             lambda layout: layout["tensors"].update(b={"shape": [4], "dtype": "float32", "same_as": "a"}),
-            "'b' is not what 'a' is",
+            "'b' can't be the same as 'a'",
         ),
         (
             lambda layout: layout["tensors"].update(b={"shape": [3], "dtype": "float32", "kept": 3, "same_as": "a"}),
             "does not hold 3 values of 'b'",
         ),
-        (lambda layout: layout["tensors"]["a"].update(shape=[2**47, 2**47, 0], kept=0), "is not a whole sparse file"),
-        (lambda layout: layout.update(tensors=[]), "its metadata make no sense"),
+        (lambda layout: layout["tensors"]["a"].update(shape=[2**47, 2**47, 0], kept=0), "is not a valid sparse file"),
+        (lambda layout: layout.update(tensors=[]), "its metadata is invalid"),
         (lambda layout: layout["tensors"].clear(), "it does not hold 0 bytes of values"),
         (lambda layout: layout.pop("metrics"), "'metrics' is not in its metadata"),
     ],
@@ -91,16 +93,16 @@ def test_a_forged_layout_is_refused(change, message, path):
 
 
 @pytest.mark.parametrize("same_as", [["a"], 7])
-def test_metadata_that_tie_a_tensor_to_no_name_are_refused(same_as, path):
+def test_metadata_that_ties_a_tensor_to_something_other_than_a_name_is_refused(same_as, path):
     forged(path, lambda layout: layout["tensors"]["a"].update(same_as=same_as, kept=0))
-    with pytest.raises(AutoPruneError, match="its metadata make no sense"):
+    with pytest.raises(AutoPruneError, match="its metadata is invalid"):
         sparse_metadata(path)
 
 
 @pytest.mark.parametrize("read", [load_sparse, sparse_metadata])
 def test_a_shape_of_very_many_huge_dimensions_is_refused_before_they_are_multiplied(read, path):
     forged(path, lambda layout: layout["tensors"]["a"].update(shape=[2**47] * 100_000))
-    with pytest.raises(AutoPruneError, match="a tensor of 100000 dimensions, and 64 are allowed"):
+    with pytest.raises(AutoPruneError, match="a tensor has 100000 dimensions; at most 64 are allowed"):
         read(path)
 
 
@@ -109,7 +111,7 @@ def test_a_shape_of_very_many_huge_dimensions_is_refused_before_they_are_multipl
     [
         (b"not zlib", "Error -3 while decompressing"),
         (zlib.compress(bytes(11)), "it does not hold 12 bytes of values"),
-        (zlib.compress(bytes(10**8)), "it does not hold 12 bytes of values"),  # a bomb
+        (zlib.compress(bytes(10**8)), "it does not hold 12 bytes of values"),  # a decompression bomb
         (zlib.compress(bytes(12)) + b"more", "it does not hold 12 bytes of values"),
         (zlib.compress(bytes(12))[:-1], "it does not hold 12 bytes of values"),
     ],
@@ -127,14 +129,14 @@ def test_forged_masks_are_refused(masks, path):
         load_sparse(path)
 
 
-def test_metadata_of_an_empty_tensor_can_be_read(path):
+def test_the_sparsity_of_an_empty_tensor_can_be_read(path):
     forged(path, lambda layout: layout["tensors"]["a"].update(shape=[0], kept=0, bits=0))
     assert sparse_metadata(path)["sparsity"] == {"a": 1.0}
 
 
 def test_a_file_that_claims_to_be_huge_is_refused_before_anything_is_allocated(path):
     forged(path, lambda layout: layout["tensors"]["a"].update(shape=[2**40], kept=3, bits=0, mask=0))
-    with pytest.raises(AutoPruneError, match="would grow to 4398046511104, more than `max_expansion=1000` allows"):
+    with pytest.raises(AutoPruneError, match="would expand to 4398046511104, more than `max_expansion=1000` allows"):
         load_sparse(path)
     model = nn.Module()
     model.a = nn.Parameter(torch.zeros(3))
@@ -143,7 +145,7 @@ def test_a_file_that_claims_to_be_huge_is_refused_before_anything_is_allocated(p
 
 
 def mutate(data, generator):
-    """One to three changes: bits flipped, bytes cut out, doubled or put in, the length in the header changed."""
+    """Make one to three changes: flip a bit, remove, repeat or replace bytes, truncate, or change the header length."""
     data = bytearray(data)
     for _ in range(generator.randint(1, 3)):
         kind, at = generator.randrange(6), generator.randrange(len(data))
@@ -166,7 +168,7 @@ def mutate(data, generator):
     return bytes(data)
 
 
-def test_ten_thousand_damaged_files_are_refused_or_read_as_they_were(path):
+def test_ten_thousand_damaged_files_are_refused_or_loaded_unchanged(path):
     state = {"a": sparse(20, 30), "b": torch.arange(5), "c": sparse(7, density=0.9).half()}
     save_sparse(state, path, metrics={"error": 0.5})
     whole, generator, refused = path.read_bytes(), random.Random(0), 0

@@ -1,4 +1,4 @@
-"""The exported program gives the model's outputs, for any number of rows, without the model's code."""
+"""The exported program gives the model's outputs for any batch size, without the model's code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import UserDict
 
 import pytest
 import torch
-from architectures import EXACT, Masked, prune
+from architectures import EXACT, Masked, prune_randomly
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, export_program
@@ -20,17 +20,17 @@ def pruned() -> nn.Module:
     return model
 
 
-def test_a_program_is_shrunk_and_runs_where_the_package_is_not_there(tmp_path):
+def test_a_program_is_shrunk_and_runs_without_the_package(tmp_path):
     model, path = pruned(), tmp_path / "net.pt2"
     export_program(model, path, torch.zeros(1, 6))
     x = torch.randn(7, 6)
-    torch.save((x, model(x)), tmp_path / "rows.pt")
+    torch.save((x, model(x)), tmp_path / "run.pt")
     code = f"""
 import sys, torch
 sys.modules["lightning_autoprune"] = None
-x, aim = torch.load({str(tmp_path / "rows.pt")!r})
+x, expected = torch.load({str(tmp_path / "run.pt")!r})
 program = torch.export.load({str(path)!r}).module()
-assert torch.allclose(program(x), aim, atol=1e-5)
+assert torch.allclose(program(x), expected, atol=1e-5)
 print(sum(p.numel() for p in program.parameters()))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -38,19 +38,19 @@ print(sum(p.numel() for p in program.parameters()))
 
 
 @pytest.mark.parametrize("name", ["resnet", "encoder"])
-def test_the_program_gives_the_outputs_of_the_masked_model_for_any_number_of_rows(name, tmp_path):
+def test_the_program_gives_the_outputs_of_the_masked_model_for_any_batch_size(name, tmp_path):
     make, shape = EXACT[name]
-    network = prune(make(), 0.05).eval()
+    network = prune_randomly(make(), 0.05).eval()
     export_program(network, tmp_path / "net.pt2", torch.zeros(1, *shape))
     program = torch.export.load(tmp_path / "net.pt2").module()
-    for rows in (1, 7):
-        x = torch.randn(rows, *shape)
+    for batch_size in (1, 7):
+        x = torch.randn(batch_size, *shape)
         with torch.no_grad():
-            aim = network(x)
-            torch.testing.assert_close(program(x), aim, rtol=1e-4, atol=1e-5 * float(aim.abs().max()))
+            expected = network(x)
+            torch.testing.assert_close(program(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_without_shrinking_all_channels_are_there_and_the_model_is_left_as_it_was(tmp_path):
+def test_without_shrinking_all_channels_stay_and_the_model_is_left_as_it_was(tmp_path):
     model = pruned().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_program(model, tmp_path / "net.pt2", torch.zeros(2, 6), shrunk=False)
@@ -59,7 +59,7 @@ def test_without_shrinking_all_channels_are_there_and_the_model_is_left_as_it_wa
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_what_cannot_be_exported_is_refused_by_name_and_no_file_is_left(tmp_path):
+def test_a_model_that_can_not_be_exported_is_refused_and_no_file_is_left(tmp_path):
     class Branches(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, and what its pages say of the package is so."""
+"""The documentation site builds without warnings, and its pages agree with the package and the benchmarks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,18 @@ for _name in ("sphinx", "furo", "myst_parser", "matplotlib"):
 DOCS = ROOT / "docs"
 PAGES = (
     "settings",
+    "held_out_data",
+    "logging",
+    "smaller_models",
+    "benchmarks",
+    "compatibility",
+    "large_models",
     "configuration",
     "coming_from_modelpruning",
     "troubleshooting",
-    "large_models",
     "api",
     "mathematics",
+    "contributing",
     "changelog",
 )
 RAISED = ("AutoPruneError", "rank_zero_warn", "warn")
@@ -39,15 +45,15 @@ RAISED = ("AutoPruneError", "rank_zero_warn", "warn")
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    """The folder of the pages, made as by ``make docs``."""
+    """Build the pages as ``make docs`` does, and return their folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "--quiet", str(DOCS), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    build = subprocess.run(command, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
     return folder
 
 
-def test_all_pages_are_built_and_reached_from_the_first(site):
+def test_every_page_is_built_and_linked_from_the_home_page(site):
     home = (site / "index.html").read_text()
     for page in PAGES:
         assert (site / f"{page}.html").exists(), page
@@ -57,21 +63,21 @@ def test_all_pages_are_built_and_reached_from_the_first(site):
 @needs_browser
 def test_a_real_browser_shows_the_site(site, tmp_path):
     home = screenshot(site / "index.html", tmp_path / "index.png")
-    assert all(has_color(home, color) for color in COLORS[1:3])  # of the curves in the first picture
+    assert all(has_color(home, color) for color in COLORS[1:3])  # curves in the first picture
     for page in PAGES:
-        seen = screenshot(site / f"{page}.html", tmp_path / f"{page}.png")
-        assert has_color(seen, "#000000")  # text
-        assert has_color(seen[:, :8], "#F8F9FB")  # the theme's bar at the left, which needs its style sheet
+        pixels = screenshot(site / f"{page}.html", tmp_path / f"{page}.png")
+        assert has_color(pixels, "#000000")  # text
+        assert has_color(pixels[:, :8], "#F8F9FB")  # the theme's sidebar, which needs its style sheet
 
 
-def test_the_reference_has_every_public_name(site):
+def test_the_api_reference_has_every_public_name(site):
     api = (site / "api.html").read_text()
     names = [f"lightning_autoprune.{name}" for name in lightning_autoprune.__all__]
     names += [f"lightning_autoprune.plots.{name}" for name in plots.__all__ if inspect.isfunction(getattr(plots, name))]
-    assert [name for name in names if f'id="{name}"' not in api] == [], "to be added to docs/api.rst"
+    assert [name for name in names if f'id="{name}"' not in api] == [], "add these to docs/api.rst"
 
 
-def test_the_settings_are_all_there_with_their_defaults():
+def test_the_settings_page_has_every_setting_with_its_default():
     page = (DOCS / "settings.md").read_text()
     for name, parameter in inspect.signature(AutoPruneCallback).parameters.items():
         value = parameter.default
@@ -79,7 +85,7 @@ def test_the_settings_are_all_there_with_their_defaults():
         assert f"| `{name}={shown}` |" in page, name
 
 
-def test_the_measured_figures_are_put_in(site):
+def test_the_settings_page_has_the_measured_figures(site):
     from ablations import CHANGES
 
     page = (site / "settings.html").read_text()
@@ -90,11 +96,72 @@ def test_the_measured_figures_are_put_in(site):
     assert "not measured" in cells
 
 
+# Links and paths
+
+
+def test_links_lead_to_files():
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
+            assert (DOCS / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.*"), *ROOT.glob("*.md")], ids=lambda page: page.name)
+def test_every_test_path_that_is_named_exists(page):
+    if page.suffix in {".md", ".rst", ".py"}:
+        for path in re.findall(r"\btests/[\w./]*\w", page.read_text()):
+            assert (ROOT / path).exists(), path
+
+
+def test_the_compatibility_page_names_a_test_file_for_nearly_every_row():
+    rows = [row for row in (DOCS / "compatibility.md").read_text().splitlines() if row.startswith("| ")]
+    without = [row for row in rows if "tests" not in row and not row.startswith("| ---")]
+    assert len(without) <= 1, without
+
+
+# Benchmarks
+
+
+def test_the_benchmark_tables_agree_with_the_rows_of_the_results():
+    import accuracy
+    import cost
+    import deploy
+    import neurons
+    from harness.methods import LABELS
+    from harness.report import compression_table, no_target_table
+    from harness.results import read_rows
+    from harness.tasks import TASKS
+
+    rows = [row for row in read_rows(accuracy.RESULTS) if accuracy.has_current_settings(row)]
+    tables = {f"accuracy.py, {task}": compression_table(rows, task, LABELS) for task in TASKS}
+    tables["accuracy.py, no target"] = no_target_table(rows)
+    tables["cost.py"] = cost.cost_table(cost.last_rows(cost.RESULTS))
+    tables["deploy.py, sizes"] = deploy.size_table(read_rows(deploy.RESULTS))
+    tables["deploy.py, latencies"] = deploy.latency_table(read_rows(deploy.RESULTS))
+    tables["neurons.py"] = neurons.result_table(read_rows(neurons.RESULTS), "lenet-5")
+    page = (DOCS / "benchmarks.md").read_text()
+    for name, table in tables.items():
+        assert f"\n\n{table}\n\n" in page, f"copy the table that {name} prints to docs/benchmarks.md:\n{table}"
+
+
+def test_the_sweeps_on_the_benchmarks_page_agree_with_the_rows_of_the_results():
+    import robustness
+    from harness.results import group_means, read_rows
+
+    means = group_means(read_rows(robustness.RESULTS), "error", ("method", "options"))
+    page = (DOCS / "benchmarks.md").read_text()
+    for method, option, value, factors in robustness.SWEEPS:
+        errors = [means[method, robustness.scaled_option(option, value, factor)].mean for factor in factors]
+        if method == "spred":
+            del errors[-1]  # the page says why
+        spread = max(errors) - min(errors)
+        assert f" | {' '.join(f'{error:.2f}' for error in errors)} | {spread:.2f} |" in page, option
+
+
 # Troubleshooting
 
 
 def messages() -> list[re.Pattern[str]]:
-    """What the package raises and warns of, with anything in the place of what is put in."""
+    """Return patterns of the messages that the package raises and warns with, where any text may replace a value."""
     found = []
     for path in sorted(Path(lightning_autoprune.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -109,7 +176,7 @@ def messages() -> list[re.Pattern[str]]:
 
 
 def entries() -> dict[str, list[str]]:
-    """The quoted messages under each heading of the page."""
+    """Return the quoted messages under each heading of the page."""
     found = {}
     for section in re.split(r"^### ", (DOCS / "troubleshooting.md").read_text(), flags=re.MULTILINE)[1:]:
         heading, _, text = section.partition("\n")
@@ -118,7 +185,7 @@ def entries() -> dict[str, list[str]]:
     return found
 
 
-def test_the_source_has_every_message_that_is_explained():
+def test_the_source_has_every_message_that_the_troubleshooting_page_quotes():
     known, explained = messages(), entries()
     assert len(explained) >= 20
     for heading, quotes in explained.items():
@@ -129,7 +196,14 @@ def test_the_source_has_every_message_that_is_explained():
     assert not any(pattern.fullmatch("All weights of the layers are wrong: do as you like.") for pattern in known)
 
 
-# Coming from ModelPruning
+# Code
+
+
+def test_the_code_for_whole_neurons_runs():
+    [code] = re.findall(r"```python\n(.*?)```", (DOCS / "smaller_models.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["callback"], AutoPruneCallback)
 
 
 def test_the_code_before_and_after_gives_the_same_sparsity_under_the_same_keys():
@@ -142,7 +216,7 @@ def test_the_code_before_and_after_gives_the_same_sparsity_under_the_same_keys()
         assert all(weight.count_nonzero() for weight in prunable_weights(plain).values())
 
 
-def test_a_file_with_masks_becomes_a_plain_one():
+def test_a_checkpoint_with_masks_becomes_a_plain_one():
     *_, code = re.findall(r"```python\n(.*?)```", (DOCS / "coming_from_modelpruning.md").read_text(), re.DOTALL)
     old, model = Net(), Net()
     torch.nn.utils.prune.l1_unstructured(old.first, "weight", 0.5)
@@ -151,16 +225,10 @@ def test_a_file_with_masks_becomes_a_plain_one():
     assert torch.equal(model.first.weight, old.first.weight)
 
 
-def test_every_option_of_modelpruning_has_its_row():
+def test_every_option_of_modelpruning_has_a_row():
     from lightning.pytorch.callbacks import ModelPruning
 
     page = (DOCS / "coming_from_modelpruning.md").read_text()
     rows = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     for name in inspect.signature(ModelPruning).parameters:
         assert f"`{name}" in rows, name
-
-
-def test_links_lead_to_files():
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", page.read_text()):
-            assert (DOCS / target).exists(), f"{page.name}: {target}"

@@ -1,4 +1,4 @@
-"""Each notebook runs as it stands, on a smaller setting where it trains for long, and is the same as its script."""
+"""Each notebook runs, on a smaller setting if it trains for long, and is the same as its script."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def pruned(options=None, **more):
     counting = Counting(callback)
     model, t = fit([callback, counting, *more.pop("callbacks", [])], **more)
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
-    assert callback._run.pruner.frozen
+    assert callback._run.pruner.masks_final
     return counting, model, t
 
 

@@ -69,7 +69,7 @@ def test_held_out_passes_change_nothing_while_no_weight_is_pruned(source, option
     callback = AutoPruneCallback(**NO_PRUNING, **SOURCES[source], warmup=0.2, finetune=0.2)
     assert same(trace(None, "without", **options), trace(callback, "with", **options))
     assert callback.sparsity == 0
-    assert callback._run.pruner.frozen
+    assert callback._run.pruner.masks_final
     assert callback._run.pruner.auxiliary.scale.updates > 5
 
 

@@ -72,7 +72,7 @@ def test_magnitude_starts_m_in_units_of_each_layers_spread():
     model = network()
     with torch.no_grad():
         model[3].weight.mul_(100)
-    aux = attached(model, scale=0.2)
+    aux = attached(model, initial_scale=0.2)
     assert aux.M[1].mean() == pytest.approx(aux.M[2].mean(), rel=0.5)
 
 
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_takes_no_step():
 
 
 def test_gradients_of_zero_leave_the_pressure_alone_at_work():
-    aux = attached(network(), rule="autoprune")
+    aux = attached(network(), update_rule="autoprune")
     before = copy.deepcopy(aux.M)
     assert aux.step([torch.zeros_like(M) for M in aux.M], lr=0.1, mu=0.5)
     for M, old in zip(aux.M, before, strict=True):
@@ -216,7 +216,7 @@ def test_weights_that_give_no_m_are_refused_by_name():
     nn.init.zeros_(model[5].weight)
     with pytest.raises(AutoPruneError, match="All weights of layer '5' are 0"):
         attached(model)
-    assert attached(model, initial="constant").sparsity == 0
+    assert attached(model, initial_m="constant").sparsity == 0
 
 
 # Floors and counts
@@ -250,7 +250,7 @@ def test_frozen_masks_hold_under_momentum_and_cost_no_latent_weights():
     for _ in range(3):
         weight_step(model, aux, opt)
     aux.keep(80)
-    aux.freeze()
+    aux.finalize_masks()
     assert aux.W == aux.M == []
     masks = aux.masks()
     before = flat(model)
@@ -268,7 +268,7 @@ def test_state_is_restored_exactly_and_loads_with_weights_only(frozen):
     aux.step(random_gradients(aux), 0.1, 1)
     aux.update_masks()
     if frozen:
-        aux.freeze()
+        aux.finalize_masks()
     file = io.BytesIO()
     torch.save({"weights": model.state_dict(), "auxiliary": aux.state_dict()}, file)
     file.seek(0)
@@ -280,7 +280,7 @@ def test_state_is_restored_exactly_and_loads_with_weights_only(frozen):
     assert same(restored.M, aux.M)
     assert same(restored.W, aux.W)
     assert same(restored.masks(), aux.masks())
-    assert (restored.kept, restored.frozen, restored.scale) == (aux.kept, aux.frozen, aux.scale)
+    assert (restored.kept, restored.masks_final, restored.scale) == (aux.kept, aux.masks_final, aux.scale)
     assert same(dict(other.state_dict()), dict(model.state_dict()))
 
 
@@ -298,18 +298,21 @@ def test_state_of_other_layers_is_refused_by_name():
 @pytest.mark.parametrize(("saved", "now"), [("adaptive", "autoprune"), ("vanilla", "adaptive")])
 def test_a_state_of_a_rule_with_other_figures_is_refused_by_name(saved, now):
     layers = {"layer": torch.nn.Parameter(torch.randn(3, 4))}
-    state = AuxiliaryParameters(layers, rule=saved).state_dict()
+    state = AuxiliaryParameters(layers, update_rule=saved).state_dict()
     with pytest.raises(AutoPruneError, match=f"state is of another update rule than '{now}': resume with the same"):
-        AuxiliaryParameters(layers, rule=now).load_state_dict(state)
+        AuxiliaryParameters(layers, update_rule=now).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "magic"}, "`update_rule` is 'magic'; allowed are 'adaptive', 'autoprune', 'vanilla'."),
+        (
+            {"update_rule": "magic"},
+            "`update_rule` is 'magic'; allowed are 'adaptive', 'autoprune', 'vanilla', or an instance",
+        ),
         ({"estimator": "step"}, "`estimator` is 'step'; allowed are 'linear', 'hard_sigmoid'"),
-        ({"initial": "random"}, "`initial` is 'random'; allowed are 'magnitude', 'constant'."),
-        ({"scale": 0}, r"`scale` is 0; it must be a number in \(0, inf\)."),
+        ({"initial_m": "random"}, "`initial_m` is 'random'; allowed are 'magnitude', 'constant'."),
+        ({"initial_scale": 0}, r"`initial_scale` is 0; it must be a number in \(0, inf\)."),
         ({"leaky_slope": 2}, r"`leaky_slope` is 2; it must be a number in \[0, 1\]."),
         ({"layer_floor": 1.0}, r"`layer_floor` is 1.0; it must be a number in \[0, 1\)."),
     ],

@@ -38,10 +38,10 @@ def take_steps(aux: AuxiliaryParameters, numbers, trained=SHAPES) -> None:
 @pytest.mark.parametrize("rule", ["adaptive", "autoprune"])
 @pytest.mark.parametrize(("first", "names"), [("dbca", "aebfcd"), ("ef", "fabcde"), ("cb", "cabedf")])
 def test_joining_weights_is_as_if_they_had_been_there_and_not_trained(first, names, rule):
-    joined = many(first, rule=rule)
+    joined = many(first, update_rule=rule)
     take_steps(joined, range(8))
-    joined.join(many([name for name in names if name not in first], rule=rule), list(names))
-    whole = many(names, rule=rule)
+    joined.join(many([name for name in names if name not in first], update_rule=rule), list(names))
+    whole = many(names, update_rule=rule)
     take_steps(whole, range(8), trained=first)
     for aux in (joined, whole):
         take_steps(aux, range(8, 12))
@@ -54,11 +54,11 @@ def test_joining_weights_is_as_if_they_had_been_there_and_not_trained(first, nam
         torch.testing.assert_close(ours, others, rtol=1e-9, atol=1e-12)
 
     def updates(aux: AuxiliaryParameters) -> dict[str, int]:
-        pairs = zip(aux._buckets, aux.squares, strict=False)
-        return {names[i]: squares.updates for bucket, squares in pairs for i in bucket.numbers}
+        pairs = zip(aux.buckets, aux.updates, strict=True)
+        return {names[i]: count for bucket, count in pairs for i in bucket.numbers}
 
     assert updates(joined) == updates(whole)
-    restored = many(names, rule=rule, initial="constant")
+    restored = many(names, update_rule=rule, initial_m="constant")
     for weight, other in zip(restored.weights.values(), joined.weights.values(), strict=True):
         weight.copy_(other)
     restored.load_state_dict(joined.state_dict())

@@ -34,7 +34,7 @@ def held(value, seen: set[int]) -> int:
 def test_so_many_bytes_go_with_a_weight(rule, dtype, expected):
     """As ``docs/large_models.md`` says, which counts the gradient of the weight step besides."""
     weight = torch.randn(1000, 1000).to(dtype)
-    aux = AuxiliaryParameters({"layer": weight}, rule=rule)
+    aux = AuxiliaryParameters({"layer": weight}, update_rule=rule)
     aux.step([torch.randn_like(weight)], 0.1, 0.1)
     aux.update_masks()
     assert held(aux, {weight.untyped_storage().data_ptr()}) == pytest.approx(expected * weight.numel(), rel=0.001)
@@ -45,7 +45,7 @@ def test_frozen_masks_take_one_bit_a_weight():
     aux = AuxiliaryParameters({"layer": weight})
     aux.keep(100_000)
     kept = aux.masks()[0]
-    aux.freeze()
+    aux.finalize_masks()
     assert held(aux, {weight.untyped_storage().data_ptr()}) < weight.numel() / 8 + 2**14
     weight.copy_(torch.randn(1000, 1000))
     aux.after_weight_step()

@@ -30,19 +30,21 @@ def test_softplus_is_the_derivative_of_softplus():
     torch.testing.assert_close(straight_through("softplus", m.detach()), expected)
 
 
-@given(st.sampled_from(ESTIMATORS), st.floats(-50, 50))
+@given(st.sampled_from(list(ESTIMATORS)), st.floats(-50, 50))
 def test_every_estimator_is_between_zero_and_one(name, m):
     value = straight_through(name, torch.tensor([m]))
     assert value is None or 0 <= value.item() <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", ESTIMATORS[1:])
+@pytest.mark.parametrize("name", list(ESTIMATORS)[1:])
 def test_dtype_is_kept(name, dtype):
     assert straight_through(name, M.to(dtype)).dtype == dtype
 
 
 def test_an_unknown_estimator_lists_those_there_are():
-    message = "`estimator` is 'relu'; allowed are 'linear', 'hard_sigmoid', 'leaky_relu', 'softplus'."
+    message = (
+        "`estimator` is 'relu'; allowed are 'linear', 'hard_sigmoid', 'leaky_relu', 'softplus', or a function of M."
+    )
     with pytest.raises(AutoPruneError, match=message):
         straight_through("relu", M)

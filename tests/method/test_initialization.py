@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_autoprune import AutoPruneError
-from lightning_autoprune.method.initialization import check_values, initial_m
+from lightning_autoprune.method.initialization import check_weights, initial_m
 
 seeds, scales = st.integers(0, 99), st.floats(1e-3, 10)
 
@@ -42,10 +42,10 @@ def test_it_is_in_at_least_single_precision(dtype, wide):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(value):
     with pytest.raises(AutoPruneError, match="Layer 'a' has weights that are not finite: the training has diverged"):
-        check_values("a", torch.tensor([1.0, value]), "constant")
+        check_weights("a", torch.tensor([1.0, value]), "constant")
 
 
 def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
     with pytest.raises(AutoPruneError, match=r"All weights of layer 'a' are 0.*or use `initial_m=\"constant\"`"):
-        check_values("a", torch.zeros(3), "magnitude")
-    check_values("a", torch.zeros(3), "constant")
+        check_weights("a", torch.zeros(3), "magnitude")
+    check_weights("a", torch.zeros(3), "constant")

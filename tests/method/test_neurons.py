@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_autoprune import AutoPruneError, Pruner, Settings, model_cost, prunable_weights, shrink
 from lightning_autoprune.demo.networks import lenet5
-from lightning_autoprune.method.neurons import NeuronParameters
+from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.method.granularity import NeuronGranularity
 from lightning_autoprune.model.prunable_neurons import find_neurons
 
 CHANNELS = {name: EXACT[name] for name in ("lenet5", "resnet", "mobilenet", "dense", "signals", "volumes")}
@@ -35,7 +36,8 @@ def some_alive(neurons, seed):
 
 def auxiliary(network, neurons, **options):
     weights = prunable_weights(network)
-    return NeuronParameters({name: weights[name] for name in neurons.rows}, neurons, **options)
+    chosen = {name: weights[name] for name in neurons.rows}
+    return AuxiliaryParameters(chosen, granularity=NeuronGranularity(neurons), **options)
 
 
 def test_the_channels_of_lenet_5_are_those_of_its_hidden_layers():
@@ -55,11 +57,11 @@ def test_density_is_that_of_the_model_that_shrink_gives(name, seed):
     aux = auxiliary(network, neurons)
     aux.M[0] = torch.where(some_alive(neurons, seed), 1.0, -1.0)
     aux.update_masks()
-    aux.freeze()
+    aux.finalize_masks()
     small = shrink(network, inputs)
     left = sum(w.numel() for w in prunable_weights(small).values())
     assert left <= size * (1 - aux.sparsity) * (1 + 1e-6)  # less where a pruned channel makes others dead
-    flops = neurons.left(aux.alive, {name: float(layer.flops) for name, layer in dense.layers.items()})
+    flops = neurons.remaining(aux.granularity.alive, {name: float(layer.flops) for name, layer in dense.layers.items()})
     assert model_cost(small, inputs).flops <= dense.flops * flops * (1 + 1e-6)
     if name != "dense":
         assert left == pytest.approx(size * (1 - aux.sparsity), rel=1e-6)
@@ -74,7 +76,7 @@ def test_what_is_pruned_is_zero_and_freezing_changes_no_output(name):
     aux.M[0] = torch.where(some_alive(neurons, 3), 1.0, -1.0)
     aux.update_masks()
     before = network.eval()(inputs)
-    aux.freeze()
+    aux.finalize_masks()
     torch.testing.assert_close(network(inputs), before, rtol=1e-5, atol=1e-6)
     zeros = sum(int((w == 0).sum()) for w in prunable_weights(network).values())
     size = sum(w.numel() for w in prunable_weights(network).values())
@@ -89,7 +91,7 @@ def test_the_marginal_cost_is_what_one_channel_more_costs(seed):
     _, neurons, _ = neurons_of("lenet5")
     alive = some_alive(neurons, seed)
     some = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))[:6].tolist()
-    found, differences = neurons.marginal(alive)[some], []
+    found, differences = neurons.marginal_costs(alive)[some], []
     for i in some:
         with_it, without = alive.clone(), alive.clone()
         with_it[i], without[i] = True, False
@@ -109,14 +111,15 @@ def test_the_gradient_is_that_of_masks_on_the_activations():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     plain, x = copy.deepcopy(network), torch.randn(16, 4)
-    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x), rule="vanilla")
+    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x), update_rule="vanilla")
     aux.M[0] = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, 1, -1, 1, 1])
     aux.update_masks()
     h = (aux.M[0] > 0).float().requires_grad_()
     masked_forward(plain, h, x).square().sum().backward()
     network(x).square().sum().backward()
-    [(g, *_)] = aux._sensitivities([weight.grad for weight in aux.weights.values()])
-    torch.testing.assert_close(g * aux._root_sizes, h.grad)  # pruned ones too: they can come back
+    gradients = [weight.grad for weight in aux.weights.values()]
+    [(g, *_)] = aux.granularity.sensitivities(aux, gradients, aux.rule)
+    torch.testing.assert_close(g * aux.granularity._root_sizes, h.grad)  # pruned ones too: they can come back
     assert h.grad[[1, 4]].abs().min() > 0
 
 
@@ -125,7 +128,7 @@ def test_a_step_does_not_grow_with_the_number_of_weights_of_a_channel(rule):
     """Sensitivity consistency over group size: channels of 8 and of 512 weights, gradients of equal size."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 8), nn.ReLU(), nn.Linear(8, 512))
-    aux = auxiliary(network, find_neurons(network, prunable_weights(network), torch.zeros(1, 4)), rule=rule)
+    aux = auxiliary(network, find_neurons(network, prunable_weights(network), torch.zeros(1, 4)), update_rule=rule)
     for weight in aux.weights.values():
         weight.data.normal_()
     before = aux.M[0].clone()
@@ -151,7 +154,7 @@ def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
     pruner = Pruner(neurons_weights(network, neurons), Settings(granularity="neuron", **target), 300, neurons=neurons)
     pruner.start()
     list(train(pruner, network, x, y, 300))
-    assert pruner.frozen
+    assert pruner.masks_final
     assert 0.8 <= pruner.sparsity < 0.85
     accuracy = (network.eval()(x).argmax(1) == y).float().mean()
     assert accuracy > 0.9
@@ -166,7 +169,7 @@ def test_a_target_that_whole_neurons_meet_is_met(kept, as_target):
     pruner = Pruner(weights, Settings(granularity="neuron", warmup=0, **options), 1, neurons=neurons)
     pruner.start()
     pruner.end_step()
-    assert pruner.frozen
+    assert pruner.masks_final
     assert pruner.sparsity == pytest.approx(1 - kept / 10, abs=1e-12)
 
 
@@ -183,7 +186,7 @@ def test_neurons_come_back_during_pruning():
     pruner.start()
     came_back, before = 0, None
     for _ in train(pruner, network, x, y, 350):
-        now = pruner.auxiliary.alive if pruner.auxiliary else None
+        now = pruner.auxiliary.granularity.alive if pruner.auxiliary else None
         if before is not None:
             came_back += int((now & ~before).sum())
         before = now
@@ -195,7 +198,7 @@ def test_each_layer_keeps_a_neuron_whatever_the_pressure():
     aux = auxiliary(network, find_neurons(network, prunable_weights(network), x))
     aux.M[0].fill_(-1.0)
     aux.update_masks()
-    assert [int(aux.alive[group].sum()) for group in aux.neurons.groups] == [1, 1]
+    assert [int(aux.granularity.alive[group].sum()) for group in aux.granularity.neurons.groups] == [1, 1]
 
 
 def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
@@ -205,8 +208,9 @@ def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
     with pytest.raises(AutoPruneError) as error:
         Pruner(neurons_weights(network, neurons), settings_, 10, neurons=neurons)
     assert str(error.value) == (
-        "Keeping 0.001 of the model is not possible by pruning neurons: with `layer_floor=0.001` 2 of 70 must stay,"
-        " which with what is no neuron's is 0.007927. Keep more, or lower `layer_floor`."
+        "Keeping 0.001 of the model is not possible by pruning neurons: with `layer_floor=0.001`, 2 of 70 neurons must"
+        " stay. With the weights that belong to no neuron, they make up 0.007927 of it. Keep more, or lower"
+        " `layer_floor`."
     )
 
 
@@ -219,7 +223,7 @@ def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
         ({"granularity": "neuron", "cost": "time"}, "`cost` is 'time'; allowed are 'parameters', 'flops'"),
         ({"granularity": "neuron", "target_flops": 0.0}, r"`target_flops` is 0.0; it must be a number in \(0, 1\]"),
         ({"granularity": "neuron", "target_flops": 0.5, "cost": "parameters"}, '`cost` must be "flops" or None'),
-        ({"granularity": "neuron", "target_flops": 0.5, "target_sparsity": 0.5}, "are both given: one target"),
+        ({"granularity": "neuron", "target_flops": 0.5, "target_sparsity": 0.5}, "are both given: only one target"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options, message):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +7,6 @@ from hypothesis import strategies as st
 from lightning_autoprune.method.pressure_controller import PressureController
 from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.update_rules import GradientScale
-
-fractions = st.floats(0.001, 1)
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 50))
@@ -26,33 +22,6 @@ def test_the_scale_follows_a_change_slowly():
     for _ in range(100):
         scale.update(1.0)
     assert 1 < scale.update(4.0) < 1.2
-
-
-@given(fractions, fractions)
-def test_the_path_falls_from_start_to_target_and_stays(a, b):
-    start, target = max(a, b), min(a, b)
-    path = [target_path(i / 100, start, target) for i in range(101)]
-    assert path[0] == pytest.approx(start)
-    assert path[90:] == [pytest.approx(target)] * 11
-    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(path))
-
-
-@given(st.floats(1e-4, 0.35))
-def test_the_density_is_twice_the_target_when_45_percent_of_the_way_is_over(target):
-    assert target_path(0.45 * 0.9, 1, target) == pytest.approx(2 * target)
-
-
-def test_the_path_to_a_high_density_is_straight():
-    assert [target_path(i / 4, 1, 0.6, share=1) for i in range(5)] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
-
-
-def test_with_a_power_of_3_the_path_is_that_of_zhu_and_gupta():
-    assert target_path(0.25, 1, 0.1, share=1, power=3) == pytest.approx(0.1 + 0.9 * 0.75**3)
-
-
-def test_progress_outside_the_phase_is_clamped():
-    assert target_path(-1, 1, 0.1) == 1
-    assert target_path(2, 1, 0.1) == 0.1
 
 
 @given(st.floats(1e-3, 1), st.floats(1e-3, 1))

@@ -34,7 +34,7 @@ def test_fast_path_equals_the_autograd_reference(name, rule, estimator):
     model = network()
     slow = Reference(copy.deepcopy(model), rule, estimator)
     slow_optimizer = optimizer(name, slow.W.values())
-    aux = AuxiliaryParameters(prunable_weights(model), rule=rule, estimator=estimator, layer_floor=0)
+    aux = AuxiliaryParameters(prunable_weights(model), update_rule=rule, estimator=estimator, layer_floor=0)
     fast_optimizer = optimizer(name, model.parameters())
     seen = set()
     for i, (x, y) in enumerate(batches(30)):

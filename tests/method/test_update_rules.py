@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
-from lightning_autoprune.method.update_rules import RunningSquares, decay_for, sensitivity
+from lightning_autoprune.method.update_rules import AdaptiveRule, make_rule
 
 
 def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:
@@ -17,21 +17,20 @@ def without_sign(dL_dT: Tensor, W: Tensor) -> Tensor:
     return dL_dT
 
 
-def normalize(squares: RunningSquares, G: Tensor) -> Tensor:
-    squares.count()
-    return squares.normalize(G, squares.v)
+def normalize(g0: Tensor, v: Tensor, updates: int, decay: float = 0.999) -> Tensor:
+    return AdaptiveRule().direction(g0, {"v": v}, updates, decay)
 
 
 def rule(name: str):
     """The loss's part of g; under "adaptive" divided by its root mean square over the calls so far."""
-    squares: list[RunningSquares] = []
+    made, state, updates = make_rule(name), {}, [0]
 
     def of(dL_dT: Tensor, W: Tensor) -> Tensor:
-        G = sensitivity(dL_dT, W, name)
-        if name == "adaptive":
-            squares[:] = squares or [RunningSquares(G)]
-            normalize(squares[0], G)
-        return G
+        G = made.sensitivity(dL_dT, W)
+        updates[0] += 1
+        for key in made.state_names:
+            state.setdefault(key, torch.zeros_like(G))
+        return made.direction(G, state, updates[0], decay=0.999)
 
     return of
 
@@ -127,27 +126,26 @@ def test_without_the_sign_the_coarse_gradient_is_no_descent_direction():
 def test_under_the_adaptive_rule_noise_of_the_gradient_protects_a_weight_and_so_does_its_magnitude():
     generator = torch.Generator().manual_seed(0)
     noise, W = torch.tensor([0.1, 1.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 10.0, 10.0])
-    squares, fallen = RunningSquares(W), torch.zeros(4)
-    for _ in range(2000):
-        G = sensitivity(noise * torch.randn(4, generator=generator), W, "adaptive")
-        fallen += normalize(squares, G + 0.5) / 2000  # 0.5 is the pressure
+    v, fallen = torch.zeros(4), torch.zeros(4)
+    for updates in range(1, 2001):
+        G = AdaptiveRule().sensitivity(noise * torch.randn(4, generator=generator), W)
+        fallen += normalize(G + 0.5, v, updates) / 2000  # 0.5 is the pressure
     assert fallen.tolist() == pytest.approx([0.98, 0.45, 0.05, 1.0], abs=0.05)  # 0.5 / √(0.5² + (noise · w)²)
 
 
 def test_running_squares_are_the_mean_square_at_first_and_forget_afterwards():
-    squares = RunningSquares(torch.zeros(1), decay=0.9)
-    assert normalize(squares, torch.tensor([2.0])).item() == pytest.approx(1)
-    for _ in range(200):
-        last = normalize(squares, torch.tensor([6.0]))
+    v = torch.zeros(1)
+    assert normalize(torch.tensor([2.0]), v, 1, decay=0.9).item() == pytest.approx(1)
+    for updates in range(2, 202):
+        last = normalize(torch.tensor([6.0]), v, updates, decay=0.9)
     assert last.item() == pytest.approx(1)
-    assert normalize(squares, torch.tensor([0.0])).item() == 0
+    assert normalize(torch.tensor([0.0]), v, 202, decay=0.9).item() == 0
 
 
 def test_an_entry_that_never_had_a_gradient_stays_0():
-    squares = RunningSquares(torch.zeros(3))
-    assert normalize(squares, torch.zeros(3)).tolist() == [0, 0, 0]
+    assert normalize(torch.zeros(3), torch.zeros(3), 1).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("steps", "remembered"), [(1, 10), (400, 10), (4000, 100), (40_000, 1000), (10**7, 1000)])
 def test_a_fortieth_of_the_pruning_phase_is_remembered_within_limits(steps, remembered):
-    assert decay_for(steps) == pytest.approx(1 - 1 / remembered)
+    assert AdaptiveRule().decay(steps) == pytest.approx(1 - 1 / remembered)

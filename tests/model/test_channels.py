@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from architectures import DIFFICULT, EXACT, Twice, mobilenet, resnet
+from architectures import DIFFICULT, EXACT, UsedTwice, mobilenet, resnet
 from torch import nn
 
 from lightning_autoprune import AutoPruneError
@@ -15,16 +15,16 @@ from lightning_autoprune.deploy.shrink import shrink
 from lightning_autoprune.model.channels import Channel, find_channels, fix_entangled, is_depthwise
 
 
-def channels_of(name):
+def network_and_channels(name):
     make, shape = {**EXACT, **DIFFICULT}[name]
     network = make()
     return network, find_channels(network, torch.zeros(2, *shape))
 
 
 @pytest.mark.parametrize("name", [*EXACT, *DIFFICULT])
-def test_each_row_is_in_one_channel(name):
-    network, channels = channels_of(name)
-    rows = [(layer, i) for channel in channels for layer, indices in channel.made.items() for i in indices]
+def test_each_row_belongs_to_exactly_one_channel(name):
+    network, channels = network_and_channels(name)
+    rows = [(layer, i) for channel in channels for layer, indices in channel.made_by.items() for i in indices]
     assert len(rows) == len(set(rows))
     for layer, module in network.named_modules():
         made = sorted(i for name, i in rows if name == layer)
@@ -32,39 +32,39 @@ def test_each_row_is_in_one_channel(name):
             assert made == list(range(module.out_features))
 
 
-def test_a_channel_of_a_convolution_is_read_by_all_columns_that_flattening_makes_of_it():
+def test_a_flattened_convolution_channel_is_read_by_several_columns():
     channels = find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
     assert len(channels) == 20 + 50 + 500 + 10
     second = channels[20 + 3]
-    assert (second.made, second.read, second.fixed) == ({"3": [3]}, {"7": list(range(48, 64))}, "")
+    assert (second.made_by, second.read_by, second.fixed_reason) == ({"3": [3]}, {"7": list(range(48, 64))}, "")
 
 
 def test_additions_tie_the_channels_of_several_layers():
     channels = find_channels(resnet(), torch.zeros(2, 3, 16, 16))
-    tied = next(channel for channel in channels if "3.conv2" in channel.made)
-    assert tied.made == {"3.conv2": [0], "3.shortcut.0": [0]}
-    assert tied.passed == {"3.norm2": [0], "3.shortcut.1": [0]}
-    assert tied.read == {"4.conv1": [0], "4.shortcut.0": [0]}
+    tied = next(channel for channel in channels if "3.conv2" in channel.made_by)
+    assert tied.made_by == {"3.conv2": [0], "3.shortcut.0": [0]}
+    assert tied.passes == {"3.norm2": [0], "3.shortcut.1": [0]}
+    assert tied.read_by == {"4.conv1": [0], "4.shortcut.0": [0]}
 
 
-def test_a_depthwise_convolution_passes_channels_on():
+def test_channels_pass_through_a_depthwise_convolution():
     network = mobilenet()
     channels = find_channels(network, torch.zeros(2, 3, 16, 16))
-    wide = next(channel for channel in channels if "3.layers.0" in channel.made)
+    wide = next(channel for channel in channels if "3.layers.0" in channel.made_by)
     assert is_depthwise(network[3].layers[3])
     assert not is_depthwise(network[3].layers[0])
-    assert wide.passed == {"3.layers.1": [0], "3.layers.3": [0], "3.layers.4": [0]}
-    assert wide.read == {"3.layers.6": [0]}
+    assert wide.passes == {"3.layers.1": [0], "3.layers.3": [0], "3.layers.4": [0]}
+    assert wide.read_by == {"3.layers.6": [0]}
 
 
-def test_a_layer_that_is_used_twice_makes_and_reads_the_same_channels():
-    channels = find_channels(Twice(), torch.zeros(2, 5))
-    assert (channels[2].made, channels[2].read) == ({"a": [2], "b": [2]}, {"b": [2], "c": [2]})
+def test_a_layer_used_twice_makes_and_reads_the_same_channels():
+    channels = find_channels(UsedTwice(), torch.zeros(2, 5))
+    assert (channels[2].made_by, channels[2].read_by) == ({"a": [2], "b": [2]}, {"b": [2], "c": [2]})
 
 
 def test_a_gate_ties_the_channels_that_it_multiplies():
-    _, channels = channels_of("gated")
-    assert sorted(channels[1].made["a"]) == [1, 7]
+    _, channels = network_and_channels("gated")
+    assert sorted(channels[1].made_by["a"]) == [1, 7]
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,13 @@ def test_a_gate_ties_the_channels_that_it_multiplies():
         ("attention", "down", "it is an output of the model"),
     ],
 )
-def test_channels_that_must_stay_say_why(name, layer, why):
-    _, channels = channels_of(name)
-    fixed = {channel.fixed for channel in channels if layer in channel.made}
+def test_a_fixed_channel_has_its_reason(name, layer, why):
+    _, channels = network_and_channels(name)
+    fixed = {channel.fixed_reason for channel in channels if layer in channel.made_by}
     assert fixed == {why}
 
 
-def test_the_network_is_left_as_it_was():
+def test_finding_channels_leaves_the_network_as_it_was():
     network = resnet()
     network[2].eval()
     network[0].weight.requires_grad_(False)
@@ -97,41 +97,43 @@ def test_the_network_is_left_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
 
 
-def test_it_works_without_gradients_being_on():
+def test_channels_are_found_under_no_grad():
     with torch.no_grad():
         assert len(find_channels(lenet5(), torch.zeros(1, 1, 28, 28))) == 580
 
 
-def test_without_torch_pruning_it_says_what_to_install(monkeypatch):
+def test_a_missing_torch_pruning_is_named_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(AutoPruneError, match=r"torch-pruning: pip install 'lightning-autoprune\[shrink\]'"):
         find_channels(lenet5(), torch.zeros(1, 1, 28, 28))
 
 
-def test_a_layer_that_fails_is_named_with_the_shape_of_the_example():
+def test_a_failing_layer_is_named_with_the_shape_of_the_example():
     with pytest.raises(
         AutoPruneError, match=r"could not be run on an example of shapes \[\(1, 20\)\]: layer '0' raised"
     ):
         find_channels(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2)), torch.zeros(1, 20))
 
 
-def test_channels_whose_readers_the_graph_takes_wrongly_are_found_out():
+def test_channels_whose_readers_the_graph_gets_wrong_are_fixed():
     found = {}
     for name in (*EXACT, "shuffled", "softmax", "gated", "twice", "attention", "upsampler"):
-        network, channels = channels_of(name)
+        network, channels = network_and_channels(name)
         before = {key: value.clone() for key, value in network.state_dict().items()}
-        fixed = {id(channel) for channel in channels if channel.fixed}
+        fixed = {id(channel) for channel in channels if channel.fixed_reason}
         fix_entangled(network, channels, torch.zeros(2, *{**EXACT, **DIFFICULT}[name][1]))
-        found[name] = {channel.fixed for channel in channels if channel.fixed and id(channel) not in fixed}
+        found[name] = {
+            channel.fixed_reason for channel in channels if channel.fixed_reason and id(channel) not in fixed
+        }
         assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert found["shuffled"] == {"'a' reaches the outputs in a way that can't be told"}
-    assert found["softmax"] == {"'0' reaches the outputs in a way that can't be told"}
-    assert found["attention"] == {"'qkv' reaches the outputs in a way that can't be told"}
+    assert found["shuffled"] == {"'a' reaches the outputs in a way that the graph does not show"}
+    assert found["softmax"] == {"'0' reaches the outputs in a way that the graph does not show"}
+    assert found["attention"] == {"'qkv' reaches the outputs in a way that the graph does not show"}
     assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
 
 
-def test_channels_that_others_hang_on_are_found_out_on_an_offset():
-    class Centred(nn.Module):
+def test_entangled_channels_are_fixed_even_if_the_outputs_have_an_offset():
+    class Centered(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
@@ -141,14 +143,14 @@ def test_channels_that_others_hang_on_are_found_out_on_an_offset():
             y = 0.1 * self.a(x).relu()
             return self.b(y - y.mean(-1, keepdim=True))
 
-    network, x = Centred(), torch.randn(4, 5)
-    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(8)]
+    network, x = Centered(), torch.randn(4, 5)
+    channels = [Channel(made_by={"a": [i]}, read_by={"b": [i]}) for i in range(8)]
     fix_entangled(network, channels, x)
-    assert all(channel.fixed for channel in channels)
+    assert all(channel.fixed_reason for channel in channels)
 
 
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
-def test_no_permutation_of_the_channels_goes_unseen(order):
+def test_every_permutation_of_the_channels_is_detected(order):
     class Permuted(nn.Module):
         def __init__(self):
             super().__init__()
@@ -159,12 +161,12 @@ def test_no_permutation_of_the_channels_goes_unseen(order):
             return self.b(torch.stack([y[:, i] for i in order], 1))
 
     network, x = Permuted(), torch.zeros(2, 5)
-    channels = [Channel(made={"a": [i]}, read={"b": [i]}) for i in range(len(order))]
+    channels = [Channel(made_by={"a": [i]}, read_by={"b": [i]}) for i in range(len(order))]
     fix_entangled(network, channels, x)
-    assert all(channel.fixed for channel in channels)
-    right = [Channel(made={"a": [i]}, read={"b": [order.index(i)]}) for i in range(len(order))]
+    assert all(channel.fixed_reason for channel in channels)
+    right = [Channel(made_by={"a": [i]}, read_by={"b": [order.index(i)]}) for i in range(len(order))]
     fix_entangled(network, right, x)
-    assert not any(channel.fixed for channel in right)
+    assert not any(channel.fixed_reason for channel in right)
 
 
 class Recurrent(nn.Module):
@@ -179,15 +181,19 @@ class Recurrent(nn.Module):
         return self.b(torch.relu(self.a(self.layer(torch.relu(self.before(x)))[0])))
 
 
-def test_channels_that_a_recurrent_layer_reads_are_fixed_and_others_are_not():
+def test_only_channels_that_a_recurrent_layer_reads_are_fixed():
     channels = find_channels(Recurrent(nn.GRU, True), torch.zeros(2, 3, 4))
-    assert {c.fixed for c in channels if "before" in c.made} == {"where 'before' is read can't be told"}
-    assert [(c.made, c.read, c.fixed) for c in channels if "a" in c.made][1] == ({"a": [1]}, {"b": [1]}, "")
+    assert {c.fixed_reason for c in channels if "before" in c.made_by} == {"it is unknown which layers read 'before'"}
+    assert [(c.made_by, c.read_by, c.fixed_reason) for c in channels if "a" in c.made_by][1] == (
+        {"a": [1]},
+        {"b": [1]},
+        "",
+    )
     assert len(channels) == 6 + 6 + 2
 
 
 class Shifted(nn.Module):
-    """The differences of a sequence, whose slices torch-pruning takes for slices of channels."""
+    """Takes differences along a sequence, whose slices torch-pruning mistakes for slices of channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,47 +204,49 @@ class Shifted(nn.Module):
         return self.last(h[:, :, 1:] - h[:, :, :-1])
 
 
-def test_a_graph_without_an_end_is_left():
+def test_a_group_that_torch_pruning_follows_without_end_is_fixed():
     network = Shifted()
-    channels = {layer: channel for channel in find_channels(network, torch.randn(2, 2, 6)) for layer in channel.made}
-    assert channels["second"].fixed == "where 'second' is read can't be told"
-    assert not channels["first"].fixed
+    channels = {layer: channel for channel in find_channels(network, torch.randn(2, 2, 6)) for layer in channel.made_by}
+    assert channels["second"].fixed_reason == "it is unknown which layers read 'second'"
+    assert not channels["first"].fixed_reason
     circular = nn.Sequential(
         nn.Conv1d(2, 2, 3), nn.Conv1d(2, 4, 3, padding=2, padding_mode="circular"), nn.Conv1d(4, 3, 1)
     )
     assert find_channels(circular, torch.randn(2, 2, 12))
 
 
-def test_all_channels_are_fixed_with_a_warning_if_the_graph_of_a_model_that_runs_can_not_be_told():
+def test_all_channels_are_fixed_with_a_warning_if_the_graph_can_not_be_traced():
     network = Recurrent(nn.LSTM, False, bidirectional=True)
-    with pytest.warns(UserWarning, match="All channels of Recurrent stay: how its layers hang together can't be told"):
+    with pytest.warns(UserWarning, match="All channels of Recurrent stay: its dependency graph can't be traced"):
         channels = find_channels(network, torch.zeros(2, 3, 4))
-    assert [channel.made for channel in channels] == [{n: [i]} for n, rows in (("a", 6), ("b", 2)) for i in range(rows)]
-    assert {channel.fixed for channel in channels} == {"its graph can't be told"}
+    assert [channel.made_by for channel in channels] == [
+        {n: [i]} for n, rows in (("a", 6), ("b", 2)) for i in range(rows)
+    ]
+    assert {channel.fixed_reason for channel in channels} == {"its dependency graph can't be traced"}
 
 
-def test_a_compiled_network_has_the_channels_of_the_plain_one():
-    network, x = Twice(), torch.zeros(2, 5)
+def test_a_compiled_network_has_the_same_channels():
+    network, x = UsedTwice(), torch.zeros(2, 5)
     found = find_channels(network, x)
     torch._dynamo.reset()
     network.compile(backend="eager")
     network(x)
-    assert [channel.made for channel in find_channels(network, x)] == [channel.made for channel in found]
+    assert [channel.made_by for channel in find_channels(network, x)] == [channel.made_by for channel in found]
 
 
-def test_a_network_that_keeps_an_activation_is_tried_on_a_copy():
-    class Keeps(Twice):
+def test_a_network_that_stores_an_activation_can_be_checked():
+    class StoresActivation(UsedTwice):
         def forward(self, x):
             self.features = self.a(x)
             return self.c(torch.relu(self.features))
 
-    network, x = Keeps(), torch.zeros(2, 5)
+    network, x = StoresActivation(), torch.zeros(2, 5)
     channels = find_channels(network, x)
     fix_entangled(network, channels, x)
-    assert not any(channel.fixed for channel in channels if "a" in channel.made)
+    assert not any(channel.fixed_reason for channel in channels if "a" in channel.made_by)
 
 
-def test_what_has_no_gradients_is_refused():
+def test_torchscript_and_inference_mode_are_refused():
     network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3)
     with pytest.raises(AutoPruneError, match=r"RecursiveScriptModule is TorchScript.*give the module it was made of"):
         find_channels(torch.jit.script(network), x)
@@ -251,7 +259,7 @@ def test_what_has_no_gradients_is_refused():
 
 
 class Concatenated(nn.Module):
-    """What layers make beside inputs, as in a DenseNet."""
+    """Concatenates inputs with the outputs of layers, as DenseNet does."""
 
     def __init__(self, order):
         super().__init__()
@@ -264,15 +272,15 @@ class Concatenated(nn.Module):
 
 
 @pytest.mark.parametrize(("order", "first", "second"), [(list, 3, 11), (lambda parts: parts[::-1], 0, 0)])
-def test_inputs_that_are_concatenated_move_the_columns_behind_them(order, first, second):
+def test_concatenated_inputs_shift_the_columns_after_them(order, first, second):
     network, x = Concatenated(order), torch.randn(2, 3, 4, 4)
     network.a.weight.data[:4] = network.b.weight.data[:3] = 0
     channels = find_channels(network, x)
     fix_entangled(network, channels, x)
-    of = {(name, i): c for c in channels for name, rows in c.made.items() for i in rows}
-    assert of["a", 1].read == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
-    assert of["b", 1].read == {"c": [second + 1]}
-    assert not any(c.fixed for c in channels if "c" not in c.made)
+    of = {(name, i): c for c in channels for name, rows in c.made_by.items() for i in rows}
+    assert of["a", 1].read_by == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
+    assert of["b", 1].read_by == {"c": [second + 1]}
+    assert not any(c.fixed_reason for c in channels if "c" not in c.made_by)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small = shrink(network, x)
@@ -281,8 +289,8 @@ def test_inputs_that_are_concatenated_move_the_columns_behind_them(order, first,
 
 
 @pytest.mark.parametrize("parts", ["xxh", "hxx", "hxh", "xhx"])
-def test_parts_without_gradients_are_told_apart_or_left(parts):
-    class Parts(nn.Module):
+def test_several_concatenated_inputs_shift_columns_or_the_channels_stay(parts):
+    class Concatenates(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b = nn.Linear(3, 8), nn.Linear(sum({"x": 3, "h": 8}[part] for part in parts), 2)
@@ -292,15 +300,15 @@ def test_parts_without_gradients_are_told_apart_or_left(parts):
             of = {"x": x, "h": self.a(x).relu()}
             return self.b(torch.cat([of[part] for part in parts], -1).relu())
 
-    network, x = Parts(), torch.randn(4, 3)
-    apart = parts == "xhx"  # only the sum of the two widths is known
-    with pytest.warns(UserWarning, match="The dead channels of 'a' stay") if apart else nullcontext():
+    network, x = Concatenates(), torch.randn(4, 3)
+    separate_inputs = parts == "xhx"  # only the sum of their widths is known
+    with pytest.warns(UserWarning, match="The dead channels of 'a' stay") if separate_inputs else nullcontext():
         small = shrink(network, x)
-    assert small.a.out_features == (8 if apart else 4)
+    assert small.a.out_features == (8 if separate_inputs else 4)
     torch.testing.assert_close(small(x), network(x))
 
 
-def test_a_function_of_the_users_own_may_be_called_a_cat():
+def test_a_custom_autograd_function_may_be_named_like_a_concatenation():
     class MyCat(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, y):
@@ -310,8 +318,8 @@ def test_a_function_of_the_users_own_may_be_called_a_cat():
         def backward(ctx, grad):
             return grad, grad
 
-    class Own(Twice):
+    class UsesMyCat(UsedTwice):
         def forward(self, x):
             return self.c(MyCat.apply(self.a(x), torch.ones(())).relu())
 
-    assert [c.read for c in find_channels(Own(), torch.zeros(2, 5)) if "a" in c.made][1] == {"c": [1]}
+    assert [c.read_by for c in find_channels(UsesMyCat(), torch.zeros(2, 5)) if "a" in c.made_by][1] == {"c": [1]}

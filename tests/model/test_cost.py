@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import DIFFICULT, EXACT, prune
+from architectures import DIFFICULT, EXACT, prune_randomly
 from helpers import FEATURES, Net, fit
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,7 +16,7 @@ ALL = {**EXACT, **DIFFICULT}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_dense_operations_are_those_of_torchs_counter(name):
+def test_dense_operations_equal_torchs_own_count(name):
     make, shape = ALL[name]
     network, inputs = make(), torch.zeros(2, *shape)
     cost = model_cost(network, inputs)
@@ -26,8 +26,8 @@ def test_dense_operations_are_those_of_torchs_counter(name):
     assert cost.parameters == sum(p.numel() for p in network.parameters())
 
 
-def test_effective_operations_are_those_of_the_weights_that_are_left():
-    network = prune(lenet5(), 0.1)
+def test_effective_operations_count_only_nonzero_weights():
+    network = prune_randomly(lenet5(), 0.1)
     cost = model_cost(network, torch.zeros(1, 1, 28, 28))
     positions = {"0": 24 * 24, "3": 8 * 8, "7": 1, "9": 1}
     for name, layer in cost.layers.items():
@@ -39,7 +39,7 @@ def test_effective_operations_are_those_of_the_weights_that_are_left():
     assert cost.effective_flops == sum(layer.effective_flops for layer in cost.layers.values())
 
 
-def test_the_zeros_of_gpt2s_own_linear_layers_are_left_out():
+def test_zeros_in_gpt2s_linear_layers_are_not_counted():
     layer = pytest.importorskip("transformers").pytorch_utils.Conv1D(nf=6, nx=4)
     layer.weight.data[:, :3] = 0
     cost = model_cost(layer, torch.zeros(5, 4))
@@ -47,14 +47,14 @@ def test_the_zeros_of_gpt2s_own_linear_layers_are_left_out():
     assert cost.effective_flops == cost.flops / 2
 
 
-def test_a_shrunk_network_runs_fewer_operations_and_never_fewer_than_its_zeros_allow():
-    network, inputs = prune(lenet5(), 0.01), torch.zeros(1, 1, 28, 28)
+def test_a_shrunk_network_runs_fewer_operations_but_no_fewer_than_the_effective_ones():
+    network, inputs = prune_randomly(lenet5(), 0.01), torch.zeros(1, 1, 28, 28)
     masked, small = model_cost(network, inputs), model_cost(shrink(network, inputs), inputs)
     assert small.effective_flops <= masked.effective_flops < small.flops < masked.flops
 
 
-def test_attention_counts_as_dense_and_what_is_between_layers_is_in_the_sum():
-    network = prune(EXACT["encoder"][0](), 0.1).eval()
+def test_attention_counts_as_dense_and_its_products_are_in_the_total():
+    network = prune_randomly(EXACT["encoder"][0](), 0.1).eval()
     inputs = torch.zeros(2, 5, 6)
     with torch.no_grad():
         cost = model_cost(network, inputs)
@@ -64,7 +64,7 @@ def test_attention_counts_as_dense_and_what_is_between_layers_is_in_the_sum():
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_the_model_its_mode_and_the_random_numbers_are_left_alone():
+def test_counting_leaves_the_model_its_mode_and_the_random_state_as_they_were():
     class Noise(nn.Module):
         def forward(self, x):
             return x + torch.rand_like(x)
@@ -88,7 +88,7 @@ def test_recurrent_layers_are_counted(kind):
     assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == libraries
 
 
-def test_a_layer_under_two_names_is_counted():
+def test_a_layer_with_two_names_is_counted():
     class Alias(nn.Module):
         def __init__(self):
             super().__init__()
@@ -106,7 +106,7 @@ def test_a_layer_under_two_names_is_counted():
 
 
 class Tied(Net):
-    """Layers of one weight, one of them of half the operations."""
+    """Three layers share one weight; the third runs on half of the samples."""
 
     def __init__(self):
         super().__init__(hidden=FEATURES)
@@ -119,7 +119,7 @@ class Tied(Net):
         return self.last((x + self.third(x[:1])).relu())
 
 
-def test_operations_with_a_shared_weight_are_those_of_all_its_layers():
+def test_operations_with_a_shared_weight_include_all_its_layers():
     network = Tied()
     network.first.weight.data[: FEATURES // 2] = 0
     cost = model_cost(network, network.example_input_array)
@@ -131,7 +131,7 @@ def test_operations_with_a_shared_weight_are_those_of_all_its_layers():
         assert cost.flops_left(known) == cost.effective_flops / cost.flops
 
 
-def test_operations_with_a_shared_weight_are_logged_and_listed():
+def test_operations_with_a_shared_weight_are_logged_and_in_the_layer_table():
     callback, network = AutoPruneCallback(target_sparsity=0.9, exclude=["last"]), Tied()
     _, trainer = fit(callback, model=network)
     cost = model_cost(network, network.example_input_array)
@@ -140,7 +140,7 @@ def test_operations_with_a_shared_weight_are_logged_and_listed():
     assert (row.name, row.flops) == ("first", cost.flops - cost.layers["last"].flops)
 
 
-def test_an_embedding_that_is_a_head_too_has_the_operations_of_the_head():
+def test_an_embedding_tied_to_the_output_layer_has_its_operations():
     class Language(nn.Module):
         def __init__(self):
             super().__init__()
@@ -164,7 +164,7 @@ def test_an_embedding_that_is_a_head_too_has_the_operations_of_the_head():
         pytest.param(nn.utils.weight_norm, marks=pytest.mark.filterwarnings("ignore::FutureWarning")),
     ],
 )
-def test_a_weight_that_is_computed_counts_as_dense(compute):
+def test_a_computed_weight_counts_as_dense(compute):
     network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), compute(nn.Linear(6, 4)))
     network[0].weight.data[:3] = 0
     before = {name: value.clone() for name, value in network.state_dict().items()}

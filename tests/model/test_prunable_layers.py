@@ -20,12 +20,12 @@ class Mixed(nn.Module):
         self.head = nn.Linear(8, 10)
 
 
-def test_weights_of_linear_convolution_and_attention_are_found_and_nothing_else():
+def test_only_weights_of_linear_convolution_and_attention_layers_are_found():
     names = list(prunable_weights(Mixed()))
     assert names == ["conv", "up", "attention.in_proj_weight", "attention.out_proj", "head"]
 
 
-def test_a_single_layer_has_a_name():
+def test_the_weight_of_a_single_layer_is_named_weight():
     assert list(prunable_weights(nn.Linear(2, 2))) == ["weight"]
 
 
@@ -46,7 +46,7 @@ def test_recurrent_layers_have_several_weights():
     assert len(names) == 14
 
 
-def test_an_embedding_is_pruned_if_a_pattern_names_it():
+def test_an_embedding_is_found_if_a_pattern_matches_it():
     assert list(prunable_weights(Mixed(), include=["embed", "head"])) == ["embed", "head"]
     assert next(iter(prunable_weights(Mixed(), include=["*"]))) == "embed"
     model = Mixed()
@@ -61,7 +61,7 @@ def test_a_tied_weight_is_listed_once():
     assert list(prunable_weights(model)) == ["0"]
 
 
-def test_a_weight_tied_to_an_embedding_is_an_embedding():
+def test_a_weight_tied_to_an_embedding_counts_as_an_embedding():
     model = Mixed()
     model.head.weight = model.embed.weight
     assert "head" not in prunable_weights(model)
@@ -112,17 +112,17 @@ def test_a_weight_without_entries_is_left_out():
         (nn.Linear(2, 2).requires_grad_(False), {}, "None of the layers 'weight' has a trainable weight of its own"),
     ],
 )
-def test_what_can_not_be_pruned_is_refused_with_the_way_out(model, options, message):
+def test_models_that_can_not_be_pruned_are_refused_with_the_way_out(model, options, message):
     with pytest.raises(AutoPruneError, match=message):
         prunable_weights(model, **options)
 
 
-def test_a_layer_that_can_not_be_pruned_may_be_excluded():
+def test_a_layer_that_can_not_be_pruned_can_be_excluded():
     model = nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
     assert list(prunable_weights(model, exclude=["0"])) == ["1"]
 
 
-def test_shapes_follow_the_model():
+def test_weights_have_the_shapes_of_the_model():
     assert {name: weight.shape for name, weight in prunable_weights(nn.Sequential(nn.Conv3d(2, 4, 3))).items()} == {
         "0": torch.Size([4, 2, 3, 3, 3])
     }

@@ -21,7 +21,7 @@ def model() -> nn.Module:
 
 
 @given(tensors)
-def test_function_and_metric_give_the_fraction_of_zeros(lists):
+def test_function_and_metric_return_the_fraction_of_zeros(lists):
     weights = {str(i): torch.tensor(values) for i, values in enumerate(lists)}
     entries = [x for values in lists for x in values]
     expected = sum(x == 0 for x in entries) / len(entries) if entries else 0
@@ -32,7 +32,7 @@ def test_function_and_metric_give_the_fraction_of_zeros(lists):
     assert metric.compute().item() == pytest.approx(expected)
 
 
-def test_a_model_is_counted_over_its_prunable_weights():
+def test_the_sparsity_of_a_model_counts_its_prunable_weights():
     assert sparsity(model()) == 4 / 10
     assert layer_sparsity(model()) == {"0": 0.5, "2": 0.0}
     metric = Sparsity()
@@ -40,11 +40,11 @@ def test_a_model_is_counted_over_its_prunable_weights():
     assert metric.compute() == 0.4
 
 
-def test_a_frozen_model_is_counted_all_the_same():
+def test_the_weights_of_a_frozen_model_are_counted():
     assert sparsity(model().requires_grad_(False)) == 0.4
 
 
-def test_the_metric_starts_anew_after_reset():
+def test_reset_discards_earlier_counts():
     metric = Sparsity()
     metric.update(torch.zeros(3))
     metric.reset()
@@ -52,7 +52,7 @@ def test_the_metric_starts_anew_after_reset():
     assert metric.compute() == 0
 
 
-def test_no_weights_at_all_have_sparsity_zero():
+def test_the_sparsity_of_no_weights_is_zero():
     assert sparsity({}) == 0
     assert sparsity(torch.empty(0)) == 0
 
@@ -61,7 +61,7 @@ def test_counts_of_two_processes_add_up():
     a, b = Sparsity(), Sparsity()
     a.update(torch.zeros(4))
     b.update(torch.ones(12))
-    a.zeros, a.total = a.zeros + b.zeros, a.total + b.total  # what the sum over processes does
+    a.zeros, a.total = a.zeros + b.zeros, a.total + b.total  # as the sum over processes does
     assert a.compute() == 0.25
 
 

@@ -1,4 +1,4 @@
-"""The report as a page: whole in itself, with the figures of the file, and safe to open."""
+"""The HTML report needs no other file, shows the checkpoint's figures, and is safe to open."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.plots import COLORS
 from lightning_autoprune.reporting.checkpoint_reader import read_checkpoint
-from lightning_autoprune.reporting.html_report import headline, html_report
+from lightning_autoprune.reporting.html_report import render_html_report
 
 
 class Elements(HTMLParser):
-    """Tags, attributes and texts; complains of tags that are not closed."""
+    """The tags, attributes and texts of a page; fails on tags that are not closed."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ def saved(tmp_path_factory):
     return read_checkpoint(folder / "c.ckpt")
 
 
-def test_the_page_has_the_table_and_every_picture_and_needs_nothing_else(saved):
-    elements = Elements(html_report(saved))
+def test_the_page_has_the_table_and_every_picture_and_needs_no_other_file(saved):
+    elements = Elements(render_html_report(saved))
     titles = [attributes["alt"] for tag, attributes in elements.tags if tag == "img"]
     assert titles == [
         "Sparsity over the run",
         "val_loss against sparsity",
         "Auxiliary parameters m",
-        "What the first layer still reads",
+        "Inputs that the first layer still reads",
     ]
     sources = [attributes.get("src", "") + attributes.get("href", "") for _, attributes in elements.tags]
     assert all(source.startswith("data:image/png;base64,") for source in sources if source)
@@ -70,43 +70,43 @@ def test_the_page_has_the_table_and_every_picture_and_needs_nothing_else(saved):
         assert f"{row.kept:,}" in text
         assert f"{row.flops_kept:,}" in text
         assert f"{row.sparsity:.2%}" in text
-    assert headline(saved) in text
+    assert saved.describe() in text
     assert "80.08% of 256 weights are 0 (5.0×). Epoch 3, step 32. The masks are final." in text
 
 
-def test_many_layers_get_a_map(saved, tmp_path):
+def test_many_layers_are_shown_as_a_map(saved, tmp_path):
     history = saved.history.state_dict()
-    assert "The same as a map" not in html_report(saved)
+    assert "Sparsity over the run, as a map" not in render_html_report(saved)
     names = [f"layer{i}" for i in range(5)]
     rows = torch.rand(3, 6)
     history = {**history, "names": names, "rows": rows, "steps": torch.arange(3), "revived": [0] * 5}
     weights = {name: torch.eye(3) for name in names}
-    many = type(saved)(saved.path, weights, weights, "frozen", 1, 1, type(saved.history).of(history))
-    assert "The same as a map" in html_report(many)
+    many = type(saved)(saved.path, weights, weights, "frozen", 1, 1, type(saved.history).from_state_dict(history))
+    assert "Sparsity over the run, as a map" in render_html_report(many)
 
 
-def test_the_picture_of_the_first_layer_says_how_its_shape_is_read(saved):
-    assert "first, has shape 16×12. The first number is taken for that of its outputs." in html_report(saved)
+def test_the_picture_of_the_first_layer_explains_how_its_shape_is_read(saved):
+    assert "first, has shape 16×12. The first number is taken as the number of outputs." in render_html_report(saved)
 
 
-def test_a_file_without_a_pruning_state_says_so_and_names_are_never_taken_for_markup(tmp_path):
+def test_a_missing_pruning_state_is_mentioned_and_names_are_escaped(tmp_path):
     path = tmp_path / "<img src=x onerror=alert(1)>.pt"
     torch.save({"<script>alert(1)</script>": torch.eye(3)}, path)
-    page = html_report(read_checkpoint(path))
-    assert "It has no state of a pruning: the layers below are all tensors of two dimensions or more." in page
+    page = render_html_report(read_checkpoint(path))
+    assert "It has no pruning state: the layers below are all tensors with two or more dimensions." in page
     elements = Elements(page)
     assert {tag for tag, _ in elements.tags} & {"script"} == set()
     assert [attributes["alt"] for tag, attributes in elements.tags if tag == "img"] == [
-        "What the first layer still reads"
+        "Inputs that the first layer still reads"
     ]
 
 
 @needs_browser
-def test_a_real_browser_shows_it(saved, tmp_path):
+def test_a_real_browser_shows_the_page(saved, tmp_path):
     page = tmp_path / "report.html"
-    page.write_text(html_report(saved), encoding="utf-8")
+    page.write_text(render_html_report(saved), encoding="utf-8")
     seen = screenshot(page, tmp_path / "report.png")
-    assert all(has_color(seen, color) for color in COLORS[:2])  # of curves and histograms
+    assert all(has_color(seen, color) for color in COLORS[:2])  # they are in the curves and the histograms
     dom = run(page, tmp_path, "--dump-dom")
     assert len(re.findall("<tr>", dom)) == 4
     assert dom.count("<img ") == 4

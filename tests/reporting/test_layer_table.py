@@ -1,4 +1,4 @@
-"""The rows of the layers say what the weights say."""
+"""The table of layers agrees with the weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from helpers import Net, fit
 
 from lightning_autoprune import AutoPruneCallback
-from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers, table_cells, total_row
+from lightning_autoprune.reporting.layer_table import LayerSummary, format_layer_table, sum_layers, summarize_layers
 
 
-def test_zeros_are_counted_and_what_is_known_is_added():
+def test_zeros_are_counted_and_known_figures_are_added():
     weights = {"a": torch.tensor([[0.0, 1.0], [0.0, 2.0]]), "b": torch.zeros(3, 1, 2)}
     a, b = summarize_layers(weights, {"a": 80}, {"a": 5})
     assert a == LayerSummary("a", (2, 2), 4, 2, 80, 5)
@@ -28,21 +28,21 @@ def test_zeros_are_counted_and_what_is_known_is_added():
     }
 
 
-def test_the_whole_knows_what_all_layers_know():
+def test_the_sum_has_the_figures_that_every_layer_has():
     rows = summarize_layers({"a": torch.ones(2, 2), "b": torch.zeros(4, 1)}, {"a": 8, "b": 8}, {"a": 1})
-    assert total_row(rows) == LayerSummary("all", (), 8, 4, 16, None)
-    assert total_row([]).sparsity == 0
+    assert sum_layers(rows) == LayerSummary("all", (), 8, 4, 16, None)
+    assert sum_layers([]).sparsity == 0
 
 
-def test_a_table_leaves_out_what_no_layer_knows():
-    head, cells = table_cells(summarize_layers({"conv": torch.ones(2, 3, 5, 5)}))
+def test_a_table_leaves_out_empty_columns():
+    head, cells = format_layer_table(summarize_layers({"conv": torch.ones(2, 3, 5, 5)}))
     assert head == ["layer", "shape", "weights", "kept", "sparsity"]
     assert cells == [["conv", "2×3×5×5", "150", "150", "0.00%"]]
-    head, _ = table_cells(summarize_layers({"conv": torch.ones(2, 3)}, {"conv": 10}, {"conv": 0}))
+    head, _ = format_layer_table(summarize_layers({"conv": torch.ones(2, 3)}, {"conv": 10}, {"conv": 0}))
     assert head[5:] == ["FLOPs kept", "revived"]
 
 
-def test_a_callback_gives_a_row_a_layer_with_what_it_saves():
+def test_a_callback_returns_one_row_per_layer():
     class Example(Net):
         example_input_array = torch.zeros(1, 12)
 

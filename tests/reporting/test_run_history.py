@@ -1,4 +1,4 @@
-"""The course of a run stays short, comes back as it was, and is what the masks were."""
+"""The history of a run stays short, survives a checkpoint, and agrees with the masks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.settings import Settings
-from lightning_autoprune.reporting.run_history import RunHistory, best_points, histogram
+from lightning_autoprune.reporting.run_history import MetricPoint, RunHistory, compute_histogram, find_pareto_front
 
 
 @given(st.integers(1, 2000))
-def test_a_run_of_any_length_takes_a_bounded_place_and_keeps_its_first_step(steps):
+def test_a_history_of_any_length_is_bounded_and_has_its_first_step(steps):
     history = RunHistory(["layer"])
     for step in range(steps):
-        history.add(step, [step / steps], step / steps)
+        history.record_sparsity(step, [step / steps], step / steps)
     curve = history.curves["layer"]
     assert min(steps, 128) <= len(curve) <= 256
     assert curve[0] == (0, 0.0)
@@ -33,63 +33,63 @@ def test_a_run_of_any_length_takes_a_bounded_place_and_keeps_its_first_step(step
     assert history.curves["all"] == curve
 
 
-def test_a_moment_that_must_be_kept_is():
+def test_a_step_marked_always_is_recorded():
     history = RunHistory(["layer"])
     for step in range(1000):
-        history.add(step, [0.0], 0.0)
-    history.add(1001, [0.9], 0.9, always=True)
-    history.add(1001, [0.1], 0.1, always=True)  # a second look at the same step
+        history.record_sparsity(step, [0.0], 0.0)
+    history.record_sparsity(1001, [0.9], 0.9, always=True)
+    history.record_sparsity(1001, [0.1], 0.1, always=True)  # the same step again is ignored
     assert history.curves["layer"][-1] == (1001, 0.9)
 
 
 @given(st.integers(1, 1500))
-def test_the_last_validation_is_always_there(count):
+def test_the_last_validation_is_always_recorded(count):
     history = RunHistory()
     for step in range(count):
-        history.measure("val_loss", step, 0.5, float(step))
+        history.record_metric("val_loss", step, 0.5, float(step))
     assert history.points[-1] == (count - 1, 0.5, float(count - 1))
     assert len(history.points) <= 257
     assert [step for step, _, _ in history.points] == sorted({step for step, _, _ in history.points})
 
 
-def test_another_metric_starts_anew_and_a_step_counts_once():
+def test_another_metric_starts_a_new_list_and_a_step_is_recorded_once():
     history = RunHistory()
-    history.measure("val_loss", 3, 0.1, 2.0)
-    history.measure("val_loss", 3, 0.1, 9.0)
+    history.record_metric("val_loss", 3, 0.1, 2.0)
+    history.record_metric("val_loss", 3, 0.1, 9.0)
     assert history.points == [(3, 0.1, 2.0)]
-    history.measure("val_error", 4, 0.2, 1.0)
+    history.record_metric("val_error", 4, 0.2, 1.0)
     assert (history.metric, history.points) == ("val_error", [(4, 0.2, 1.0)])
 
 
-def test_the_best_with_final_masks_stays_where_earlier_ones_were_better_and_sparser():
+def test_the_best_point_with_final_masks_stays_even_if_earlier_points_were_better_and_sparser():
     history = RunHistory()
     for step in range(1000):
         value = 0.0 if step < 100 else 0.5 if step == 333 else 1.0
-        history.measure("val_loss", step, 0.6 if step < 100 else 0.5, value, final=step >= 100)
+        history.record_metric("val_loss", step, 0.6 if step < 100 else 0.5, value, masks_final=step >= 100)
     assert (333, 0.5, 0.5) in history.points
-    assert history.final == 100
-    assert RunHistory.of(history.state_dict()).final == 100
+    assert history.masks_final_at == 100
+    assert RunHistory.from_state_dict(history.state_dict()).masks_final_at == 100
 
 
-def test_its_state_comes_back_through_a_file_and_goes_on_alike(tmp_path):
+def test_a_restored_history_continues_like_the_original(tmp_path):
     history = RunHistory(["a", "b"])
     for step in range(700):
-        history.add(step, [step / 700, 0.1], 0.3)
-    history.measure("val_loss", 5, 0.1, 2.0)
-    history.look_at({"a": torch.randn(50), "b": torch.randn(50)})
+        history.record_sparsity(step, [step / 700, 0.1], 0.3)
+    history.record_metric("val_loss", 5, 0.1, 2.0)
+    history.record_histograms({"a": torch.randn(50), "b": torch.randn(50)})
     history.revived = [3, 4]
     torch.save(history.state_dict(), tmp_path / "state.pt")
-    again = RunHistory.of(torch.load(tmp_path / "state.pt", weights_only=True))
-    for h in (history, again):
-        h.add(700, [1.0, 0.2], 0.4)
-        h.add(703, [1.0, 0.2], 0.4, always=True)
-    assert same(history.state_dict(), again.state_dict())
-    assert again.points == [(5, 0.1, 2.0)]
+    restored = RunHistory.from_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for h in (history, restored):
+        h.record_sparsity(700, [1.0, 0.2], 0.4)
+        h.record_sparsity(703, [1.0, 0.2], 0.4, always=True)
+    assert same(history.state_dict(), restored.state_dict())
+    assert restored.points == [(5, 0.1, 2.0)]
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=1), st.integers(1, 60))
 def test_a_histogram_counts_every_entry_on_its_side_of_zero(values, bins):
-    counts, edges = histogram(torch.tensor(values), bins)
+    counts, edges = compute_histogram(torch.tensor(values), bins)
     assert sum(counts) == len(values)
     assert len(edges) == len(counts) + 1 <= bins + 3
     assert 0.0 in edges
@@ -97,27 +97,27 @@ def test_a_histogram_counts_every_entry_on_its_side_of_zero(values, bins):
     assert above == sum(value > 0 for value in values)  # m = 0 is pruned
 
 
-def test_the_last_look_at_m_shows_as_many_weights_as_are_kept():
+def test_the_final_histogram_shows_as_many_weights_as_are_kept():
     torch.manual_seed(0)
     weight, history = nn.Parameter(torch.randn(50, 40)), RunHistory()
     pruner = Pruner({"layer": weight}, Settings(target_sparsity=0.9, mask_every_n_steps=20), total_steps=20)
     pruner.start()
     for _ in range(20):
-        pruner.end_step(history.look_at)
+        pruner.end_step(history.record_histograms)
     counts, edges = history.histograms["layer"]
     assert sum(n for n, left in zip(counts, edges, strict=False) if left >= 0) == weight.count_nonzero() == 200
 
 
-def test_a_few_layers_are_looked_at_the_first_and_the_last_among_them():
+def test_a_few_layers_have_histograms_including_the_first_and_the_last():
     history = RunHistory()
-    history.look_at({f"layer{i}": torch.zeros(3) for i in range(50)})
+    history.record_histograms({f"layer{i}": torch.zeros(3) for i in range(50)})
     assert len(history.histograms) == 6
     assert history.histograms.keys() >= {"layer0", "layer49"}
-    history.look_at({"only": torch.zeros(3)})
+    history.record_histograms({"only": torch.zeros(3)})
     assert history.histograms.keys() == {"only"}
 
 
-def test_a_callback_has_the_curves_the_path_and_the_spread_of_m_at_its_end():
+def test_a_callback_ends_with_curves_a_metric_path_and_histograms():
     seen = {}
 
     class Watch(Callback):
@@ -127,7 +127,7 @@ def test_a_callback_has_the_curves_the_path_and_the_spread_of_m_at_its_end():
     callback = AutoPruneCallback(target_sparsity=0.8)
     fit([callback, Watch()], val=loader(seed=3))
     curve = callback.curves["first"]
-    assert [step for step, _ in curve] == sorted({*range(1, 32, 2), 20})  # each log, and where the masks froze
+    assert [step for step, _ in curve] == sorted({*range(1, 32, 2), 20})  # each log, and when the masks became final
     assert all(value == seen[step + 1]["first"] for step, value in curve)
     history = callback._run.report.history
     assert history.metric == "val_loss"
@@ -138,10 +138,10 @@ def test_a_callback_has_the_curves_the_path_and_the_spread_of_m_at_its_end():
         for name, (counts, edges) in history.histograms.items()
     }
     assert kept.keys() == {"first", "last"}
-    assert 0.1 * 256 < sum(kept.values()) < 0.5 * 256  # of M as the masks were frozen
+    assert 0.1 * 256 < sum(kept.values()) < 0.5 * 256  # M at the step when the masks became final
 
 
-def test_the_monitored_metric_is_the_one_that_is_followed():
+def test_the_monitored_metric_is_followed():
     callback = AutoPruneCallback()
     saving = ModelCheckpoint("c", monitor="train_loss")
     fit([callback, saving], val=loader(seed=3), enable_checkpointing=True)
@@ -149,7 +149,7 @@ def test_the_monitored_metric_is_the_one_that_is_followed():
 
 
 @pytest.mark.parametrize("options", [{"enabled": False}, {}], ids=str)
-def test_before_fitting_there_is_nothing(options):
+def test_curves_and_layers_are_empty_before_fitting(options):
     callback = AutoPruneCallback(**options)
     assert (callback.curves, callback.layers()) == ({}, [])
 
@@ -158,20 +158,20 @@ POINTS = st.lists(st.tuples(st.integers(), st.floats(0, 1), st.floats(-3, 3) | s
 
 
 @given(POINTS, st.sampled_from(["min", "max"]))
-def test_of_the_best_points_none_is_as_sparse_and_better_and_all_others_are_worse(points, mode):
+def test_points_are_on_the_pareto_front_exactly_if_no_other_beats_them(points, mode):
     sign = 1 if mode == "min" else -1
-    found = best_points(points, mode)
+    front = find_pareto_front([MetricPoint(*point) for point in points], mode)
     for i, (_, sparsity, value) in enumerate(points):
         others = [v * sign for j, (_, s, v) in enumerate(points) if s >= sparsity and j != i and v == v]
-        if i in found:
+        if i in front:
             assert all(value * sign <= other for other in others)
         else:
             assert math.isnan(value) or any(other <= value * sign for other in others)
 
 
 @pytest.mark.parametrize("place", [0, 141, 398])
-def test_the_best_validations_are_kept_however_many_there_are(place):
+def test_the_best_validation_stays_however_many_there_are(place):
     history = RunHistory()
     for step in range(399):
-        history.measure("val_loss", step, 0.5, 0.01 if step == place else 1.0)
+        history.record_metric("val_loss", step, 0.5, 0.01 if step == place else 1.0)
     assert (place, 0.5, 0.01) in history.points

@@ -1,4 +1,4 @@
-"""Small networks of many architectures, with an example input each, for tests of what changes a network's layers."""
+"""Small networks of many architectures, each with the shape of an input, for tests that change a network's layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resnet():
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
 
 
-class Inverted(nn.Module):
+class InvertedResidual(nn.Module):
     """The block of MobileNetV2: wide, depthwise, narrow, with a residual where sizes allow."""
 
     def __init__(self, inside, outside, stride):
@@ -53,7 +53,7 @@ class Inverted(nn.Module):
 
 def mobilenet():
     stem = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6()
-    blocks = Inverted(6, 8, 1), Inverted(8, 8, 1), Inverted(8, 10, 2)
+    blocks = InvertedResidual(6, 8, 1), InvertedResidual(8, 8, 1), InvertedResidual(8, 10, 2)
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(10, 4))
 
 
@@ -68,8 +68,8 @@ class Encoder(nn.Module):
         return self.head(self.layers(self.embed(x)).mean(1))
 
 
-class Dense(nn.Module):
-    """Concatenates what came before, as DenseNet does."""
+class DenseBlock(nn.Module):
+    """Concatenates the outputs of all earlier layers, as DenseNet does."""
 
     def __init__(self):
         super().__init__()
@@ -103,14 +103,14 @@ EXACT = {
     "resnet": (resnet, (3, 16, 16)),
     "mobilenet": (mobilenet, (3, 16, 16)),
     "encoder": (Encoder, (5, 6)),
-    "dense": (Dense, (3, 9, 9)),
+    "dense": (DenseBlock, (3, 9, 9)),
     "signals": (signals, (2, 20)),
     "volumes": (volumes, (1, 6, 6, 6)),
 }
 
 
 class Shuffled(nn.Module):
-    """Channels are read in another order than they are made: nothing in the graph tells."""
+    """Reads channels in another order than they are made, which the graph does not show."""
 
     def __init__(self):
         super().__init__()
@@ -130,8 +130,8 @@ class Gated(nn.Module):
         return self.b(values * gates.sigmoid())
 
 
-class RawFirst(nn.Module):
-    """The input itself comes before a layer's channels."""
+class InputFirst(nn.Module):
+    """Concatenates the input in front of a layer's channels."""
 
     def __init__(self):
         super().__init__()
@@ -141,8 +141,8 @@ class RawFirst(nn.Module):
         return self.b(torch.cat([x, self.a(x)], 1)).mean((2, 3))
 
 
-class Functional(nn.Module):
-    """A layer's weight is used without the layer."""
+class FunctionalUse(nn.Module):
+    """Uses a layer's weight without the layer."""
 
     def __init__(self):
         super().__init__()
@@ -162,8 +162,8 @@ class Tied(nn.Module):
         return self.c(F.relu(self.a(x)) * F.relu(self.b(2 * x)))
 
 
-class Twice(nn.Module):
-    """One layer is used twice."""
+class UsedTwice(nn.Module):
+    """Uses one layer twice."""
 
     def __init__(self):
         super().__init__()
@@ -173,8 +173,8 @@ class Twice(nn.Module):
         return self.c(F.relu(self.b(F.relu(self.b(F.relu(self.a(x)))))))
 
 
-class Attention(nn.Module):
-    """A causal block with its own attention: sizes of heads are written into the code."""
+class FixedHeads(nn.Module):
+    """A causal attention block with the number of heads written into the code."""
 
     def __init__(self):
         super().__init__()
@@ -187,8 +187,8 @@ class Attention(nn.Module):
         return x + self.down(F.gelu(self.up(x)))
 
 
-class Heads(nn.Module):
-    """A block with its own attention, whose number of heads is an attribute; heads in each usual order."""
+class CountedHeads(nn.Module):
+    """An attention block with the number of heads in an attribute, and its heads in one of the usual layouts."""
 
     def __init__(self, kind="fused", heads=4):
         super().__init__()
@@ -216,17 +216,17 @@ class Heads(nn.Module):
         return self.last(x + self.down(F.gelu(self.up(x))))
 
 
-HEADS = ("fused", "interleaved", "separate", "counted")
+HEAD_KINDS = ("fused", "interleaved", "separate", "counted")
 
-# Those where torch-pruning's graph is wrong or stops, or a channel can't be removed alone: channels must stay there.
+# Networks in which channels must stay: torch-pruning's graph is wrong or stops, or a channel can't be removed alone.
 DIFFICULT = {
     "shuffled": (Shuffled, (5,)),
     "gated": (Gated, (5,)),
-    "raw first": (RawFirst, (3, 6, 6)),
-    "functional": (Functional, (5,)),
+    "input first": (InputFirst, (3, 6, 6)),
+    "functional": (FunctionalUse, (5,)),
     "tied": (Tied, (5,)),
-    "twice": (Twice, (5,)),
-    "attention": (Attention, (7, 16)),
+    "twice": (UsedTwice, (5,)),
+    "attention": (FixedHeads, (7, 16)),
     "upsampler": (upsampler, (6,)),
     "grouped": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2)), (4, 8, 8)),
     "normalized": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 3)), (3, 8, 8)),
@@ -234,35 +234,35 @@ DIFFICULT = {
 }
 
 
-class Two(nn.Module):
+class TwoLayers(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
 
 
-class Loop(Two):
-    """Goes through the rows of an example."""
+class LoopOverSamples(TwoLayers):
+    """Loops over the samples."""
 
     def forward(self, x):
-        return torch.stack([self.b(torch.relu(self.a(row))) for row in x])
+        return torch.stack([self.b(torch.relu(self.a(sample))) for sample in x])
 
 
-class Mean(Two):
-    """Has the number of rows of an example as a plain number."""
+class DividedByBatchSize(TwoLayers):
+    """Divides by the batch size of the example as a plain number."""
 
     def forward(self, x):
         return self.b(torch.relu(self.a(x))).sum(0, keepdim=True) / torch.tensor(float(int(x.shape[0])))
 
 
-class Masked(Two):
-    """Takes a tensor that may have no rows."""
+class Masked(TwoLayers):
+    """Takes a mask, which may have no dimension of samples."""
 
     def forward(self, x, mask):
         return self.b(torch.relu(self.a(x)) * mask)
 
 
-def prune(network, density, seed=0):
-    """Zeroes all but a share of each weight, and gives BatchNorm statistics of a trained network."""
+def prune_randomly(network, density, seed=0):
+    """Zero all but a fraction of each weight, and give BatchNorm the statistics of a trained network."""
     generator = torch.Generator().manual_seed(seed)
     for module in network.modules():
         weight = getattr(module, "weight", None)
@@ -275,9 +275,9 @@ def prune(network, density, seed=0):
     return network
 
 
-def assert_equal(a, b, shape, rows=1000, seed=1):
-    """The same outputs on random inputs, in evaluation mode, within float tolerance."""
-    inputs = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))
+def assert_same_outputs(a, b, shape, samples=1000, seed=1):
+    """Assert that two networks give the same outputs on random inputs in evaluation mode, within rounding."""
+    inputs = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         one, two = copy.deepcopy(a).eval()(inputs), copy.deepcopy(b).eval()(inputs)
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5 * max(1.0, float(one.abs().max())))

@@ -1,4 +1,4 @@
-"""Tiny tasks for the benchmarks' methods, and a run of one that is watched."""
+"""Tiny tasks for the benchmarks' methods, and a way to watch a run of a method."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 from harness.tasks import Data, Task
-from harness.training import train
+from harness.training import train_and_test
 from torch import nn
 
-STEPS = 40  # of a run: 5 epochs of 8 batches
+STEPS = 40  # per run: 5 epochs of 8 batches
 
 
 def mlp():
@@ -17,7 +17,7 @@ def mlp():
 
 
 def make_task(network, shape):
-    """Random inputs; the first numbers of a row give its label, so that there is something to learn."""
+    """Return a task of random inputs; the first numbers of a sample give its label, so that it can be learned."""
     inputs = torch.randn(320, *shape, generator=torch.Generator().manual_seed(0))
     labels = inputs.flatten(1)[:, :3].argmax(1)
     data = Data((inputs[:256], labels[:256]), (inputs[256:], labels[256:]))
@@ -25,11 +25,11 @@ def make_task(network, shape):
 
 
 def run_watched(method, task, watch):
-    """Trains beside another callback; returns the outcome and the network."""
+    """Train with another callback in the Trainer, and return the outcome and the network."""
     networks = []
     callbacks, finish = method.callbacks, method.finish
     method.callbacks = lambda: [*callbacks(), watch]
     method.finish = lambda network: networks.append(finish(network)) or networks[-1]
-    outcome = train(task, method, 0, Path())
+    outcome = train_and_test(task, method, 0, Path())
     [network] = networks
     return outcome, network

@@ -88,7 +88,7 @@ def test_layers_that_share_a_bucket_are_pruned_like_layers_with_one_each(rule, m
         shapes = [(20, 30), (5, 1, 3, 3), (1000, 200), (40,)]
         weights = {str(i): torch.nn.Parameter(torch.randn(shape)) for i, shape in enumerate(shapes)}
         weights["1"].data = torch.randn(5, 1, 3, 3).to(memory_format=torch.channels_last)
-        aux = AuxiliaryParameters(weights, rule=rule, layer_floor=0.2)
+        aux = AuxiliaryParameters(weights, update_rule=rule, layer_floor=0.2)
         for _ in range(20):
             aux.step([torch.randn_like(w) for w in weights.values()], 0.005, 0.6)
             aux.update_masks()
@@ -98,8 +98,8 @@ def test_layers_that_share_a_bucket_are_pruned_like_layers_with_one_each(rule, m
     monkeypatch.setattr(flat_buckets, "_SMALL", 0)
     monkeypatch.setattr(flat_buckets, "_PIECE", 997)
     alone = run()
-    assert [len(bucket.numbers) for bucket in together._buckets] == [3, 1]
-    assert len(alone._buckets) == 4
+    assert [len(bucket.numbers) for bucket in together.buckets] == [3, 1]
+    assert len(alone.buckets) == 4
     for a, b in zip(together.M, alone.M, strict=True):
         torch.testing.assert_close(a, b)
     assert together.kept == pytest.approx(alone.kept, abs=2)

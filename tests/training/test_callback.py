@@ -313,7 +313,7 @@ def test_training_that_ends_early_says_so():
         def on_train_batch_end(self, *_):
             self.trainer.should_stop = self.trainer.global_step == 12
 
-    with pytest.warns(UserWarning, match=r"ended after 12 of 32 steps, before the masks were frozen: sparsity is \d"):
+    with pytest.warns(UserWarning, match=r"ended after 12 of 32 steps, before the masks were final: sparsity is \d"):
         fit(AutoPruneCallback(target_sparsity=0.9), model=Stop())
 
 

@@ -61,7 +61,7 @@ def test_without_an_example_no_flops_are_logged_and_neurons_are_refused(tmp_path
     with pytest.raises(AutoPruneError) as error:
         fit(neurons(target_flops=0.5))
     assert str(error.value) == (
-        '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it, to a batch of inputs'
+        '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it to a batch of inputs'
         " of its `forward`."
     )
 
@@ -107,7 +107,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(at, tmp_path):
     whole, one = run(32)
     resumed, two = run(32, ckpt_path=tmp_path / f"step={at}.ckpt")
     assert one.sparsity == two.sparsity > 0.5
-    assert torch.equal(one._run.pruner.auxiliary.alive, two._run.pruner.auxiliary.alive)
+    assert torch.equal(one._run.pruner.auxiliary.granularity.alive, two._run.pruner.auxiliary.granularity.alive)
     assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
 def test_pruned_neurons_are_not_read_in_any_checkpoint():
     callback, model = neurons(target_flops=0.3), Example()
     fit(callback, model=model)
-    dead = ~callback._run.pruner.auxiliary.alive
+    dead = ~callback._run.pruner.auxiliary.granularity.alive
     assert dead.any()
     weights = prunable_weights(model)
     assert not weights["last"][:, dead].any()
@@ -148,7 +148,7 @@ def test_a_layer_that_has_no_neurons_is_not_taken_for_one_that_was_thawed(recwar
     callback = neurons(target_sparsity=0.5)
     fit(callback, model=Recurrent())
     assert set(callback.layer_sparsity()) == {"first", "last"}
-    assert not [w for w in recwarn if "thawed" in str(w.message)]
+    assert not [w for w in recwarn if "unfrozen" in str(w.message)]
 
 
 def test_a_layer_whose_weight_is_computed_may_be_left_out(tmp_path):

@@ -111,13 +111,13 @@ def test_a_resumed_run_has_the_same_points_as_one_without_a_break(name):
     whole, pruning = run()
     resumed, resumed_pruning = run(ckpt_path="c/step=16.ckpt")
     assert resumed == whole
-    assert resumed_pruning._run.report.history.final == pruning._run.report.history.final
+    assert resumed_pruning._run.report.history.masks_final_at == pruning._run.report.history.masks_final_at
 
 
 def test_the_best_pruned_value_is_measured_with_final_masks_whatever_the_sparsity_was_before():
     history = RunHistory()
     for step, sparsity, value in [(1, 0.0, 0.1), (2, 0.6, 0.2), (3, 0.5, 0.3), (4, 0.5, 0.5), (5, 0.5, 0.4)]:
-        history.measure("val_loss", step, sparsity, value, final=step >= 4)
+        history.record_metric("val_loss", step, sparsity, value, masks_final=step >= 4)
     t = trainer(callbacks=[EarlyStopping("val_loss")])
     assert best_values(t, history) == {"best_val_loss": 0.1, "best_pruned_val_loss": 0.4}
 
@@ -125,5 +125,5 @@ def test_the_best_pruned_value_is_measured_with_final_masks_whatever_the_sparsit
 def test_there_is_no_best_pruned_value_if_the_run_ends_before_the_masks_are_final():
     stop = EarlyStopping("val_loss", stopping_threshold=99)
     _, pruning = followed([stop], val=loader(seed=3))
-    assert not pruning._run.pruner.frozen
+    assert not pruning._run.pruner.masks_final
     assert best_values(trainer(callbacks=[stop]), pruning._run.report.history).keys() == {"best_val_loss"}

@@ -196,7 +196,7 @@ def test_other_tensors_are_put_back_where_asked():
     (kept,) = detector.modified()
     assert kept is model.last.weight
     value = kept.clone()
-    with shielded(model, 0, kept=[kept]), torch.no_grad():
+    with shielded(model, 0, preserved=[kept]), torch.no_grad():
         model.last.weight.zero_()
     assert torch.equal(model.last.weight, value)
 

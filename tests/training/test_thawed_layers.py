@@ -72,7 +72,7 @@ def test_a_backbone_that_is_thawed_in_the_dense_phase_is_as_any_layer():
 def test_a_backbone_that_is_thawed_when_the_masks_are_final_stays_dense_and_is_named():
     callback = AutoPruneCallback(target_sparsity=0.8)
     with pytest.warns(
-        UserWarning, match="Layer 'backbone.0', which is thawed now, stays dense. The masks are final."
+        UserWarning, match="Layer 'backbone.0', which has been unfrozen, stays dense. The masks are final."
     ) as caught:
         model, _ = fit([callback, BackboneFinetuning(8, verbose=False)], Backbone(), epochs=10)
     assert sum("The masks are final" in str(w.message) for w in caught) == 1
@@ -193,9 +193,9 @@ def test_a_layer_that_can_not_be_taken_in_stays_dense_and_the_run_goes_on(model,
 
     callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.1, loss_fn=loss)
     saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    with pytest.warns(UserWarning, match=f"Layer 'more', which is thawed now, stays dense. {why}") as caught:
+    with pytest.warns(UserWarning, match=f"Layer 'more', which has been unfrozen, stays dense. {why}") as caught:
         trained, _ = fit([callback, saving], OneMore(**model), epochs=8, enable_checkpointing=True)
-    assert sum("which is thawed now" in str(w.message) for w in caught) == 1
+    assert sum("which has been unfrozen" in str(w.message) for w in caught) == 1
     assert list(callback.layer_sparsity()) == list(callback.curves)[:-1] == ["first", "last"]
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
     assert (trained.more.weight != 0).all()

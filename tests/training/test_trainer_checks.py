@@ -18,7 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRa
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS
-from lightning_autoprune.training.trainer_checks import check_shards
+from lightning_autoprune.training.strategies import support_for
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +137,7 @@ class Forgetful(Net):
         (
             AutoPruneCallback(),
             {"model": Iterating()},
-            "`training_step` of Iterating takes a `dataloader_iter`, of which",
+            "`training_step` of Iterating takes a `dataloader_iter`, so no batch can be held out",
         ),
         (
             AutoPruneCallback(held_out="train"),
@@ -147,7 +147,7 @@ class Forgetful(Net):
         (
             AutoPruneCallback(train_gradients=True, loss_fn=lambda module, batch: batch[0].sum()),
             {"model": OneForEach()},
-            "`train_gradients=True` takes the gradients of one optimizer's steps, and 2 optimizers train prunable",
+            "`train_gradients=True` uses the gradients of one optimizer's steps, and 2 optimizers train prunable",
         ),
         (
             AutoPruneCallback(held_out="train"),
@@ -157,12 +157,12 @@ class Forgetful(Net):
         (
             AutoPruneCallback(held_out="train"),
             {"model": Manual(), "max_steps": 10},
-            "not known: with manual optimization `max_steps` counts the steps of the optimizer, of which a batch may",
+            "not known: with manual optimization, `max_steps` counts the optimizer's steps, and a batch may have none",
         ),
         (
             AutoPruneCallback(),
             {"model": ScheduleFree()},
-            r"Averaging has weights of its own that it puts in place for evaluation \(it has a `train\(\)` and an",
+            r"Averaging puts weights of its own in place for evaluation \(it has a `train\(\)` and an",
         ),
         (
             AutoPruneCallback(),
@@ -172,18 +172,18 @@ class Forgetful(Net):
         (
             [AutoPruneCallback(), ModelCheckpoint(monitor=HELD_OUT_LOSS)],
             {"enable_checkpointing": True},
-            "ModelCheckpoint monitors 'autoprune/held_out_loss', which there is only while M is trained, neither in the"
-            " dense phase nor once the masks are final: monitor a metric of your own.$",
+            "ModelCheckpoint monitors 'autoprune/held_out_loss', which is logged only while masks are being trained:"
+            " not in the dense phase, and not once masks are final. Monitor a metric of your own.$",
         ),
         (
             [AutoPruneCallback(), EarlyStopping(HELD_OUT_LOSS)],
             {},
-            "EarlyStopping monitors .* nor once the masks are final: monitor a metric of your own, or pass `strict=F",
+            "EarlyStopping monitors .* and not once masks are final. Monitor a metric of your own, or pass `strict=F",
         ),
         (
             [AutoPruneCallback(held_out="train"), EarlyStopping(HELD_OUT_LOSS, strict=False)],
             {},
-            "EarlyStopping monitors 'autoprune/held_out_loss', and with `held_out=\"train\"` there is none: monitor a",
+            "EarlyStopping monitors 'autoprune/held_out_loss', which is not logged with `held_out=\"train\"`: monitor",
         ),
         (
             AutoPruneCallback(redraw_held_out=False),
@@ -252,7 +252,7 @@ class Forgetful(Net):
         (
             [AutoPruneCallback(), ModelPruning("l1_unstructured", [])],
             {},
-            "The Trainer has Lightning's ModelPruning too, which puts masks of its own over the same weights: keep one",
+            "The Trainer also has Lightning's ModelPruning, which puts its own masks over the same weights: keep one",
         ),
         ([AutoPruneCallback(), Other()], {}, "The Trainer has two AutoPrune callbacks, which would prune the same"),
         (AutoPruneCallback(), {"epochs": -1}, "whose length is not known: set `max_steps` of the Trainer"),
@@ -271,9 +271,9 @@ def test_weights_that_are_offloaded_are_refused():
     mesh = SimpleNamespace(size=lambda: 2)
     weight: Any = SimpleNamespace(device_mesh=mesh, placements=(Shard(0),), device=torch.device("cpu"))
     with pytest.raises(AutoPruneError, match=r"Layer 'a' is on the cpu, and the model runs on cuda: leave the `CPUOff"):
-        check_shards(trainer, {"a": weight})
+        support_for(trainer).check_weights(trainer, {"a": weight})
     weight.device = torch.device("cuda:0")
-    check_shards(trainer, {"a": weight})
+    support_for(trainer).check_weights(trainer, {"a": weight})
 
 
 def test_two_callbacks_of_the_same_class_are_refused_by_lightning_itself():

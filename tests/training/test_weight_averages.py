@@ -79,7 +79,7 @@ def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count_as_training():
     callback = AutoPruneCallback(target_sparsity=0.8, finetune=0.1)
     fit([callback, StochasticWeightAveraging(0.01, swa_epoch_start=0.5)], epochs=6)
     assert callback._run.pruner.phases.total == 6 * 8
-    assert callback._run.pruner.frozen
+    assert callback._run.pruner.masks_final
 
 
 def test_an_average_is_pruned_if_a_run_resumes_with_final_masks(tmp_path):

@@ -1,4 +1,4 @@
-"""The methods by name. Each is made from the compression to reach, the seed and its own options."""
+"""The methods by name. Each takes the compression to reach, the seed and its own options."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "nncf": lambda compression, seed, **options: NNCFRegularized(compression, **options),
 }
 
-# As tables and pictures name them; "own": a minimal implementation of ours.
 LABELS = {
     "autoprune": "AutoPruneCallback (default, held out)",
     "autoprune-train": 'AutoPruneCallback(held_out="train")',
@@ -46,3 +45,4 @@ LABELS = {
     "spred": "spred (own)",
     "nncf": "NNCF, RB sparsity",
 }
+"""Names in tables and pictures; "own" marks a minimal implementation of ours."""

@@ -1,4 +1,4 @@
-"""Ours: the callback of this package, as it is."""
+"""This package's callback, unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..training import Method
 
 
 class AutoPrune(Method):
-    """``AutoPruneCallback`` at the defaults, but for what is given.
+    """``AutoPruneCallback`` at its defaults, apart from the given options.
 
     Args:
-        compression: prunable weights / those to keep; None: no target.
-        options: more arguments of the callback.
+        compression: prunable weights / weights to keep; None: no target.
+        seed: of the held-out samples.
+        options: further arguments of the callback.
     """
 
     def __init__(self, compression: float | None, seed: int = 0, **options: Any) -> None:
@@ -24,5 +25,5 @@ class AutoPrune(Method):
         self.callback = AutoPruneCallback(target_sparsity=target, seed=seed, **options)
 
     def callbacks(self) -> list[Callback]:
-        """The package's callback, after this one."""
+        """Return this method and the package's callback."""
         return [self, self.callback]

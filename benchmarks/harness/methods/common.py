@@ -1,4 +1,4 @@
-"""What the peers share: their phases, global masks by a score, and cutting to an exact number of weights."""
+"""Shared by the other methods: phases, masks by a global score, and exact numbers of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..training import Method
 
 
 def top_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
-    """Bool masks of the ``keep`` largest of all scores together (ties: the first ones)."""
+    """Return bool masks of the ``keep`` largest scores of all tensors together; of equal scores the first ones win."""
     flat = torch.cat([score.flatten() for score in scores])
     mask = torch.zeros(len(flat), dtype=torch.bool)
     mask[flat.topk(keep, sorted=False).indices] = True
@@ -25,12 +25,12 @@ def top_masks(scores: Sequence[Tensor], keep: int) -> list[Tensor]:
     return [part.view_as(score) for part, score in zip(parts, scores, strict=True)]
 
 
-# From the first number to the second, as Zhu and Gupta (2017) prune, for a progress from 0 to 1.
-cubic = functools.partial(target_path, share=1.0, power=3)
+cubic_path = functools.partial(target_path, share=1.0, power=3)
+"""The path of Zhu and Gupta (2017), for a progress from 0 to 1, a first number and a last one."""
 
 
-def share_over(done: float, begin: float, end: float) -> float:
-    """How much of the part of a run from ``begin`` to ``end`` is over, 0 to 1; all three are fractions of the run."""
+def phase_progress(done: float, begin: float, end: float) -> float:
+    """Return the progress, 0 to 1, of a phase from ``begin`` to ``end``; all arguments are fractions of the run."""
     return min(max((done - begin) / (end - begin), 0.0), 1.0)
 
 
@@ -38,40 +38,40 @@ class Masked(Method):
     """A method that keeps masks on plain weights and applies them after each step of the optimizer.
 
     Args:
-        compression: prunable weights / those to keep.
-        begin: fraction of the run that is over when pruning begins.
-        end: fraction that is over when the masks are final.
+        compression: prunable weights / weights to keep.
+        begin: fraction of the run after which pruning begins.
+        end: fraction of the run after which the masks are final.
     """
 
     def __init__(self, compression: float, begin: float = 0.13, end: float = 0.66) -> None:
         self.compression, self.begin, self.end = compression, begin, end
         self.weights: list[nn.Parameter] = []
-        self.masks: list[Tensor] = []  # none before the first is made
+        self.masks: list[Tensor] = []  # empty until pruning begins
         self.step = self.steps = 0
 
     @property
     def total(self) -> int:
-        """Number of prunable weights."""
+        """Return the number of prunable weights."""
         return sum(weight.numel() for weight in self.weights)
 
     @property
     def target(self) -> int:
-        """Number of weights to keep at the end."""
+        """Return the number of weights to keep at the end."""
         return round(self.total / self.compression)
 
     @property
     def progress(self) -> float:
-        """From 0 when pruning begins to 1 when the masks are final."""
-        return share_over(self.step / self.steps, self.begin, self.end)
+        """Return 0 when pruning begins, 1 when the masks are final, and fractions in between."""
+        return phase_progress(self.step / self.steps, self.begin, self.end)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the weights and the length of the run."""
+        """Find the weights and the length of the run."""
         self.weights = list(prunable_weights(pl_module).values())
         self.masks, self.step, self.steps = [], 0, int(trainer.estimated_stepping_batches)
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Applies the masks, then lets the method change them."""
+        """Apply the masks, then let the method change them."""
         self.step += 1
         self.apply()
         before = self.masks
@@ -80,9 +80,9 @@ class Masked(Method):
             self.apply()
 
     def apply(self) -> None:
-        """Sets pruned weights to 0."""
+        """Set pruned weights to 0."""
         for weight, mask in zip(self.weights, self.masks, strict=False):
             weight.data.mul_(mask)
 
     def after_step(self) -> None:
-        """Called after each step of the optimizer: may replace ``masks``."""
+        """Replace ``masks`` if they change; called after each step of the optimizer."""

@@ -1,4 +1,4 @@
-"""Sparse from the first step, with masks that move: SET and RigL.
+"""SET and RigL: networks that are sparse from the first step, and whose masks move.
 
 SET: Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by
 network science", 2018. RigL: Evci et al., "Rigging the lottery: making all tickets winners", 2020.
@@ -20,23 +20,24 @@ from .common import Masked, top_masks
 
 
 def erk_counts(shapes: Sequence[Sequence[int]], keep: int) -> list[int]:
-    """Weights to keep in each layer, ``keep`` in all: Erdős–Rényi-Kernel densities (Evci et al., section 3, (1)).
+    """Return how many weights each layer keeps, ``keep`` in all: Erdős–Rényi-Kernel (Evci et al., section 3, (1)).
 
-    The density of a layer is proportional to the sum of its dimensions over their product; a layer that would need
-    more than all of its weights stays dense, and the others share the rest. Largest remainders make the sum exact.
+    The density of a layer is proportional to the sum of its dimensions over their product. A layer that would need more
+    weights than it has stays dense, and the other layers share the remaining ones. Largest remainders make the sum
+    exact.
     """
     sizes = [math.prod(shape) for shape in shapes]
     if not 0 <= keep <= sum(sizes):
-        raise ValueError(f"{keep} weights to keep of {sum(sizes)}")
+        raise ValueError(f"`keep` is {keep}; it must be from 0 to {sum(sizes)}, the number of weights.")
     dense: set[int] = set()
     while True:
         sparse = [i for i in range(len(shapes)) if i not in dense]
-        left = keep - sum(sizes[i] for i in dense)
-        raw = {i: left * sum(shapes[i]) / sum(sum(shapes[j]) for j in sparse) for i in sparse}
-        over = {i for i in sparse if raw[i] > sizes[i]}
-        if not over:
+        remaining = keep - sum(sizes[i] for i in dense)
+        raw = {i: remaining * sum(shapes[i]) / sum(sum(shapes[j]) for j in sparse) for i in sparse}
+        too_small = {i for i in sparse if raw[i] > sizes[i]}
+        if not too_small:
             break
-        dense |= over
+        dense |= too_small
     counts = [sizes[i] if i in dense else int(raw[i]) for i in range(len(shapes))]
     for i in sorted(sparse, key=lambda i: counts[i] - raw[i])[: keep - sum(counts)]:
         counts[i] += 1
@@ -44,21 +45,26 @@ def erk_counts(shapes: Sequence[Sequence[int]], keep: int) -> list[int]:
 
 
 class DynamicSparse(Masked):
-    """Random masks of a fixed number of weights per layer; every so often the smallest are exchanged for others.
+    """Random masks with a fixed number of weights per layer, which regularly exchange the smallest weights for others.
 
-    Each exchange is within a layer, of a share of its kept weights that falls on a cosine from ``fraction`` to 0
-    (Evci et al., section 3, (2)). As in their algorithm 1, a dropped weight is a candidate for growing at once, and
-    then it goes on as it was. Other grown weights start at 0 with fresh moments in Adam. Where we differ: the
-    optimizer's step is taken in the steps of an exchange too, and SET has RigL's cosine and densities, as in their
-    comparison. The masks have the exact number; a grown weight that never gets a gradient (a dead unit) stays 0, and
+    Each exchange stays within a layer. The fraction of kept weights that it replaces falls on a cosine from
+    ``fraction`` to 0 (Evci et al., section 3, (2)). As in their algorithm 1, a dropped weight may grow again in the
+    same exchange; it then keeps its value and its moments. All other grown weights start at 0 with fresh moments in
+    Adam.
+
+    This differs from the papers in two ways: the optimizer also steps in the steps of an exchange, and SET has RigL's
+    cosine and densities, as in the comparison of Evci et al.
+
+    The masks have the exact number of weights. A grown weight that never gets a gradient (of a dead unit) stays 0, and
     the results count it as pruned.
 
     Args:
-        compression: prunable weights / those to keep.
-        grow: ``"gradient"`` (RigL): where the loss has the largest gradient in that step; ``"random"`` (SET).
-        fraction: of the kept weights, exchanged at first.
-        every: steps from one exchange to the next.
-        end: fraction of the run that is over when the masks are final.
+        compression: prunable weights / weights to keep.
+        grow: where weights grow, ``"gradient"``: where the loss has the largest gradient in that step (RigL);
+            ``"random"``: anywhere (SET).
+        fraction: fraction of the kept weights in the first exchange.
+        every: number of steps from one exchange to the next.
+        end: fraction of the run after which the masks are final.
         seed: of the first masks and of random growth.
     """
 
@@ -73,24 +79,25 @@ class DynamicSparse(Masked):
     ) -> None:
         super().__init__(compression, begin=0.0, end=end)
         if grow not in ("gradient", "random"):
-            raise ValueError(f"grow={grow!r}")
+            raise ValueError(f"`grow` is {grow!r}; it must be 'gradient' or 'random'.")
         self.grow, self.fraction, self.every, self.seed = grow, fraction, every, seed
         self.gradients: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the first masks."""
+        """Draw the first masks."""
         super().on_train_start(trainer, pl_module)
         self.optimizer = trainer.optimizers[0]
-        self.generator = torch.Generator().manual_seed(
-            derive_seed(self.seed)
-        )  # the seed itself made the initial weights
+        # The seed itself has drawn the initial weights: with the same numbers the masks would depend on them.
+        self.generator = torch.Generator().manual_seed(derive_seed(self.seed))
         counts = erk_counts([weight.shape for weight in self.weights], self.target)
-        self.masks = [top_masks([self._random(w)], count)[0] for w, count in zip(self.weights, counts, strict=True)]
+        self.masks = [
+            top_masks([self._random_scores(w)], count)[0] for w, count in zip(self.weights, counts, strict=True)
+        ]
         self.apply()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, *_: Any) -> None:
-        """Hides the gradients of pruned weights from Adam's moments; keeps the dense ones where they are needed."""
+        """Zero the gradients of pruned weights for Adam, after storing the dense gradients for RigL's exchange."""
         gradients = [weight.grad for weight in self.weights]
         if self.grow == "gradient" and (self.step + 1) % self.every == 0:
             self.gradients = [gradient.clone() for gradient in gradients]
@@ -98,27 +105,27 @@ class DynamicSparse(Masked):
             gradient.mul_(mask)
 
     @property
-    def share(self) -> float:
-        """Of the kept weights, to exchange now."""
+    def exchange_fraction(self) -> float:
+        """Return the fraction of the kept weights that an exchange replaces now."""
         return self.fraction / 2 * (1 + math.cos(math.pi * self.progress))
 
     def after_step(self) -> None:
-        """Exchanges weights every so many steps, until the masks are final."""
+        """Exchange weights every ``every`` steps, until the masks are final."""
         if self.step % self.every or self.progress == 1:
             return
         masks = []
         for i, (weight, mask) in enumerate(zip(self.weights, self.masks, strict=True)):
             kept = int(mask.sum())
-            count = min(round(self.share * kept), mask.numel() - kept)
-            [stay] = top_masks([weight.abs().masked_fill(~mask, -1)], kept - count)
-            score = self.gradients[i].abs() if self.grow == "gradient" else self._random(weight)
-            [grown] = top_masks([score.masked_fill(stay, -1)], count)
+            count = min(round(self.exchange_fraction * kept), mask.numel() - kept)
+            [kept_mask] = top_masks([weight.abs().masked_fill(~mask, -1)], kept - count)
+            score = self.gradients[i].abs() if self.grow == "gradient" else self._random_scores(weight)
+            [grown] = top_masks([score.masked_fill(kept_mask, -1)], count)
             fresh = grown & ~mask
             weight.data.masked_fill_(fresh, 0)
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[weight][moment].masked_fill_(fresh, 0)
-            masks.append(stay | grown)
+            masks.append(kept_mask | grown)
         self.masks, self.gradients = masks, []
 
-    def _random(self, weight: Tensor) -> Tensor:
+    def _random_scores(self, weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=self.generator)

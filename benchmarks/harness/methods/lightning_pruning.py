@@ -1,4 +1,4 @@
-"""Lightning's own pruning callback, ``ModelPruning``, on the path of gradual magnitude pruning."""
+"""Lightning's own pruning callback, ``ModelPruning``, along the path of gradual magnitude pruning."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from torch import Tensor, nn
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from ..training import Method
-from .common import cubic, share_over
+from .common import cubic_path, phase_progress
 
 
 class LightningPruning(Method):
     """``ModelPruning`` by magnitude, global over the layers, at the ends of epochs.
 
-    The number of kept weights falls on the cubic of Zhu and Gupta (2017), at the epochs' ends only, and is the target
-    at the first end of an epoch from ``end`` on. ``ModelPruning`` applies a float ``amount`` to the weights that are
-    left, so the callable gives the number of weights to prune next, an int, which rounds nothing.
+    At the end of each epoch, the number of kept weights follows the cubic of Zhu and Gupta (2017). It is the target
+    from the first epoch that ends at or after ``end``. ``ModelPruning`` takes a float ``amount`` as a fraction of the
+    remaining weights. Here ``amount`` therefore returns the number of weights to prune next, an int, which needs no
+    rounding.
 
     Args:
-        compression: prunable weights / those to keep.
-        begin: fraction of the run that is over when pruning begins.
-        end: fraction that is over when the masks are final.
+        compression: prunable weights / weights to keep.
+        begin: fraction of the run after which pruning begins.
+        end: fraction of the run after which the masks are final.
     """
 
     def __init__(self, compression: float, begin: float = 0.05, end: float = 0.45) -> None:
@@ -31,8 +32,8 @@ class LightningPruning(Method):
         self.epochs = self.total = self.kept = 0
 
     def prepare(self, network: nn.Module, inputs: Tensor) -> nn.Module:
-        """Makes the callback for the network's layers."""
-        network = network.to(memory_format=torch.contiguous_format)  # global pruning takes views of flat weights
+        """Create the callback for the network's layers."""
+        network = network.to(memory_format=torch.contiguous_format)  # global pruning views weights as flat
         weights = prunable_weights(network)
         self.total = self.kept = sum(weight.numel() for weight in weights.values())
         self.pruning = ModelPruning(
@@ -47,21 +48,21 @@ class LightningPruning(Method):
         return network
 
     def callbacks(self) -> list[Callback]:
-        """Lightning's callback, and this one, which looks up the length of the run."""
+        """Return this method, which looks up the length of the run, and Lightning's callback."""
         return [self, self.pruning]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds the length of the run."""
+        """Find the length of the run."""
         self.epochs = int(trainer.max_epochs or 0)
 
     def amount(self, epoch: int) -> int:
-        """Number of weights to prune at the end of an epoch (from 0), of those that are left."""
-        progress = share_over((epoch + 1) / self.epochs, self.begin, self.end)
+        """Return how many of the remaining weights to prune at the end of an epoch; epochs count from 0."""
+        progress = phase_progress((epoch + 1) / self.epochs, self.begin, self.end)
         target = round(self.total / self.compression)
-        before, self.kept = self.kept, round(cubic(progress, self.total, target))
+        before, self.kept = self.kept, round(cubic_path(progress, self.total, target))
         return before - self.kept
 
     def finish(self, network: nn.Module) -> nn.Module:
-        """The network with plain weights (the callback leaves them so when training ends)."""
+        """Return the network with plain weights, as the callback leaves it when training ends."""
         self.pruning.make_pruning_permanent(network)
         return network

@@ -1,4 +1,4 @@
-"""NNCF's regularization-based sparsity (``nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED``), by its own code."""
+"""NNCF's regularization-based sparsity (``nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED``), by NNCF's code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_autoprune.model.prunable_layers import prunable_weights
 from .regularized import Regularized
 
 
-def load() -> Any:
-    """The module nncf, which sends no usage statistics from here.
+def import_nncf() -> Any:
+    """Import and return nncf, without its usage statistics.
 
     Raises:
-        ImportError: if it is not installed.
+        ImportError: if nncf or torchao is not installed.
     """
     os.environ.setdefault("NNCF_CI", "1")
     try:
@@ -34,88 +34,89 @@ def load() -> Any:
     return nncf
 
 
-class Whole(nn.Module):
-    """The network as a part of a module: NNCF adds a module to what it wraps, which an ``nn.Sequential`` would call."""
+class NetworkWrapper(nn.Module):
+    """Holds the network: NNCF adds a submodule to the module that it prunes, and an ``nn.Sequential`` would call it."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The network's outputs."""
+        """Return the network's outputs."""
         return self.network(inputs)
 
 
 class NNCFRegularized(Regularized):
-    """A Bernoulli mask of a learned logit on each weight; the loss draws the kept share to its schedule.
+    """A Bernoulli mask with a learned logit per weight; a loss term pulls the kept fraction toward a schedule.
 
-    The share is that of all layers together, by the masks without noise. The schedule is NNCF's exponential one, which
-    is stepped at the beginning of each epoch. At the cut ``nncf.strip`` makes the network plain; exactly the target
-    number of weights is kept, those of the largest logits (NNCF's loss leaves a few more or fewer), and fine-tuned.
+    The kept fraction is that of all layers together, by the masks without noise. The schedule is NNCF's exponential
+    one, which steps at the beginning of each epoch. At the cut, ``nncf.strip`` makes the network plain. Exactly the
+    target number of weights is kept, those with the largest logits (NNCF's loss leaves a few more or fewer), and
+    fine-tuned.
 
     Args:
-        compression: prunable weights / those to keep.
-        p: of NNCF's loss, ((kept share - its target) / p)².
-        mask_lr: learning rate of the logits at the start; None: the task's.
+        compression: prunable weights / weights to keep.
+        p: scale in NNCF's loss, ((kept fraction - its target) / p)².
+        mask_lr: initial learning rate of the logits; None: the task's.
         ramp: fraction of the run after which the schedule has its last ratio.
-        end: fraction of the run that is over at the cut.
+        end: fraction of the run after which the network is cut.
     """
 
     def __init__(
         self, compression: float, p: float = 0.05, mask_lr: float | None = 0.05, ramp: float = 0.2, end: float = 0.66
     ) -> None:
         super().__init__(compression, 1.0, ramp, end, mask_lr)
-        self.p, self.nncf = p, load()
+        self.p, self.nncf = p, import_nncf()
 
     def prepare(self, network: nn.Module, inputs: Tensor) -> nn.Module:
-        """Wraps the network, without its embeddings, which NNCF would prune as well."""
+        """Wrap the network, and exclude its embeddings, which NNCF would prune as well."""
         rb = self.nncf.torch.function_hook.pruning.rb
-        self.masks, self.whole = [], Whole(network)
-        embeds = any(isinstance(module, nn.Embedding) for module in network.modules())
+        self.masks, self.wrapper = [], NetworkWrapper(network)
+        has_embeddings = any(isinstance(module, nn.Embedding) for module in network.modules())
         self.nncf.prune(
-            self.whole,
+            self.wrapper,
             mode=self.nncf.PruneMode.UNSTRUCTURED_REGULARIZATION_BASED,
-            ignored_scope=self.nncf.IgnoredScope(types=["embedding"]) if embeds else None,
+            ignored_scope=self.nncf.IgnoredScope(types=["embedding"]) if has_embeddings else None,
             examples_inputs=inputs[:2],
         )
-        modules = rb.algo.get_pruned_modules(self.whole)
-        self.partners = [modules[f"{name}.weight"].mask for name in prunable_weights(self.whole)]
-        self.loss = rb.losses.RBLoss(self.whole, target_ratio=0.0, p=self.p)
-        return self.whole
+        modules = rb.algo.get_pruned_modules(self.wrapper)
+        self.partners = [modules[f"{name}.weight"].mask for name in prunable_weights(self.wrapper)]
+        self.loss = rb.losses.RBLoss(self.wrapper, target_ratio=0.0, p=self.p)
+        return self.wrapper
 
     def parameters(self, network: nn.Module) -> list[dict[str, Any]]:
-        """The masks are a group of their own."""
-        return super().parameters(self.whole.network)
+        """Return the parameters of the network, and the logits as a second group."""
+        return super().parameters(self.wrapper.network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the schedule, now that the number of epochs is known."""
+        """Create the schedule, now that the number of epochs is known."""
         super().on_train_start(trainer, pl_module)
         epochs = max(round(self.ramp * int(trainer.max_epochs or 1)), 1)
         schedulers = self.nncf.torch.function_hook.pruning.rb.schedulers
         self.schedule = schedulers.ExponentialRBPruningScheduler(self.loss, 0.0, 1 - 1 / self.compression, epochs)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps the schedule, as NNCF's example does."""
+        """Step the schedule, as NNCF's example does."""
         self.schedule.step()
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """NNCF's loss; none after the cut."""
+        """Return NNCF's loss; 0 after the cut."""
         return 0.0 if self.masks else self.loss()
 
     def score(self, weight: Tensor, partner: Tensor) -> Tensor:
-        """Grows with the probability to be kept."""
+        """Return the logit, which grows with the probability of being kept."""
         return partner
 
-    def settled(self, weight: Tensor, partner: Tensor) -> Tensor:
-        """The weight without its mask; ``nncf.strip`` masks the one in place."""
+    def plain_weight(self, weight: Tensor, partner: Tensor) -> Tensor:
+        """Return a copy of the weight without its mask, since ``nncf.strip`` masks the weight in place."""
         return weight.clone()
 
     def unwrap(self) -> None:
-        """Takes NNCF's masks off; the weights can be trained again."""
-        self.nncf.strip(self.whole, do_copy=False, strip_format=self.nncf.StripFormat.IN_PLACE)
+        """Remove NNCF's masks, and make the weights trainable again."""
+        self.nncf.strip(self.wrapper, do_copy=False, strip_format=self.nncf.StripFormat.IN_PLACE)
         for weight in self.weights:
             weight.requires_grad_(True)
 
     def finish(self, network: nn.Module) -> nn.Module:
-        """The network as it was given."""
-        return self.whole.network
+        """Return the network without its wrapper."""
+        return self.wrapper.network

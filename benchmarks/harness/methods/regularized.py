@@ -1,4 +1,4 @@
-"""What the peers share that train with a regularizer, are cut to an exact number of weights, and then fine-tune."""
+"""Shared by methods that train with a regularizer, are then cut to an exact number of weights, and fine-tune."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Layer = nn.Linear | nn.Conv2d
 
 
 def linear_map(layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the layer computes, with another weight and bias."""
+    """Run a layer with another weight and bias."""
     if isinstance(layer, nn.Linear):
         return nn.functional.linear(inputs, weight, bias)
     return layer._conv_forward(inputs, weight, bias)
 
 
 class Regularized(Masked):
-    """Adds a penalty and one more parameter a weight until the cut at ``end``; then the network is plain and masked.
+    """Adds a penalty, and one more parameter per weight, until the cut; after it the network is plain and masked.
 
-    The network keeps its own parameters and names throughout. The further parameters ("partners" of the weights) are
-    held here, and only the layers' ``forward`` is replaced until the cut.
+    The network keeps its own parameters and names throughout. This class holds the additional parameters, the
+    "partners" of the weights. Until the cut, it also replaces the ``forward`` of the layers, and nothing else of them.
 
     Args:
-        compression: prunable weights / those to keep.
+        compression: prunable weights / weights to keep.
         strength: factor of the penalty.
         ramp: fraction of the run over which the penalty rises linearly to its strength.
-        end: fraction of the run that is over at the cut.
-        partner_lr: learning rate of the partners at the start; None: the task's.
+        end: fraction of the run after which the network is cut.
+        partner_lr: initial learning rate of the partners; None: the task's.
     """
 
     def __init__(
@@ -44,78 +44,78 @@ class Regularized(Masked):
         self.strength, self.ramp, self.partner_lr = strength, ramp, partner_lr
         self.layers: list[Layer] = []
         self.partners: list[nn.Parameter] = []
-        self.labels = 0  # what the mean of the loss is over: labels, which are several in a row of text
+        self.labels = 0  # the loss is a mean over labels, of which a sample of text has several
 
-    def partner(self, weight: nn.Parameter) -> Tensor:
-        """Initial value of a weight's partner; the weight may be changed in place."""
+    def initial_partner(self, weight: nn.Parameter) -> Tensor:
+        """Return the initial values of a weight's partner; the weight may be changed in place."""
         raise NotImplementedError
 
-    def forward(self, layer: Layer, partner: nn.Parameter, inputs: Tensor) -> Tensor:
-        """What a layer computes before the cut."""
+    def run_layer(self, layer: Layer, partner: nn.Parameter, inputs: Tensor) -> Tensor:
+        """Return the outputs of a layer before the cut."""
         raise NotImplementedError
 
     def regularizer(self) -> Tensor:
-        """The penalty at strength 1."""
+        """Return the penalty at strength 1."""
         raise NotImplementedError
 
     def score(self, weight: Tensor, partner: Tensor) -> Tensor:
-        """The weights with the largest scores are kept."""
+        """Return a score per weight; those with the largest scores are kept."""
         raise NotImplementedError
 
-    def settled(self, weight: Tensor, partner: Tensor) -> Tensor:
-        """The weight of the plain network at the cut; not 0."""
+    def plain_weight(self, weight: Tensor, partner: Tensor) -> Tensor:
+        """Return the weight of the plain network at the cut, with no entry 0."""
         raise NotImplementedError
 
     def unwrap(self) -> None:
-        """Makes the layers plain again."""
+        """Make the layers plain again."""
         for layer in self.layers:
-            del layer.forward  # that of the class is back
+            del layer.forward  # uncovers the method of the class
 
     def prepare(self, network: nn.Module, inputs: Tensor) -> nn.Module:
-        """Gives the layers their partners and ``forward``."""
+        """Give the layers their partners and another ``forward``."""
         self.masks = []
         self.layers = [network.get_submodule(name) for name in prunable_weights(network)]
         with torch.no_grad():
-            self.partners = [nn.Parameter(self.partner(layer.weight)) for layer in self.layers]
+            self.partners = [nn.Parameter(self.initial_partner(layer.weight)) for layer in self.layers]
         for layer, partner in zip(self.layers, self.partners, strict=True):
-            layer.forward = functools.partial(self.forward, layer, partner)
+            layer.forward = functools.partial(self.run_layer, layer, partner)
         return network
 
     def parameters(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Those of the network, and the partners."""
+        """Return the parameters of the network, and the partners as a second group."""
         rate = {} if self.partner_lr is None else {"lr": self.partner_lr}
         return [*super().parameters(network), {"params": self.partners, **rate}]
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """The regularizer at its strength of this step; none after the cut."""
+        """Return the regularizer times its strength in this step; 0 after the cut."""
         if self.masks:
             return 0.0
         rise = min(self.step / (self.ramp * self.steps), 1.0) if self.ramp else 1.0
         return self.strength * rise * self.regularizer()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts the labels."""
+        """Count the labels."""
         super().on_train_start(trainer, pl_module)
         self.labels = trainer.train_dataloader.dataset.labels.numel()  # type: ignore[union-attr]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Adam begins anew at the cut: the gradients of the plain weights have another scale."""
-        before = bool(self.masks)
+        """Reset Adam at the cut, since the gradients of the plain weights have another scale."""
+        was_cut = bool(self.masks)
         super().on_train_batch_end(trainer, pl_module, *args)
-        if self.masks and not before:
+        if self.masks and not was_cut:
             for weight in self.weights:
                 trainer.optimizers[0].state.pop(weight, None)
 
     def after_step(self) -> None:
-        """Cuts when its time has come."""
+        """Cut the network when ``end`` is reached."""
         if self.progress == 1 and not self.masks:
             self.cut()
 
     def cut(self) -> None:
-        """Makes the network plain and keeps exactly the target number of weights."""
+        """Make the network plain, and keep exactly the target number of weights."""
         pairs = list(zip(self.weights, self.partners, strict=True))
         self.masks = top_masks([self.score(weight, partner) for weight, partner in pairs], self.target)
-        settled = [self.settled(weight, partner) for weight, partner in pairs]
+        values = [self.plain_weight(weight, partner) for weight, partner in pairs]
         self.unwrap()
-        for weight, value in zip(self.weights, settled, strict=True):
+        for weight, value in zip(self.weights, values, strict=True):
             weight.copy_(value)

@@ -10,22 +10,36 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_autoprune.method import pruner
 from lightning_autoprune.method.schedule import target_path
-from lightning_autoprune.method.update_rules import decay_for
+from lightning_autoprune.method.update_rules import AdaptiveRule
 
 from .autoprune import AutoPrune
 
 
-class Variant(AutoPrune):
-    """``AutoPruneCallback`` with one or more of these.
+class LongMemory(AdaptiveRule):
+    """The adaptive rule with another memory.
 
     Args:
-        power: of the path to the target, in place of the package's choice.
+        steps: number of auxiliary steps that the running mean squares remember.
+    """
+
+    def __init__(self, steps: float) -> None:
+        self.steps = steps
+
+    def decay(self, steps: float) -> float:
+        """Return the decay, whatever the length of the run."""
+        return 1 - 1 / self.steps
+
+
+class Variant(AutoPrune):
+    """``AutoPruneCallback`` with one or more of these parts.
+
+    Args:
+        power: power of the path to the target, in place of the package's choice.
         memory: number of auxiliary steps that the running mean squares remember, in place of the package's choice.
-        regrowth: share of the pruning phase, at its end, with no pressure, after 0.8 of the density asked for.
-        distillation: weight of the divergence KL(teacher ‖ network) in the loss once the masks are frozen; the teacher
-            is the network as it was at the end of the dense phase, so no further training is spent.
+        regrowth: fraction of the pruning phase, at its end, without pressure, after 0.8 of the target density.
+        distillation: weight of the divergence KL(teacher ‖ network) in the loss once the masks are final. The teacher
+            is the network at the end of the dense phase, so no further training is spent on it.
         batchnorm: whether BatchNorm's statistics are taken anew at the end, as means over the training batches.
         options: as of :class:`AutoPrune`.
     """
@@ -41,31 +55,28 @@ class Variant(AutoPrune):
         batchnorm: bool = False,
         **options: Any,
     ) -> None:
+        if power:
+            options["schedule"] = functools.partial(target_path, power=power)
+        if regrowth:
+            options["schedule"] = functools.partial(_overshoot, regrowth=regrowth)
+        if memory:
+            options["update_rule"] = LongMemory(memory)
         super().__init__(compression, seed, **options)
-        self.power, self.memory, self.regrowth = power, memory, regrowth
         self.distillation, self.batchnorm = distillation, batchnorm
         self._teacher: nn.Module | None = None
         self._passed: tuple[Tensor, Tensor] | None = None  # inputs and logits of the step under way
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the path and the memory in place."""
-        path = functools.partial(target_path, power=self.power) if self.power else target_path
-        if self.regrowth:
-            path = functools.partial(_overshoot, regrowth=self.regrowth)
-        pruner.target_path = path
-        pruner.decay_for = (lambda steps: 1 - 1 / self.memory) if self.memory else decay_for
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Keeps the dense network when pruning begins."""
+        """Keep the dense network as the teacher when pruning begins."""
         if self.distillation and self._teacher is None and self.callback._run.pruner.auxiliary is not None:
             self._teacher = copy.deepcopy(pl_module.network).requires_grad_(False)
             pl_module.network.register_forward_hook(self._keep)
 
     def _keep(self, network: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-        self._passed = (inputs[0], logits) if network.training and self.callback._run.pruner.frozen else None
+        self._passed = (inputs[0], logits) if network.training and self.callback._run.pruner.masks_final else None
 
     def penalty(self, network: nn.Module) -> Tensor | float:
-        """The divergence from the teacher, in nats."""
+        """Return the divergence from the teacher, in nats."""
         if self._passed is None:
             return 0.0
         inputs, logits = self._passed
@@ -76,8 +87,7 @@ class Variant(AutoPrune):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the package's own choices back, and takes BatchNorm's statistics anew."""
-        pruner.target_path, pruner.decay_for = target_path, decay_for
+        """Take BatchNorm's statistics anew."""
         norms = [m for m in pl_module.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if self.batchnorm and norms:
             for norm in norms:
@@ -89,7 +99,7 @@ class Variant(AutoPrune):
 
 
 def _overshoot(progress: float, start: float, target: float, regrowth: float) -> float:
-    """To 0.8 of the target density, then so high that the controller takes the pressure away."""
+    """Return a path to 0.8 of the target density, then a density so high that the controller removes the pressure."""
     if progress > 1 - regrowth:
         return 1.0
     return target_path(progress / (1 - regrowth), start, 0.8 * target)

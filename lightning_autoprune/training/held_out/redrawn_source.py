@@ -20,7 +20,7 @@ from lightning_autoprune.training.held_out.batch_splitting import (
 from lightning_autoprune.training.held_out.fixed_split import iterable_dataset_error
 from lightning_autoprune.training.held_out.held_out_source import HeldOutSource
 from lightning_autoprune.training.held_out.loaders import training_loaders
-from lightning_autoprune.training.lightning_internals import moves_training_batch
+from lightning_autoprune.training.lightning_internals import is_moving_training_batch
 
 __all__ = ["RedrawnSource"]
 
@@ -61,7 +61,7 @@ class RedrawnSource(HeldOutSource):
         original, self._min_samples, self._layouts = trainer.strategy.batch_to_device, 0, {}
 
         def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-            is_training_batch = moves_training_batch(trainer)  # asked first: the move may run the user's hooks
+            is_training_batch = is_moving_training_batch(trainer)  # asked first: the move may run the user's hooks
             batch = original(batch, device=device, dataloader_idx=dataloader_idx)
             return self._split(batch, upcoming_step(), trainer) if is_training_batch else batch
 

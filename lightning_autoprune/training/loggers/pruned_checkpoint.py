@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.checkpoint_reader import pruning_state
+from lightning_autoprune.reporting.checkpoint_reader import find_pruning_state
 from lightning_autoprune.tensors.bitmasks import pack
 
 __all__ = ["find_pruned_checkpoint", "has_final_masks"]
@@ -65,7 +65,7 @@ def has_final_masks(path: str, zeros: Mapping[str, Tensor], masks: Sequence[Tens
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError):  # it holds the user's own objects, or is not an archive
         return False
-    if (ours := pruning_state(checkpoint)) is not None:
+    if (ours := find_pruning_state(checkpoint)) is not None:
         auxiliary = ours["pruner"]["auxiliary"]
         return bool(auxiliary and auxiliary["frozen"]) and _all_equal(auxiliary["masks"], masks)
     state: Mapping[str, Tensor] = checkpoint["state_dict"]

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from lightning_autoprune.reporting.layer_table import LayerSummary, table_cells, total_row
+from lightning_autoprune.reporting.layer_table import LayerSummary, format_layer_table, sum_layers
 from lightning_autoprune.reporting.run_history import Histogram
 from lightning_autoprune.training.lightning_internals import logger_key
 from lightning_autoprune.training.loggers.figure_writer import LAYERS, PATH, SPARSITY_MAP, FigureWriter, RunFigures
@@ -25,13 +25,15 @@ class TensorBoardFigures(FigureWriter[TensorBoardLogger]):
         for name, picture in ((SPARSITY_MAP, figures.draw_sparsity_map()), (PATH, figures.draw_path())):
             if picture is not None:
                 writer.add_figure(f"{root}/{name}", picture, figures.step)
-        writer.add_text(f"{root}/{LAYERS}", _markdown_table([*figures.layers, total_row(figures.layers)]), figures.step)
+        writer.add_text(
+            f"{root}/{LAYERS}", _markdown_table([*figures.layers, sum_layers(figures.layers)]), figures.step
+        )
         for name, histogram in figures.histograms.items():
             _add_histogram(writer, f"{root}/{name}", histogram, figures.step)
 
 
 def _markdown_table(layers: list[LayerSummary]) -> str:
-    head, cells = table_cells(layers)
+    head, cells = format_layer_table(layers)
     lines = [head, ["---"] * len(head), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

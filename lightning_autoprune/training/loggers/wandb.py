@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_autoprune.method.pruner import Pruner
-from lightning_autoprune.reporting.layer_table import LayerSummary, total_row
+from lightning_autoprune.reporting.layer_table import LayerSummary, sum_layers
 from lightning_autoprune.training.lightning_internals import dump_weights, logger_key
 from lightning_autoprune.training.loggers.figure_writer import LAYERS, PATH, SPARSITY_MAP, FigureWriter, RunFigures
 from lightning_autoprune.training.loggers.pruned_checkpoint import find_pruned_checkpoint
@@ -43,7 +43,7 @@ class WandbFigures(FigureWriter[WandbLogger]):
             row[f"{root}/{PATH}"] = wandb.plot.line(points, "sparsity", metric, title=f"{metric} against sparsity")
         run.log({**row, "trainer/global_step": figures.step})
         if figures.best is not None:
-            whole = total_row(figures.layers)
+            whole = sum_layers(figures.layers)
             run.summary[f"{root}/final_sparsity"] = whole.sparsity
             run.summary[f"{root}/final_compression"] = whole.weights / max(whole.kept, 1)
             for name, value in figures.best.items():

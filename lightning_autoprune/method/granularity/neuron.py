@@ -1,0 +1,201 @@
+r"""One auxiliary parameter m per channel, that is, per neuron or filter. Torch only.
+
+With a the activations of a channel, every layer that reads it computes with a · h(m). This equals T = W ⊙ h(M) with the
+same m for all weights that read the channel, and is done in that way, in place. The derivative of the loss is
+
+    dL/dm = Σ dL/dT · w · h'(m),   over the weights that read the channel,
+
+and under the paper's rule Σ dL/dT · sgn(w). (For a neuron without normalization, it equals the sum over the weights and
+the bias that produce it. If those were masked instead, a ReLU would be at 0 and pass no gradient, and no neuron would
+ever come back.) When the masks become final, the rows that produce pruned channels are zeroed too, which changes
+nothing.
+
+Channels differ in size. Under a rule that removes the scale (``"adaptive"``), the size does not matter. Under the
+others the sum is divided by the root of the number of weights in it.
+
+Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron pruning and does not state its rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.exact_topk import keep_largest, largest_count, lift_largest
+from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
+from lightning_autoprune.method.initialization import InitialM, check_weights, starting_values
+from lightning_autoprune.method.neurons import Neurons
+from lightning_autoprune.method.update_rules import UpdateRule
+
+if TYPE_CHECKING:
+    from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+
+__all__ = ["NeuronGranularity"]
+
+
+class NeuronGranularity(Granularity):
+    """Whole channels: M is one tensor with an entry per channel, the same on all ranks.
+
+    The initial m is ``scale`` · norm of the weights that read a channel / root mean square of these norms over the
+    channels of the same layers. The floor of a layer is a fraction of its channels.
+
+    Args:
+        neurons: the channels, made and read by the weights to prune.
+
+    Attributes:
+        neurons: as given.
+        alive: True for each channel that is kept, shape (number of channels,).
+    """
+
+    name = "neuron"
+    prunes_channels = True
+    can_extend = False
+    replicated = True
+
+    def __init__(self, neurons: Neurons) -> None:
+        self.neurons = neurons
+        self.alive = torch.ones(neurons.count, dtype=torch.bool, device=neurons.groups[0].device)
+        self._root_sizes: Tensor | None = None  # of the numbers of weights that read each channel
+
+    def make_M(self, aux: AuxiliaryParameters) -> list[Tensor]:  # noqa: N802
+        """Return one tensor of zeros, shape (number of channels,)."""
+        return [torch.zeros(self.neurons.count, device=self.alive.device)]
+
+    def views(self, aux: AuxiliaryParameters, flat: Sequence[Tensor]) -> list[Tensor]:
+        """Return the same tensor."""
+        return list(flat)
+
+    def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
+        """Return ``scale`` · relative norm of the weights that read each channel, or a constant."""
+        for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
+            check_weights(layer, aux.placement.whole(T, weight), name)
+        norms = self._sum_over_channels(aux, [T.float().square() for T in aux.effective()]).sqrt()
+        for group in self.neurons.groups:
+            norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
+        return [starting_values(name, norms, torch.ones_like(norms[0]), scale)]
+
+    def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
+        """Return M under the name ``"neurons"``."""
+        return {"neurons": aux.M[0]}
+
+    def sensitivities(
+        self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
+    ) -> Iterator[StepPiece]:
+        """Yield one piece: the sums over the weights that read each channel."""
+        zero = torch.zeros((), device=self.alive.device)
+        values = [
+            sensitivity(rule, zero.expand(W.shape) if g is None else g, W) for g, W in zip(dL_dT, aux.W, strict=True)
+        ]
+        G = self._sum_over_channels(aux, values)
+        if not rule.removes_scale:
+            if self._root_sizes is None:
+                ones = [torch.ones_like(T, dtype=torch.float32) for T in aux.effective()]
+                self._root_sizes = self._sum_over_channels(aux, ones).sqrt()
+            G = G / self._root_sizes
+        yield StepPiece(G, 0, slice(None))
+
+    def add_pressure(self, G: Tensor, mu: float) -> Tensor:
+        """Add μ times what each channel costs, in place."""
+        return G.add_(self.neurons.marginal_costs(self.alive), alpha=mu)
+
+    def update_masks(self, aux: AuxiliaryParameters) -> None:
+        """Keep the channels of m > 0 and each layer's floor, and write T = W ⊙ h(M) into the weights that read them."""
+        m = aux.M[0]
+        for group, floor in zip(self.neurons.groups, aux.floors, strict=True):
+            part = m[group]
+            if int((part > 0).sum()) < floor:
+                lift_largest(part, floor)
+                m[group] = part
+        self.alive = m > 0
+        self._write(aux, rows=False)
+
+    def before_final(self, aux: AuxiliaryParameters) -> None:
+        """Zero the rows that produce pruned channels too."""
+        self._write(aux, rows=True)
+
+    def _write(self, aux: AuxiliaryParameters, rows: bool) -> None:
+        h = torch.cat([self.alive, self.alive.new_ones(1)])
+        masks = []
+        for (name, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
+            row_dim, column_dim = self.neurons.dims[name]
+            columns = aux.placement.shard_along(self.neurons.columns[name], weight, column_dim)
+            mask = _along(h[columns], T, column_dim)
+            if rows:
+                own_rows = aux.placement.shard_along(self.neurons.rows[name], weight, row_dim)
+                mask = mask & _along(h[own_rows], T, row_dim)
+            masks.append(torch.empty_like(T, dtype=torch.bool).copy_(mask))
+        aux.write_masks(range(len(aux.buckets)), [bucket.flatten(masks) for bucket in aux.buckets])
+
+    def meet(self, aux: AuxiliaryParameters, density: float) -> None:
+        """Keep the channels of largest m, as many as the density allows."""
+
+        def fits(count: int) -> bool:
+            return self.neurons.fits(self._keeping(aux, count) > 0, density)
+
+        count = largest_count(fits, sum(aux.floors), self.neurons.count)
+        aux.M[0].copy_(self._keeping(aux, count))
+        self.update_masks(aux)
+
+    def _keeping(self, aux: AuxiliaryParameters, count: int) -> Tensor:
+        """Return M moved so that exactly ``count`` channels are kept."""
+        m, groups = aux.M[0].clone(), self.neurons.groups
+        parts = [m[group] for group in groups]
+        keep_largest(parts, aux.floors, count)
+        for group, part in zip(groups, parts, strict=True):
+            m[group] = part
+        return m
+
+    def floors(self, weights: Mapping[str, Tensor], layer_floor: float) -> list[int]:
+        """Return the number of channels that each group always keeps."""
+        return self.neurons.floors(layer_floor)
+
+    def check_density(self, weights: Mapping[str, Tensor], density: float, layer_floor: float) -> None:
+        """Raise unless the density can be met with the channels that the layers always keep."""
+        self.neurons.check_density(density, layer_floor)
+
+    def density(self, aux: AuxiliaryParameters) -> float:
+        """Return the fraction of the cost that is left if pruned channels are cut out, in (0, 1]."""
+        return self.neurons.density(self.alive)
+
+    def sparsity(self, aux: AuxiliaryParameters) -> float:
+        """Return the fraction of the weights that are cut out with the pruned channels, in [0, 1)."""
+        return 1 - self.neurons.remaining(self.alive, self.neurons.sizes)
+
+    def layer_sparsity(self, aux: AuxiliaryParameters) -> dict[str, float]:
+        """Return the fraction of each layer's weights that are cut out with the pruned channels, by layer name."""
+        return {name: 1 - rows * columns for name, (rows, columns) in self.neurons.shares(self.alive).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which channels are kept, which is also known once M is gone."""
+        return {"alive": self.alive.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            AutoPruneError: if the checkpoint's model has another number of channels.
+        """
+        if len(state["alive"]) != self.neurons.count:
+            raise AutoPruneError(
+                f"The checkpoint's run pruned {len(state['alive'])} channels, and this one has {self.neurons.count}:"
+                " resume with the same model, `include` and `exclude`."
+            )
+        self.alive = state["alive"].to(self.alive.device)
+
+    def _sum_over_channels(self, aux: AuxiliaryParameters, values: Sequence[Tensor]) -> Tensor:
+        """Return the sums over the weights that read each channel, of one tensor per layer; shape (channels,)."""
+        total = torch.zeros(self.neurons.count + 1, device=self.alive.device)
+        for (name, weight), value in zip(aux.weights.items(), values, strict=True):
+            dim = self.neurons.dims[name][1]
+            columns = aux.placement.shard_along(self.neurons.columns[name], weight, dim)
+            total.index_add_(0, columns, value.movedim(dim, 0).flatten(1).sum(1).to(total))
+        return aux.placement.sum_tensor(total)[:-1]
+
+
+def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Return a vector along one dimension of a tensor, to be broadcast along the others."""
+    return values.view([-1 if d == dim else 1 for d in range(like.dim())])

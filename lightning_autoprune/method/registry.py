@@ -1,0 +1,62 @@
+"""Look up what a setting names: an entry of a registry, or an object of the user's own. Pure Python.
+
+A registry maps each allowed name to what it stands for. A name that is in no registry raises an error, so that a typing
+mistake never becomes some other choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from lightning_autoprune.errors import AutoPruneError, quote_names
+
+__all__ = ["describe", "look_up"]
+
+T = TypeVar("T")
+
+
+def look_up(
+    setting: str,
+    value: str | T,
+    registry: Mapping[str, T],
+    is_allowed: Callable[[Any], bool] = lambda value: False,
+    own: str = "",
+) -> T:
+    """Return the entry that a name stands for, or the user's own object unchanged.
+
+    Args:
+        setting: name of the setting, for the message.
+        value: a name in ``registry``, or an object.
+        registry: what each allowed name stands for.
+        is_allowed: returns True for an object that may be used in place of a name.
+        own: what such an object is, for the message.
+
+    Raises:
+        AutoPruneError: for a name that is not in the registry and an object that is not allowed.
+
+    Example:
+        >>> look_up("power", "cubic", {"linear": 1, "cubic": 3})
+        3
+        >>> look_up("power", 5, {"linear": 1, "cubic": 3}, lambda value: isinstance(value, int))
+        5
+    """
+    if isinstance(value, str) and value in registry:
+        return registry[value]
+    if isinstance(value, str) or not is_allowed(value):
+        also = f", or {own}" if own else ""
+        raise AutoPruneError(f"`{setting}` is {value!r}; allowed are {quote_names(registry)}{also}.")
+    return value
+
+
+def describe(value: object) -> object:
+    """Return a setting as plain data: names and numbers unchanged, any other object as ``module.name``.
+
+    Example:
+        >>> describe("cubic"), describe(0.5), describe(max)
+        ('cubic', 0.5, 'builtins.max')
+    """
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -1,0 +1,73 @@
+"""The settings of ``AutoPruneCallback``: those of the method, and those that concern a Lightning run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_autoprune.method.settings import Settings, in_range, setting
+
+__all__ = ["CallbackSettings"]
+
+
+@dataclass(frozen=True)
+class CallbackSettings(Settings):
+    """All settings of ``AutoPruneCallback``, each with its type, default, allowed values and help.
+
+    Raises:
+        AutoPruneError: for a value that is not allowed; says what is.
+    """
+
+    held_out: float | Literal["val", "train"] | DataLoader = setting(  # type: ignore[type-arg]
+        0.25,
+        """the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0, 1):
+        that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then
+        fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the weight steps. A
+        ``DataLoader``: its batches.""",
+    )
+    redraw_held_out: bool = setting(
+        True,
+        """True: a fraction is drawn anew from each batch, so that no data is lost and no more samples pass through the
+        network than without pruning. False: it is one part of the training set for the whole run.""",
+    )
+    train_gradients: bool | None = setting(
+        None,
+        """whether M follows the gradients of the weight steps too, as one mean over the samples of both (with a
+        loader's batches: half and half). None: yes if a fraction of each batch is held out and one optimizer trains all
+        prunable weights. It takes one more tensor per weight while pruning.""",
+    )
+    include: list[str] | None = setting(
+        None,
+        """layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention layers.
+        Embeddings are pruned only if a pattern matches them.""",
+    )
+    exclude: list[str] | None = setting(None, "layer-name patterns to leave dense.")
+    loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
+        None,
+        """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so
+        that it leaves the run untouched. Required with manual optimization unless nothing is held out.""",
+    )
+    log_every_n_steps: int | None = setting(
+        None, """interval of the logs in training steps, >= 1. None: the Trainer's.""", in_range(1, whole=True)
+    )
+    figures_every_n_epochs: int | None = setting(
+        0,
+        """when loggers get figures beside the curves, as
+        :func:`~lightning_autoprune.training.loggers.figures.log_figures` says. 0: when fitting ends; n: also at the end
+        of every n-th epoch; None: never.""",
+        lambda name, value: None if value is None else in_range(0, whole=True)(name, value),
+    )
+    log_artifact: bool = setting(
+        False,
+        """whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of type ``model``
+        with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.""",
+    )
+    seed: int = setting(0, "seed of the draw of held-out samples, and of the random numbers in the held-out pass.")
+    enabled: bool = setting(
+        True, """False switches the callback off: training is the same as without it, bit for bit."""
+    )

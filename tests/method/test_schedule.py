@@ -1,0 +1,110 @@
+"""Paths of the density to a target, by name and of the user's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_autoprune import AutoPruneError, Pruner, Settings
+from lightning_autoprune.method.schedule import SCHEDULES, Phases, make_schedule, target_path
+
+targets = st.floats(0.001, 1)
+
+
+def test_phases_cover_the_run():
+    assert Phases.of(38, 5 / 38, 13 / 38) == Phases(5, 25, 38)
+    assert Phases.of(10, 0.0, 0.0) == Phases(0, 10, 10)
+    assert Phases.of(1, 0.13, 0.34) == Phases(0, 1, 1)
+
+
+@given(st.sampled_from(list(SCHEDULES)), targets)
+def test_every_named_path_falls_from_1_to_its_target_and_stays(name, target):
+    path = [SCHEDULES[name](i / 100, 1.0, target) for i in range(101)]
+    assert path[0] == pytest.approx(1)
+    assert path[90:] == [pytest.approx(target)] * 11
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(path))
+
+
+def test_the_named_paths_are_powers_of_the_time_left():
+    assert SCHEDULES["linear"](0.45, 1, 0.1) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert SCHEDULES["cubic"](0.45, 1, 0.1) == pytest.approx(0.1 + 0.9 * 0.5**3)
+    assert SCHEDULES["polynomial"](0.45 * 0.9, 1, 0.1) == pytest.approx(0.2)
+
+
+@given(targets, targets)
+def test_the_path_falls_from_start_to_target_and_stays(a, b):
+    start, target = max(a, b), min(a, b)
+    path = [target_path(i / 100, start, target) for i in range(101)]
+    assert path[0] == pytest.approx(start)
+    assert path[90:] == [pytest.approx(target)] * 11
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(path))
+
+
+@given(st.floats(1e-4, 0.35))
+def test_the_density_is_twice_the_target_after_45_percent_of_the_path(target):
+    assert target_path(0.45 * 0.9, 1, target) == pytest.approx(2 * target)
+
+
+def test_the_path_to_a_high_density_is_straight():
+    assert [target_path(i / 4, 1, 0.6, share=1) for i in range(5)] == pytest.approx([1, 0.9, 0.8, 0.7, 0.6])
+
+
+def test_with_a_power_of_3_the_path_is_that_of_zhu_and_gupta():
+    assert target_path(0.25, 1, 0.1, share=1, power=3) == pytest.approx(0.1 + 0.9 * 0.75**3)
+
+
+def test_progress_outside_the_phase_is_clamped():
+    assert target_path(-1, 1, 0.1) == 1
+    assert target_path(2, 1, 0.1) == 0.1
+
+
+def stairs(progress: float, start: float, target: float) -> float:
+    return start if progress < 0.5 else target
+
+
+def densities(schedule) -> list[float]:
+    """The density after each of 100 pruning steps under a constant gradient of noise."""
+    torch.manual_seed(0)
+    layer = nn.Parameter(torch.randn(40, 50))
+    pruner = Pruner({"layer": layer}, Settings(target_sparsity=0.9, schedule=schedule, warmup=0, finetune=0), 100)
+    pruner.start()
+    found = []
+    for _ in range(99):
+        pruner.auxiliary_step([torch.randn(40, 50)])
+        pruner.end_step()
+        found.append(1 - pruner.sparsity)
+    return found
+
+
+def test_a_schedule_of_the_users_own_is_followed():
+    own, default = densities(stairs), densities("polynomial")
+    assert own[45] > default[45] + 0.2  # before the step down
+    assert own != default
+    assert densities(partial(target_path)) == default
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (
+            lambda progress, start, target: 1.5,
+            r"returned 1.5 at progress 0 for a target density of 0.5; it must",
+        ),
+        (lambda progress, start, target: 1 - progress, r"returned 0.0 at progress 1 for a target density"),
+        (lambda progress, start, target: None, r"returned None at progress 0"),
+        (3, r"`schedule` is 3; allowed are 'polynomial', 'cubic', 'linear', or a function of progress, first density"),
+    ],
+)
+def test_a_schedule_that_is_no_path_of_densities_is_refused(schedule, message):
+    with pytest.raises(AutoPruneError, match=message):
+        Settings(target_sparsity=0.5, schedule=schedule)
+
+
+def test_a_name_stands_for_its_function():
+    assert make_schedule("polynomial") is target_path
