@@ -1,4 +1,4 @@
-"""Nothing of a test reaches the user's folders or the network; one thread, as the tests are small."""
+"""Keeps tests away from the user's folders and the network, and runs them on one thread, as they are small."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture(autouse=True)
-def _in_a_scratch_folder(tmp_path, monkeypatch):
+def _run_in_scratch_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def path(tmp_path):
-    """Of a sparse file that is not there yet."""
+    """Return the path of a sparse file that does not exist yet."""
     return tmp_path / "model.safetensors"

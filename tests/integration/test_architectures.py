@@ -1,4 +1,4 @@
-"""Kinds of layers and whole models, each pruned under a Trainer with none of its code changed."""
+"""Kinds of layers and whole models, each pruned under a Trainer without a change to its code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_autoprune import AutoPruneCallback, prunable_weights, sparsity
 
 
 class Lit(LightningModule):
-    """Any network, trained to tell the sign of the first entry of its input."""
+    """Trains any network to predict the sign of the first entry of its input."""
 
     def __init__(self, network, classes=2):
         super().__init__()
@@ -33,13 +33,13 @@ class Lit(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-def images(*shape, rows=64):
-    x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0))
+def images(*shape, samples=64):
+    x = torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, (x.flatten(1)[:, 0] > 0).long()), 16)
 
 
-def codes(rows=64, length=6, words=20):
-    x = torch.randint(words, (rows, length), generator=torch.Generator().manual_seed(0))
+def tokens(samples=64, length=6, words=20):
+    x = torch.randint(words, (samples, length), generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(x, (x[:, 0] > words // 2).long()), 16)
 
 
@@ -66,7 +66,7 @@ class Cells(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding whose weight makes the logits too, and a layer used twice."""
+    """An embedding that shares its weight with the output layer, and a layer that is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def hugging_face(name):
 def vision(name, **options):
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # torchvision may be built for another torch
         pytest.skip(f"timm: {error}")
     return timm.create_model(name, num_classes=2, **options)
 
@@ -121,10 +121,10 @@ MODELS = {
     "gru": (lambda: Recurrent(nn.GRU, dropout=0.1), lambda: images(5, 6)),
     "cells": (Cells, lambda: images(5, 6)),
     "transformer encoder": (Encoder, lambda: images(5, 6)),
-    "tied": (Tied, codes),
-    "Bert": (lambda: hugging_face("Bert"), codes),
-    "GPT2": (lambda: hugging_face("GPT2"), codes),
-    "Llama": (lambda: hugging_face("Llama"), codes),
+    "tied": (Tied, tokens),
+    "Bert": (lambda: hugging_face("Bert"), tokens),
+    "GPT2": (lambda: hugging_face("GPT2"), tokens),
+    "Llama": (lambda: hugging_face("Llama"), tokens),
     "timm vit": (
         lambda: vision("vit_tiny_patch16_224", img_size=16, patch_size=8, depth=2, embed_dim=24, num_heads=3),
         lambda: images(3, 16, 16),
@@ -134,7 +134,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_pruned_to_the_target_and_its_state_is_that_of_the_plain_one(name):
+def test_a_model_is_pruned_to_the_target_and_its_state_loads_into_the_plain_model(name):
     make, data = MODELS[name]
     torch.manual_seed(0)
     callback = AutoPruneCallback(target_sparsity=0.8)
@@ -149,9 +149,9 @@ def test_a_model_is_pruned_to_the_target_and_its_state_is_that_of_the_plain_one(
     assert len(callback.layer_sparsity()) == len(prunable_weights(model))
 
 
-def test_an_embedding_that_is_asked_for_is_pruned_with_what_it_is_tied_to():
+def test_an_included_embedding_is_pruned_together_with_the_layer_it_is_tied_to():
     torch.manual_seed(0)
-    model, _ = fit(AutoPruneCallback(target_sparsity=0.8, include=["network.*"]), Lit(Tied()), codes(), epochs=5)
+    model, _ = fit(AutoPruneCallback(target_sparsity=0.8, include=["network.*"]), Lit(Tied()), tokens(), epochs=5)
     weights = prunable_weights(model, ["*"])
     assert list(weights) == ["network.embed", "network.inner"]
     assert sparsity(weights) == pytest.approx(0.8, abs=0.002)
@@ -160,7 +160,7 @@ def test_an_embedding_that_is_asked_for_is_pruned_with_what_it_is_tied_to():
 
 
 @pytest.mark.parametrize("held_out", [0.25, "train"])
-def test_a_compiled_network_is_not_compiled_again_as_masks_change(held_out):
+def test_a_compiled_network_is_not_recompiled_when_masks_change(held_out):
     torch._dynamo.reset()
     compiled = []
 
@@ -175,21 +175,21 @@ def test_a_compiled_network_is_not_compiled_again_as_masks_change(held_out):
 
     class Masks(Callback):
         def __init__(self):
-            self.seen, self.compiled = set(), []
+            self.sparsities, self.compiled = set(), []
 
         def on_train_batch_end(self, *_):
-            self.seen.add(callback.sparsity)
+            self.sparsities.add(callback.sparsity)
             self.compiled.append(len(compiled))
 
     masks = Masks()
     fit([callback, masks], model, images(8), epochs=8)
-    assert len(masks.seen) > 5
+    assert len(masks.sparsities) > 5
     assert 0 < len(compiled) <= (1 if held_out == "train" else 4)
     assert masks.compiled[-1] == masks.compiled[12]  # none since the first steps of pruning
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_compiled_module_is_trained_as_the_plain_one_is():
+def test_a_compiled_module_trains_to_the_same_weights_as_the_plain_one():
     def run(compiled):
         torch._dynamo.reset()
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: true zeros in the plain model's own keys, and a small state of pruning."""
+"""The contents of a checkpoint: true zeros under the plain model's keys, and a small pruning state."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def test_a_checkpoint_holds_true_zeros_and_loads_strictly_into_the_plain_model(w
     assert ("callbacks" in saved) == (not weights_only)
 
 
-def test_lightnings_own_loading_gives_the_pruned_model():
+def test_load_from_checkpoint_restores_the_pruned_model():
     checkpoint = saving()
     model, _ = fit([AutoPruneCallback(target_sparsity=0.8), checkpoint], enable_checkpointing=True)
     loaded = Net.load_from_checkpoint(checkpoint.best_model_path)
     assert same(dict(loaded.state_dict()), dict(model.state_dict()))
 
 
-def test_every_checkpoint_on_the_way_is_as_sparse_as_the_run_was():
-    seen = {}
+def test_every_checkpoint_is_as_sparse_as_the_run_was_at_that_step():
+    sparsities = {}
 
     class Watch(AutoPruneCallback):
         def on_train_batch_end(self, trainer, *args):
             super().on_train_batch_end(trainer, *args)
-            seen[trainer.global_step] = self.sparsity
+            sparsities[trainer.global_step] = self.sparsity
 
     fit([Watch(target_sparsity=0.8), saving(every_n_train_steps=1)], enable_checkpointing=True)
-    assert len(seen) == 32
+    assert len(sparsities) == 32
     for path in Path("checkpoints").glob("*.ckpt"):
         plain = Net()
         plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
-        assert sparsity(plain) == seen[int(path.stem.split("=")[1])]
+        assert sparsity(plain) == sparsities[int(path.stem.split("=")[1])]
 
 
-def test_saving_by_hand_after_fitting_keeps_the_masks():
+def test_a_checkpoint_saved_by_hand_after_fitting_has_the_final_masks():
     callback = AutoPruneCallback(target_sparsity=0.8)
     _, t = fit(callback)
     t.save_checkpoint("after.ckpt")
@@ -59,8 +59,7 @@ def test_saving_by_hand_after_fitting_keeps_the_masks():
     assert "M" not in state["pruner"]["auxiliary"]
 
 
-def test_the_state_is_small():
-    """One bit a weight for the masks and M, or the masks alone once they are frozen."""
+def test_the_state_of_final_masks_takes_one_bit_per_weight():
     callback = AutoPruneCallback(target_sparsity=0.8)
     fit(callback, model=Net(hidden=256), train=loader(batch=BATCH))
     state = callback.state_dict()["pruner"]["auxiliary"]

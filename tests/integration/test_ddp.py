@@ -1,4 +1,4 @@
-"""Two real processes under DDP (gloo): every fit of ``ddp_run`` is made once, and read here."""
+"""Two real processes under DDP (gloo): every fit of ``ddp_run`` runs once, and the tests read its results."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def ranks(folder):
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_masks_and_weights_are_the_same_bits_on_both_ranks_at_every_step(ranks, name):
+def test_masks_at_every_step_and_final_weights_have_the_same_bits_on_both_ranks(ranks, name):
     (one, _), (two, _) = (found[name] for found in ranks)
     assert same(one["masks"], two["masks"])
-    buffers = ("running", "num_batches", "accuracy")  # which DDP leaves to each rank after the last step
+    buffers = ("running", "num_batches", "accuracy")  # after the last step DDP does not synchronize these
     weights = [{k: v for k, v in found["state"].items() if not any(b in k for b in buffers)} for found in (one, two)]
     assert same(*weights)
     assert len(one["masks"]) > 10
@@ -50,7 +50,7 @@ def test_the_target_is_met(ranks, name):
         ("both", {"held": ddp_run.held_out(), "train_gradients": True}),
     ],
 )
-def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks, tmp_path, name, options):
+def test_two_ranks_match_one_process_that_gets_the_union_of_their_batches(ranks, tmp_path, name, options):
     alone, two = ddp_run.union(tmp_path, 1, **options), ranks[0][name][0]
     assert same(alone["masks"], two["masks"])
     for key, value in alone["state"].items():
@@ -66,7 +66,7 @@ def test_only_rank_zero_logs(ranks, folder):
     assert logged[-1]["autoprune/sparsity"] == ranks[1]["redrawn"][0]["sparsity"]
 
 
-def test_rank_zero_logs_the_pruned_model_and_no_rank_waits_for_another(ranks, folder):
+def test_rank_zero_logs_the_pruned_model_without_a_deadlock(ranks, folder):
     [artifact] = read_models(folder / "wandb")
     assert json.loads(artifact.metadata)["sparsity"] == ranks[1]["logged"][0]["sparsity"]
     saved = torch.load(artifact.manifest.contents[0].local_path, weights_only=True)
@@ -74,7 +74,7 @@ def test_rank_zero_logs_the_pruned_model_and_no_rank_waits_for_another(ranks, fo
     assert same(dict(saved["state_dict"]), dict(ranks[0]["logged"][0]["state"]))
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_neither(ranks):
+def test_a_held_out_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(ranks):
     texts = [" ".join(found["not finite"][1]) for found in ranks]
     assert "the held-out loss is bad on another rank: no auxiliary step is taken, and training goes on." in texts[0]
     assert "the held-out loss is bad on another rank" in " ".join(ranks[0]["gathering"][1])
@@ -86,13 +86,13 @@ def test_resuming_on_two_ranks_gives_the_same_bits(ranks):
     assert same(whole["state"], half["state"])
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(ranks, folder, tmp_path):
-    found = ddp_run.resumed(tmp_path, 1, folder / "saved" / "epoch=2.ckpt")
-    assert found["sparsity"] == pytest.approx(0.7, abs=0.01)
-    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"])
+def test_a_run_on_two_ranks_resumes_on_one(ranks, folder, tmp_path):
+    resumed = ddp_run.resumed(tmp_path, 1, folder / "saved" / "epoch=2.ckpt")
+    assert resumed["sparsity"] == pytest.approx(0.7, abs=0.01)
+    assert len(resumed["masks"]) == len(ranks[0]["half"][0]["masks"])
 
 
-def test_what_does_not_go_with_ranks_is_refused(ranks):
+def test_settings_that_do_not_work_with_several_ranks_are_refused(ranks):
     assert ranks[0]["fixed"][0] == (
         "AutoPruneError: A fixed part of the training set can't be held out on 2 ranks, since each rank draws its own"
         " samples: use `redraw_held_out=True` or a DataLoader."
@@ -104,16 +104,16 @@ def test_what_does_not_go_with_ranks_is_refused(ranks):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
-def test_ranks_that_lightning_starts_by_itself_prune_too(tmp_path, strategy):
+def test_ranks_that_lightning_starts_by_itself_prune_to_the_target(tmp_path, strategy):
     finish([start("ddp_run.py", [str(tmp_path), strategy])])
-    found = torch.load(tmp_path / f"{strategy}.pt", weights_only=False)
-    assert found["metrics"]["autoprune/sparsity"] == pytest.approx(0.7, abs=0.01)
-    weights = [found["state"][f"{name}.weight"] for name in ("first", "last")]
+    result = torch.load(tmp_path / f"{strategy}.pt", weights_only=False)
+    assert result["metrics"]["autoprune/sparsity"] == pytest.approx(0.7, abs=0.01)
+    weights = [result["state"][f"{name}.weight"] for name in ("first", "last")]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     assert zeros == pytest.approx(0.7, abs=0.01)
 
 
-def test_a_thawed_layer_stays_dense_as_its_gradients_are_not_shared(ranks):
+def test_a_thawed_layer_stays_dense_because_ddp_does_not_share_its_gradients(ranks):
     (one, texts), (two, _) = (found["thawed"] for found in ranks)
     assert "DDP does not share the gradients of what was frozen when fitting started." in " ".join(texts)
     assert same(one["masks"], two["masks"])

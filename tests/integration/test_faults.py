@@ -1,4 +1,4 @@
-"""What may go wrong on the way: a process that is killed, a signal, a full disk, losses and loggers that fail."""
+"""Faults during a run: a killed process, a signal, a full disk, and losses and loggers that fail."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 KILLS = int(os.environ.get("AUTOPRUNE_KILLS", "6"))  # 100 take a minute or two
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_bits(tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
     command = [sys.executable, str(SUPPORT / "kill_run.py"), str(tmp_path), str(KILLS), "1"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900 + 20 * KILLS)
@@ -32,8 +32,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
     assert "the same bits" in done.stdout
 
 
-class At(Callback):
-    """Does something after some steps."""
+class AtStep(Callback):
+    """Calls a function after a number of steps."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -54,14 +54,14 @@ def run(tmp_path, *others, ckpt_path=None, model=None, callback=None, **options)
     return dict(model.state_dict()), callback.state_dict(), trainer
 
 
-def test_after_sigterm_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_run_that_gets_sigterm_resumes_from_its_last_checkpoint(tmp_path):
     whole = run(tmp_path / "whole")
     with pytest.raises(SIGTERMException):
-        run(tmp_path, At(25, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)), plugins=LightningEnvironment())
+        run(tmp_path, AtStep(25, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)), plugins=LightningEnvironment())
     assert same(run(tmp_path, ckpt_path=tmp_path / "step=20.ckpt")[:2], whole[:2])
 
 
-def test_a_full_disk_at_checkpoint_time_is_the_users_error_and_the_last_checkpoint_is_whole(tmp_path):
+def test_a_full_disk_raises_the_original_error_and_leaves_the_last_checkpoint_intact(tmp_path):
     class Full(ModelCheckpoint):
         def _save_checkpoint(self, trainer, filepath):
             if trainer.global_step == 30:
@@ -79,8 +79,8 @@ def test_a_full_disk_at_checkpoint_time_is_the_users_error_and_the_last_checkpoi
     assert same(run(tmp_path, ckpt_path=tmp_path / "full" / "step=20.ckpt")[:2], whole[:2])
 
 
-class Bad(Net):
-    """The loss is NaN at one batch, of the training rows, of the held-out rows, or of both."""
+class NaNLoss(Net):
+    """Has a NaN loss once: of the 20th training batch, or of the held-out batch after it."""
 
     def __init__(self, where):
         super().__init__()
@@ -94,23 +94,23 @@ class Bad(Net):
         return loss * float("nan") if bad else loss
 
 
-def test_a_held_out_loss_that_is_nan_once_is_warned_about_and_changes_no_weight_to_nan(tmp_path):
+def test_a_single_nan_held_out_loss_gives_a_warning_and_no_nan_weight(tmp_path):
     with pytest.warns(UserWarning, match="the held-out loss is nan, not finite: no auxiliary step is taken"):
-        state, callback, _ = run(tmp_path, model=Bad("held-out"))
+        state, callback, _ = run(tmp_path, model=NaNLoss("held-out"))
     assert all(value.isfinite().all() for value in state.values())
     assert callback["pruner"]["auxiliary"]["frozen"]
 
 
-def test_a_training_loss_that_is_nan_is_as_without_the_callback_and_said(tmp_path):
-    """An optimizer makes every weight NaN then, which no mask can help."""
+def test_a_nan_training_loss_is_reported_and_fitting_stops(tmp_path):
+    """The optimizer then makes every weight NaN, with the callback and without."""
     with (
         pytest.warns(UserWarning, match="not finite"),
         pytest.raises(AutoPruneError, match="for the 10th time in a row"),
     ):
-        run(tmp_path, model=Bad("training"))
+        run(tmp_path, model=NaNLoss("training"))
 
 
-def test_a_training_loss_that_is_none_skips_the_step(tmp_path):
+def test_a_training_step_that_returns_none_skips_the_step(tmp_path):
     class Skips(Net):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch)
@@ -122,7 +122,7 @@ def test_a_training_loss_that_is_none_skips_the_step(tmp_path):
     assert trainer.callback_metrics["autoprune/sparsity"] == pytest.approx(0.8, abs=0.005)
 
 
-def test_a_logger_that_raises_is_the_users_error_and_nothing_is_left_behind(tmp_path):
+def test_an_error_in_a_logger_reaches_the_user_and_the_run_is_released(tmp_path):
     class Broken(DummyLogger):
         def log_metrics(self, metrics, step=None):
             if step and step > 25:
@@ -137,7 +137,7 @@ def test_a_logger_that_raises_is_the_users_error_and_nothing_is_left_behind(tmp_
     assert same(run(tmp_path, ckpt_path=tmp_path / "step=20.ckpt")[:2], whole[:2])
 
 
-def test_without_a_network_an_offline_run_ends_with_the_same_weights(tmp_path):
+def test_an_offline_wandb_run_ends_with_the_same_weights_as_one_without_a_logger(tmp_path):
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     assert same(run(tmp_path / "a", logger=logger)[:2], run(tmp_path / "b")[:2])
     logger.experiment.finish()

@@ -1,4 +1,4 @@
-"""Two real processes whose weights are sharded (FSDP2, gloo): every fit of ``fsdp_run`` is made once, and read here."""
+"""Two real processes with sharded weights (FSDP2, gloo): every fit of ``fsdp_run`` runs once, and is read here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WEIGHTS = ("first.weight", "last.weight", "one.weight")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    fsdp_run.resumed(folder / "alone", 1, None, file=True)  # from which one of the runs goes on
+    fsdp_run.resumed(folder / "alone", 1, None, file=True)  # one of the runs resumes from it
     run_on_two_ranks("fsdp_run.py", folder)
     return folder
 
@@ -27,7 +27,7 @@ def ranks(folder):
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_masks_and_weights_are_the_same_bits_on_both_ranks(ranks, name):
+def test_masks_and_weights_have_the_same_bits_on_both_ranks(ranks, name):
     one, two = (found[name][0] for found in ranks)
     assert same(one["masks"], two["masks"])
     assert all(same(one["state"][key], two["state"][key]) for key in WEIGHTS)
@@ -35,7 +35,7 @@ def test_masks_and_weights_are_the_same_bits_on_both_ranks(ranks, name):
 
 
 @pytest.mark.parametrize("name", PRUNED)
-def test_the_target_is_met_exactly_by_true_zeros(ranks, name):
+def test_the_target_is_met_exactly_with_true_zeros(ranks, name):
     found = ranks[1][name][0]
     weights = [found["state"][key] for key in WEIGHTS]
     if name != "stopped":
@@ -49,12 +49,12 @@ def test_the_target_is_met_exactly_by_true_zeros(ranks, name):
     ("name", "options"),
     [
         ("train", {"held": "train"}),
-        ("loader", {"held": fsdp_run.held_out()}),  # of eleven rows, six for one rank and five for the other
+        ("loader", {"held": fsdp_run.held_out()}),  # batches of 11: six samples for one rank, five for the other
         ("both", {"held": fsdp_run.held_out(), "train_gradients": True}),
         ("floors", {"held": "train", **fsdp_run.FLOORS}),
     ],
 )
-def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks, tmp_path, name, options):
+def test_two_ranks_match_one_process_that_gets_the_union_of_their_batches(ranks, tmp_path, name, options):
     alone, two = fsdp_run.union(tmp_path, 1, fit=fsdp_run.double, **options), ranks[0][name][0]
     assert same(alone["masks"], two["masks"])
     for key, value in alone["state"].items():
@@ -63,7 +63,7 @@ def test_two_ranks_do_what_one_process_does_on_the_union_of_their_batches(ranks,
     assert two["losses"] == pytest.approx(alone["losses"])
 
 
-def test_parts_of_other_sizes_are_counted_alike(ranks):
+def test_shards_of_different_sizes_give_the_same_counts_on_both_ranks(ranks):
     one, two = (found["uneven"][0] for found in ranks)
     assert same(one["masks"], two["masks"])
     weights = [value for key, value in one["state"].items() if key.endswith("weight") and value.dim() == 2]
@@ -73,18 +73,18 @@ def test_parts_of_other_sizes_are_counted_alike(ranks):
     assert one["sparsity"] == two["sparsity"] == pytest.approx(0.7, abs=0.0001)
 
 
-def test_the_held_out_pass_leaves_no_trace_in_the_gradients(ranks):
+def test_the_held_out_pass_does_not_change_the_gradients(ranks):
     found = ranks[0]["traces"][0]
-    assert found["kept"] == [True] * len(found["masks"])
+    assert found["unchanged"] == [True] * len(found["masks"])
     assert found["complete"] == len(found["masks"])
 
 
-def test_a_held_out_loss_that_is_not_finite_leaves_no_stale_weights(ranks):
+def test_no_stale_weights_remain_after_a_held_out_loss_that_is_not_finite(ranks):
     assert same(ranks[0]["after a pass"][0], ranks[0]["without a pass"][0])
     assert "the held-out loss is bad on another rank" in " ".join(ranks[0]["not finite"][1])
 
 
-def test_whole_tensors_are_cut_up_and_gathered_again(ranks):
+def test_sharding_and_gathering_restores_whole_tensors(ranks):
     assert [found["round trips"][0] for found in ranks] == [[True] * 12] * 2
 
 
@@ -94,28 +94,29 @@ def test_whole_tensors_are_cut_up_and_gathered_again(ranks):
 def test_resuming_gives_the_same_bits(ranks, whole, rest):
     whole, rest = (ranks[0][name][0] for name in (whole, rest))
     assert same(whole["masks"][-len(rest["masks"]) :], rest["masks"])
-    ours = [key for key in whole["state"] if "running" not in key]  # each rank has its own, and one of them is saved
-    assert same([whole["state"][key] for key in ours], [rest["state"][key] for key in ours])
+    # each rank has its own running statistics, and those of one rank are saved
+    keys = [key for key in whole["state"] if "running" not in key]
+    assert same([whole["state"][key] for key in keys], [rest["state"][key] for key in keys])
 
 
-def test_a_sharded_run_goes_on_with_one_process(ranks, folder, tmp_path):
-    found = fsdp_run.resumed(tmp_path, 1, folder / "file" / "epoch=2.ckpt", file=True)
-    assert found["sparsity"] == ranks[0]["half"][0]["sparsity"]
-    assert len(found["masks"]) == len(ranks[0]["half"][0]["masks"]) == len(ranks[0]["from one"][0]["masks"])
+def test_a_sharded_run_resumes_in_one_process(ranks, folder, tmp_path):
+    resumed = fsdp_run.resumed(tmp_path, 1, folder / "file" / "epoch=2.ckpt", file=True)
+    assert resumed["sparsity"] == ranks[0]["half"][0]["sparsity"]
+    assert len(resumed["masks"]) == len(ranks[0]["half"][0]["masks"]) == len(ranks[0]["from one"][0]["masks"])
 
 
-def test_the_checkpoint_of_one_file_is_of_whole_plain_tensors_with_the_zeros(ranks, folder):
+def test_a_checkpoint_in_one_file_has_whole_plain_tensors_with_the_zeros(ranks, folder):
     saved = torch.load(folder / "file" / "epoch=4.ckpt", weights_only=False)
     assert all(type(value) is torch.Tensor for value in saved["state_dict"].values())
     assert same([saved["state_dict"][key] for key in WEIGHTS], [ranks[0]["whole"][0]["state"][key] for key in WEIGHTS])
 
 
-def test_training_that_ends_early_leaves_what_is_pruned_so_far(ranks, folder):
+def test_training_that_ends_early_leaves_the_pruned_weights_pruned(ranks, folder):
     found, logged = ranks[0]["stopped"][0], rows(folder / "stopped")
     assert 0 < logged[-1]["autoprune/sparsity"] == found["sparsity"] < 0.69
 
 
-def test_rank_zero_logs_what_is_true_of_whole_layers(ranks, folder):
+def test_rank_zero_logs_values_of_whole_layers(ranks, folder):
     logged, found = rows(folder / "logs"), ranks[0]["redrawn"][0]
     assert logged[-1]["autoprune/sparsity"] == found["sparsity"]
     assert sum(row["autoprune/pruned"] - row["autoprune/revived"] for row in logged) == sum(
@@ -126,7 +127,7 @@ def test_rank_zero_logs_what_is_true_of_whole_layers(ranks, folder):
     assert ranks[0]["example"][0]["metrics"]["autoprune/flops"] == pytest.approx(1 - found["sparsity"])
 
 
-def test_what_does_not_go_with_sharded_weights_is_refused(ranks):
+def test_settings_that_do_not_work_with_sharded_weights_are_refused(ranks):
     texts = {name: ranks[0][name][0] for name in REFUSED}
     assert texts == {name: ranks[1][name][0] for name in REFUSED}
     yet = "does not work with weights that are sharded (ModelParallelStrategy) yet: leave it out, or use"

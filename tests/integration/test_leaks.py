@@ -1,3 +1,5 @@
+"""Repeated fits in one process keep no tensors alive."""
+
 from __future__ import annotations
 
 import gc
@@ -9,24 +11,23 @@ from torch.utils.data import DataLoader
 from lightning_autoprune import AutoPruneCallback
 
 
-def tensors():
+def count_tensors():
     gc.collect()
-    found = (x for x in gc.get_objects() if isinstance(x, torch.Tensor))
-    return sum(1 for _ in found)
+    return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
 
 
 def test_twenty_fits_in_one_process_leave_no_tensor_behind():
     loader = DataLoader(data(64), 16)
 
-    def once(i):
-        kinds = [{}, {"held_out": "train"}, {"held_out": loader}, {"redraw_held_out": False}]
+    def fit_once(i):
+        held_out_options = [{}, {"held_out": "train"}, {"held_out": loader}, {"redraw_held_out": False}]
         model = Net()
         model.example_input_array = torch.zeros(2, 12)
-        fit(AutoPruneCallback(target_sparsity=0.8, **kinds[i % 4]), model, loader, epochs=3)
+        fit(AutoPruneCallback(target_sparsity=0.8, **held_out_options[i % 4]), model, loader, epochs=3)
 
     for i in range(4):
-        once(i)
-    before = tensors()
+        fit_once(i)
+    before = count_tensors()
     for i in range(20):
-        once(i)
-    assert tensors() <= before
+        fit_once(i)
+    assert count_tensors() <= before

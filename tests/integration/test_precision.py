@@ -1,4 +1,4 @@
-"""16-bit floats with a scaler, whose gradients overflow now and then; bfloat16 is in the checkpoint tests."""
+"""16-bit floats with a gradient scaler, where gradients sometimes overflow; bfloat16 is in ``test_resume``."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_autoprune import AutoPruneCallback, AutoPruneError, sparsity
 
 
 class Fused(Net):
-    """An optimizer that takes the scale out of the gradients itself."""
+    """Has an optimizer that unscales the gradients itself."""
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01, fused=True)
 
 
-class Steps(Callback):
-    """Weights and M, before and after each step."""
+class StepWatch(Callback):
+    """Notes for each step whether it moved the weights and M, and the scale after it."""
 
     def __init__(self, callback):
         self.callback, self.moved, self.m_moved, self.scales = callback, [], [], []
@@ -48,33 +48,33 @@ def half(scale=2.0**16, interval=5):
 
 @pytest.mark.parametrize("model", [Net, Fused])
 @pytest.mark.parametrize("held_out", [0.25, "train"])
-def test_it_prunes_to_the_target_while_steps_are_skipped(model, held_out):
+def test_the_target_is_met_although_the_scaler_skips_steps(model, held_out):
     torch.manual_seed(2)
     callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out)
-    steps = Steps(callback)
+    steps = StepWatch(callback)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         network, _ = fit([callback, steps], model(), epochs=8, plugins=half(2.0**20))
     assert sparsity(network) == pytest.approx(0.8, abs=0.005)
-    assert len(set(steps.scales)) > 3  # it went up and down
+    assert len(set(steps.scales)) > 3  # the scale grew and shrank
     assert not any("auxiliary step" in str(w.message) for w in caught)
     assert sum(steps.m_moved) > 10
 
 
-def test_the_scale_has_no_say_in_the_masks():
-    """Up to the rounding of the gradients, which 16 bits do at every scale."""
+def test_the_loss_scale_does_not_change_the_masks():
+    """Except for rounding: 16-bit gradients are rounded at every scale."""
 
     def masks(scale):
         torch.manual_seed(0)
         callback = AutoPruneCallback(target_sparsity=0.8, held_out=0.5, train_gradients=True)
-        seen = []
+        steps = []
 
-        class Seen(Callback):
+        class Recorder(Callback):
             def on_train_batch_end(self, *_):
-                seen.append([mask.clone() for mask in callback._run.pruner.masks()])
+                steps.append([mask.clone() for mask in callback._run.pruner.masks()])
 
-        fit([callback, Seen()], Fused(), epochs=4, plugins=half(scale, 10**6))
-        return [torch.cat([mask.flatten() for mask in some]).float() for some in seen if some]
+        fit([callback, Recorder()], Fused(), epochs=4, plugins=half(scale, 10**6))
+        return [torch.cat([mask.flatten() for mask in step]).float() for step in steps if step]
 
     one, two = masks(2.0**6), masks(2.0**12)
     assert len(one) > 10
@@ -92,7 +92,7 @@ def test_a_run_in_16_bits_resumes_bit_equal(tmp_path):
     assert same(run(), run(tmp_path / "True" / "epoch=2.ckpt"))
 
 
-def test_a_held_out_loss_that_is_never_finite_is_an_error_with_a_scaler_too():
+def test_a_held_out_loss_that_is_never_finite_is_an_error_with_a_scaler():
     def nan(module, batch):
         return module(batch[0]).sum() * float("nan")
 
@@ -100,17 +100,17 @@ def test_a_held_out_loss_that_is_never_finite_is_an_error_with_a_scaler_too():
         fit(AutoPruneCallback(loss_fn=nan), epochs=8, plugins=half())
 
 
-def test_a_training_loss_that_is_never_finite_is_an_error_with_a_scaler_too():
-    class Bad(Net):
+def test_a_training_loss_that_is_never_finite_is_an_error_with_a_scaler():
+    class NaNLoss(Net):
         def training_step(self, batch):
             return super().training_step(batch) * float("nan")
 
     with pytest.raises(AutoPruneError, match="the gradient for the auxiliary step is not finite, for the 10th time"):
-        fit(AutoPruneCallback(target_sparsity=0.8, held_out="train"), Bad(), epochs=20, plugins=half())
+        fit(AutoPruneCallback(target_sparsity=0.8, held_out="train"), NaNLoss(), epochs=20, plugins=half())
 
 
-def test_a_step_without_a_loss_at_the_end_of_an_accumulation_leaves_no_scale_in_the_gradients():
-    def largest(scale):
+def test_gradients_are_unscaled_even_if_the_last_accumulated_step_has_no_loss():
+    def largest_mean_square(scale):
         class Skips(Net):
             def training_step(self, batch, batch_idx):
                 loss = super().training_step(batch)
@@ -118,15 +118,15 @@ def test_a_step_without_a_loss_at_the_end_of_an_accumulation_leaves_no_scale_in_
 
         torch.manual_seed(0)
         callback = AutoPruneCallback(target_sparsity=0.8, held_out="train")
-        found = []
+        mean_squares = []
 
-        class Look(Callback):
+        class Recorder(Callback):
             def on_train_batch_end(self, *_):
                 auxiliary = callback._run.pruner.auxiliary
-                found.append(auxiliary.scale.mean_square if auxiliary else 0.0)
+                mean_squares.append(auxiliary.scale.mean_square if auxiliary else 0.0)
 
         options = {"epochs": 8, "accumulate_grad_batches": 2}
-        fit([callback, Look()], Skips(), plugins=half(scale, 10**6), **options)
-        return max(found)
+        fit([callback, Recorder()], Skips(), plugins=half(scale, 10**6), **options)
+        return max(mean_squares)
 
-    assert largest(2.0**12) == pytest.approx(largest(2.0**6), rel=0.5)
+    assert largest_mean_square(2.0**12) == pytest.approx(largest_mean_square(2.0**6), rel=0.5)

@@ -1,4 +1,4 @@
-"""Resuming as if the run had never stopped, and what is refused."""
+"""A resumed run ends as if it had never stopped; a checkpoint that does not fit is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOURCES = {
 
 
 def run(folder: str, callback, optimizer: str, ckpt_path=None, train=None, **options):
-    """Six epochs of eight steps; all that comes out, with the logged curves of the steps after ``ckpt_path``."""
+    """Fit six epochs of eight steps, from the start or from a checkpoint; return the final state and log the curves."""
     callbacks = [saving(f"{folder}-checkpoints", **options), *([callback] if callback else [])]
     model, t = fit(
         callbacks,
@@ -45,17 +45,18 @@ def run(folder: str, callback, optimizer: str, ckpt_path=None, train=None, **opt
 
 
 def curves(folder: str, after: int) -> list[dict[str, str]]:
-    """What was logged from a step on, without the mean over an epoch, whose first half Lightning forgets."""
+    """Return the rows logged from a step on, without means over an epoch: resuming, Lightning loses its first half."""
     with (Path(folder) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) >= after]
     return [{k: v for k, v in row.items() if v and k != "train_accuracy_epoch"} for row in rows]
 
 
 def check_resumed(callback, step: int, optimizer: str = "adam", train=None, **options) -> None:
+    """Assert that a run resumed from a step ends like one that never stopped."""
     path = f"whole-checkpoints/step={step}.ckpt"
     whole = run("whole", callback(), optimizer, train=train and train(), **options)
     resumed = run("resumed", callback(), optimizer, path, train and train(), **options)
-    for end in filter(None, (whole["callback"], resumed["callback"])):  # the validation at that step is Lightning's
+    for end in filter(None, (whole["callback"], resumed["callback"])):  # Lightning may repeat that step's validation
         history = end["report"]["history"]
         history["points"] = [point for point in history["points"] if point[0] > step]
     assert same(whole, resumed)
@@ -66,13 +67,13 @@ def check_resumed(callback, step: int, optimizer: str = "adam", train=None, **op
 # 48 steps: dense until 12, pruning until 31
 @pytest.mark.parametrize("step", [3, 6, 8, 11, 12, 19, 24, 31, 32, 43])
 @pytest.mark.parametrize("source", ["redrawn", "train", "val", "loader"])
-def test_a_run_resumed_anywhere_is_bit_equal_to_one_that_never_stopped(source, step):
+def test_a_run_resumed_at_any_step_is_bit_equal_to_one_that_never_stopped(source, step):
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES[source]), step, every_n_train_steps=1)
 
 
 @pytest.mark.parametrize("step", [3, 19])
-def test_without_the_callback_the_same_run_resumes_bit_equal(step):
-    """What the test above rests on."""
+def test_the_same_run_without_the_callback_resumes_bit_equal(step):
+    """If this fails, Lightning does not resume exactly, and no other test here can pass."""
     check_resumed(lambda: None, step, every_n_train_steps=1)
 
 
@@ -84,7 +85,7 @@ def test_other_optimizers_and_settings_resume_bit_equal(optimizer, options):
 
 @pytest.mark.parametrize("step", [8, 24, 40])
 def test_a_fixed_split_resumes_bit_equal_from_the_end_of_an_epoch(step):
-    step = step * 6 // 8  # a quarter of the rows is held out, so there are six steps in an epoch
+    step = step * 6 // 8  # a quarter of the samples is held out, so an epoch has six steps
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, **SOURCES["fixed"]), step, train=loader)
 
 
@@ -129,25 +130,25 @@ def test_a_run_resumed_twice_is_bit_equal():
     assert same(whole, resumed)
 
 
-def test_training_further_after_the_masks_were_frozen_keeps_them():
+def test_training_further_with_final_masks_keeps_them():
     callback = AutoPruneCallback(target_sparsity=0.8)
     model, t = fit(callback)
     t.save_checkpoint("done.ckpt")
-    more = AutoPruneCallback(target_sparsity=0.8)
-    longer, _ = fit(more, epochs=8, ckpt_path="done.ckpt")
-    assert same(more._run.pruner.masks(), callback._run.pruner.masks())
+    resumed = AutoPruneCallback(target_sparsity=0.8)
+    longer, _ = fit(resumed, epochs=8, ckpt_path="done.ckpt")
+    assert same(resumed._run.pruner.masks(), callback._run.pruner.masks())
     assert not torch.equal(flat(model), flat(longer))
 
 
-def test_a_frozen_run_resumes_on_a_batch_too_small_to_split():
+def test_a_run_with_final_masks_resumes_on_batches_too_small_to_split():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("done.ckpt")
-    more = AutoPruneCallback(target_sparsity=0.8, held_out=0.01)
-    fit(more, epochs=6, ckpt_path="done.ckpt")
-    assert more.sparsity == pytest.approx(0.8, abs=0.01)
+    resumed = AutoPruneCallback(target_sparsity=0.8, held_out=0.01)
+    fit(resumed, epochs=6, ckpt_path="done.ckpt")
+    assert resumed.sparsity == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_dense_checkpoint_can_be_resumed_with_pruning():
+def test_a_checkpoint_of_a_run_without_pruning_can_be_resumed_with_pruning():
     _, t = fit(epochs=2)
     t.save_checkpoint("dense.ckpt")
     callback = AutoPruneCallback(target_sparsity=0.8)
@@ -160,7 +161,7 @@ def test_a_dense_checkpoint_can_be_resumed_with_pruning():
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_model_whose_layers_have_changed_places_resumes_with_their_own_masks():
+def test_layers_in_another_order_resume_with_their_own_masks():
     class Two(Net):
         def __init__(self, order=("q", "k"), **options):
             super().__init__(**options)
@@ -181,7 +182,7 @@ def test_a_model_whose_layers_have_changed_places_resumes_with_their_own_masks()
     assert same(masks.masks, {name: getattr(model, name).weight != 0 for name in ("q", "k")})
 
 
-def test_switched_off_it_carries_no_state_on_as_the_weights_grow_back():
+def test_a_disabled_callback_does_not_carry_the_pruning_state_on():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("one.ckpt")
     model, t = fit(AutoPruneCallback(target_sparsity=0.8, enabled=False), epochs=6, ckpt_path="one.ckpt")
@@ -190,7 +191,7 @@ def test_switched_off_it_carries_no_state_on_as_the_weights_grow_back():
     assert torch.load("two.ckpt", weights_only=True)["callbacks"].get("AutoPruneCallback", {}) == {}
 
 
-def test_a_second_fit_that_has_no_step_left_keeps_the_state():
+def test_a_second_fit_without_any_step_keeps_the_state():
     callback = AutoPruneCallback(target_sparsity=0.8)
     model, t = fit(callback)
     before = callback.state_dict()
@@ -200,7 +201,7 @@ def test_a_second_fit_that_has_no_step_left_keeps_the_state():
     assert len(callback.layers()) == 2
 
 
-def test_a_checkpoint_of_other_layers_is_refused_by_name():
+def test_a_checkpoint_of_other_layers_is_refused_and_the_error_names_them():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("one.ckpt")
     message = "layer 'last' of the checkpoint is missing.*Build the same model with the same `include` and `exclude`"
@@ -208,7 +209,7 @@ def test_a_checkpoint_of_other_layers_is_refused_by_name():
         fit(AutoPruneCallback(target_sparsity=0.8, exclude=["last"]), epochs=8, ckpt_path="one.ckpt")
 
 
-def test_a_checkpoint_of_the_dense_phase_is_refused_for_other_layers_too():
+def test_a_checkpoint_of_the_dense_phase_is_refused_for_other_layers():
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, *_):
             trainer.should_stop = True
@@ -233,7 +234,7 @@ def test_a_fixed_split_of_other_data_is_refused():
 
 
 @pytest.mark.parametrize("source", ["redrawn", "train", "loader", "fixed"])
-def test_a_run_that_was_stopped_and_saved_afterwards_resumes_bit_equal(source):
+def test_a_run_that_was_stopped_and_then_saved_resumes_bit_equal(source):
     class Stop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 2
@@ -249,16 +250,16 @@ def test_a_run_that_was_stopped_and_saved_afterwards_resumes_bit_equal(source):
     assert same(whole.state_dict(), resumed.state_dict())
 
 
-@pytest.mark.parametrize("of", ["loader", "sampler", "batch sampler"])
-def test_a_loader_with_a_generator_of_its_own_resumes_bit_equal(of):
+@pytest.mark.parametrize("owner", ["loader", "sampler", "batch sampler"])
+def test_a_held_out_loader_with_its_own_generator_resumes_bit_equal(owner):
     def held_out():
-        rows, generator = data(seed=9), torch.Generator().manual_seed(3)
-        if of == "loader":
-            return DataLoader(rows, 16, shuffle=True, generator=generator)
-        sampler = RandomSampler(rows, generator=generator)
-        if of == "sampler":
-            return DataLoader(rows, 16, sampler=sampler)
-        return DataLoader(rows, batch_sampler=BatchSampler(sampler, 16, drop_last=True))
+        samples, generator = data(seed=9), torch.Generator().manual_seed(3)
+        if owner == "loader":
+            return DataLoader(samples, 16, shuffle=True, generator=generator)
+        sampler = RandomSampler(samples, generator=generator)
+        if owner == "sampler":
+            return DataLoader(samples, 16, sampler=sampler)
+        return DataLoader(samples, batch_sampler=BatchSampler(sampler, 16, drop_last=True))
 
     check_resumed(lambda: AutoPruneCallback(target_sparsity=0.8, held_out=held_out()), 21, every_n_train_steps=1)
 
@@ -296,7 +297,7 @@ def test_a_checkpoint_saved_while_resuming_keeps_the_state():
     assert same(*states)
 
 
-def test_a_state_that_was_not_used_does_not_reach_the_next_fit():
+def test_a_loaded_state_that_was_not_used_does_not_reach_the_next_fit():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("done.ckpt")
     callback = AutoPruneCallback(target_sparsity=0.5)

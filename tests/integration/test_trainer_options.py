@@ -1,4 +1,4 @@
-"""Options of the Trainer, the Tuner and other callbacks, each beside pruning."""
+"""Options of the Trainer, the Tuner and other callbacks, each together with pruning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, sparsity
 
-STEPS = ROWS // BATCH  # of an epoch
+STEPS = ROWS // BATCH  # per epoch
 
 
 class Tuned(Net):
@@ -29,7 +29,7 @@ class Tuned(Net):
 
 
 class Counting(Callback):
-    """Steps of the pruner, of the trainer, and those that stepped M."""
+    """Notes the steps of the pruner, the length that it expects, and counts the steps of M."""
 
     def __init__(self, callback):
         self.callback, self.auxiliary = callback, 0
@@ -41,6 +41,7 @@ class Counting(Callback):
 
 
 def pruned(options=None, **more):
+    """Fit, check that the target is met with final masks, and return the counts, the model and the trainer."""
     callback = AutoPruneCallback(target_sparsity=0.8, **(options or {}))
     counting = Counting(callback)
     model, t = fit([callback, counting, *more.pop("callbacks", [])], **more)
@@ -63,7 +64,7 @@ def pruned(options=None, **more):
         ({"overfit_batches": 4}, 8 * 4),
         ({"profiler": "simple"}, 8 * STEPS),
         ({"accumulate_grad_batches": 2}, 8 * STEPS // 2),
-        ({"accumulate_grad_batches": 3}, 8 * 3),  # with a rest
+        ({"accumulate_grad_batches": 3}, 8 * 3),  # and a remainder
         ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, 8 * STEPS),
         ({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "norm"}, 8 * STEPS),
         ({"reload_dataloaders_every_n_epochs": 1}, 8 * STEPS),
@@ -73,7 +74,7 @@ def pruned(options=None, **more):
         ({"barebones": True, "logger": None, "enable_checkpointing": None, "log_every_n_steps": None}, 8 * STEPS),
     ],
 )
-def test_a_run_has_the_steps_that_the_options_say_and_meets_the_target(options, steps):
+def test_a_run_takes_the_steps_that_the_options_give_and_meets_the_target(options, steps):
     counting, _, _ = pruned(epochs=8, **options)
     assert counting.step == counting.total == steps
     assert counting.auxiliary > 0.3 * steps
@@ -81,14 +82,14 @@ def test_a_run_has_the_steps_that_the_options_say_and_meets_the_target(options, 
 
 @pytest.mark.parametrize("schedule", [{0: 4, 4: 1}, {0: 1, 3: 2, 6: 3}])
 @pytest.mark.parametrize("held_out", [0.25, "train"])
-def test_accumulation_may_follow_a_schedule(schedule, held_out):
+def test_gradient_accumulation_can_follow_a_schedule(schedule, held_out):
     scheduler = GradientAccumulationScheduler(schedule)
     counting, _, _ = pruned({"held_out": held_out}, callbacks=[scheduler], epochs=8)
     factors = [scheduler.get_accumulate_grad_batches(epoch) for epoch in range(8)]
     assert counting.step == counting.total == sum(-(-STEPS // factor) for factor in factors)
 
 
-def test_a_schedule_of_accumulation_goes_with_data_of_unknown_length():
+def test_an_accumulation_schedule_works_with_data_of_unknown_length():
     class Stream(IterableDataset):
         def __iter__(self):
             return iter(list(data()))
@@ -101,7 +102,7 @@ def test_a_schedule_of_accumulation_goes_with_data_of_unknown_length():
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle"])
 @pytest.mark.parametrize("held_out", ["train", "loader"])
-def test_several_training_loaders_at_once(mode, held_out):
+def test_several_training_loaders_side_by_side(mode, held_out):
     class Both(Net):
         def training_step(self, batch):
             parts = [part for part in batch.values() if part is not None] if isinstance(batch, dict) else [batch]
@@ -127,7 +128,7 @@ def test_the_learning_rate_finder_leaves_no_trace():
     assert callback._run.pruner.phases.total == callback._run.pruner.step == 8 * STEPS
 
 
-def test_a_learning_rate_finder_in_the_next_fit_brings_nothing_of_the_last_one():
+def test_a_learning_rate_finder_in_the_next_fit_does_not_bring_back_the_last_one():
     callback, curve = AutoPruneCallback(target_sparsity=0.8), []
 
     class Watch(Callback):
@@ -142,14 +143,14 @@ def test_a_learning_rate_finder_in_the_next_fit_brings_nothing_of_the_last_one()
 
 
 class FindAgain(LearningRateFinder):
-    """Looks for a learning rate in the middle of training, which saves the run and goes back to it."""
+    """Looks for a learning rate in the middle of training; it saves the run before, and restores it after."""
 
     def __init__(self, epoch):
         super().__init__(num_training_steps=5, update_attr=False)
         self.epoch = epoch
 
     def on_fit_start(self, *_):
-        """Not yet."""
+        """Do not look before training."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
@@ -157,7 +158,7 @@ class FindAgain(LearningRateFinder):
 
 
 @pytest.mark.parametrize("epoch", [0, 2, 5])
-def test_a_run_that_was_restored_on_the_way_has_its_own_state_in_later_checkpoints(epoch):
+def test_a_run_that_was_restored_in_the_middle_saves_its_own_state_later(epoch):
     callback = AutoPruneCallback(target_sparsity=0.8)
     model, _ = fit([callback, FindAgain(epoch)], Tuned(), epochs=6, enable_checkpointing=True)
     state = callback.state_dict()["pruner"]

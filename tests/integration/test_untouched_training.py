@@ -1,4 +1,4 @@
-"""The user's run is theirs: bit for bit the same weights, logs, metrics, statistics and random numbers."""
+"""The callback does not touch the user's run: weights, logs, metrics and random numbers are the same, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_autoprune import AutoPruneCallback
 
 
 def trace(callback, folder: str, **options):
-    """Everything that a run leaves."""
+    """Return everything that a run leaves behind."""
     model, t = fit(
         callback,
         train=loader(shuffle=True),
@@ -39,7 +39,7 @@ def trace(callback, folder: str, **options):
 
 
 @pytest.mark.parametrize("off", [{"enabled": False}, {"warmup": 1.0}], ids=str)
-def test_switched_off_it_is_as_if_there_were_no_callback(off):
+def test_a_disabled_callback_changes_nothing(off):
     assert same(trace(None, "without"), trace(AutoPruneCallback(**off), "with"))
 
 
@@ -49,13 +49,13 @@ class StopAfterOneEpoch(Callback):
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0.4, True), (0.2, False)], ids=["dense", "pruning"])
-def test_up_to_the_end_of_the_dense_phase_the_default_is_as_if_there_were_no_callback(warmup, expected):
+def test_the_default_callback_changes_nothing_until_the_dense_phase_ends(warmup, expected):
     callback = AutoPruneCallback(target_sparsity=0.5, warmup=warmup)
     with_it = trace([callback, StopAfterOneEpoch()], "with")  # one epoch of three
     assert same(trace([StopAfterOneEpoch()], "without"), with_it) == expected
 
 
-NEVER = {"pressure": 1e-30, "auxiliary_lr": 1e-30}  # M is trained, and no mask ever changes
+NO_PRUNING = {"pressure": 1e-30, "auxiliary_lr": 1e-30}  # M is trained, and no mask ever changes
 SOURCES = {
     "loader": {"held_out": loader(seed=9, shuffle=True)},
     "val": {"held_out": "val"},
@@ -65,8 +65,8 @@ SOURCES = {
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}], ids=str)
 @pytest.mark.parametrize("source", SOURCES)
-def test_while_nothing_is_pruned_the_held_out_passes_change_nothing(source, options):
-    callback = AutoPruneCallback(**NEVER, **SOURCES[source], warmup=0.2, finetune=0.2)
+def test_held_out_passes_change_nothing_while_no_weight_is_pruned(source, options):
+    callback = AutoPruneCallback(**NO_PRUNING, **SOURCES[source], warmup=0.2, finetune=0.2)
     assert same(trace(None, "without", **options), trace(callback, "with", **options))
     assert callback.sparsity == 0
     assert callback._run.pruner.masks_final
@@ -79,7 +79,7 @@ def test_the_comparison_can_fail():
 
 
 class Distilled(Net):
-    """Has a teacher, which is the average of a layer and is kept by ``training_step`` itself."""
+    """Has a teacher: an average of a layer that ``training_step`` updates."""
 
     def __init__(self, average):
         super().__init__()
@@ -100,19 +100,19 @@ class Distilled(Net):
 
 
 @pytest.mark.parametrize("average", ["counted", "data", "another tensor"])
-def test_a_teacher_is_averaged_once_a_step(average):
+def test_a_teacher_is_averaged_once_per_step(average):
     def trained(callback):
         torch.manual_seed(0)
         return dict(fit(callback, Distilled(average), val=loader())[0].state_dict())
 
-    assert same(trained(None), trained(AutoPruneCallback(**NEVER, held_out="val")))
+    assert same(trained(None), trained(AutoPruneCallback(**NO_PRUNING, held_out="val")))
 
 
-def test_a_parametrization_of_an_excluded_layer_is_not_computed_once_more():
+def test_a_parametrization_of_an_excluded_layer_is_not_computed_twice():
     def trained(callback):
         torch.manual_seed(0)
         model = Net()
         spectral_norm(model.last)
         return dict(fit(callback, model)[0].state_dict())
 
-    assert same(trained(None), trained(AutoPruneCallback(**NEVER, held_out="train", exclude=["last"])))
+    assert same(trained(None), trained(AutoPruneCallback(**NO_PRUNING, held_out="train", exclude=["last"])))

@@ -1,4 +1,4 @@
-"""The real W&B client, online, with a server on the loopback: what the server receives, and what its failure does."""
+"""The real W&B client, online, with a stub server on the loopback: what the server receives, and its failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ model, _ = fit(callback, logger=WandbLogger(project="test", save_dir="."))
 torch.save(model.state_dict(), "fitted.pt")
 """
 WARNING = "The pruned checkpoint was not logged to W&B"
-GIVE_UP_SOON = {  # once more, a second later; 0, or a part of a second, would mean the default: for minutes
+GIVE_UP_SOON = {  # one retry after a second; 0 or a fraction would mean the default, which retries for minutes
     f"WANDB__{part}_RETRY_{name}": "1"
     for part in ("GRAPHQL", "FILE_STREAM", "FILE_TRANSFER")
     for name in ("MAX", "WAIT_MIN_SECONDS", "WAIT_MAX_SECONDS")
@@ -36,7 +36,7 @@ GIVE_UP_SOON = {  # once more, a second later; 0, or a part of a second, would m
 
 
 def fit_online(folder: Path, url: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Fits in a process of its own, as the client can't change its mode; returns the model's state and the messages."""
+    """Fit in a new process, since the client can't change its mode; return the model's state and the messages."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         environment[name] = str(folder / name.lower())
@@ -46,7 +46,7 @@ def fit_online(folder: Path, url: str) -> tuple[dict[str, torch.Tensor], str]:
         "WANDB_BASE_URL": url,
         "WANDB_API_KEY": "0123456789" * 4,
         "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",  # it would go to a server of W&B's
+        "WANDB_ERROR_REPORTING": "false",  # error reports would go to W&B's own server
         "NO_PROXY": "127.0.0.1",
         "PYTHONPATH": os.pathsep.join(sys.path),
         **GIVE_UP_SOON,
@@ -63,7 +63,7 @@ def sparsity_of(state: dict[str, torch.Tensor]) -> float:
     return sparsity(model)
 
 
-def test_the_server_receives_the_pruned_checkpoint_and_its_figures(tmp_path):
+def test_the_server_receives_the_pruned_checkpoint_and_its_metadata(tmp_path):
     with WandbStub() as stub:
         fitted, messages = fit_online(tmp_path, stub.url)
     assert WARNING not in messages
@@ -83,7 +83,7 @@ def test_the_server_receives_the_pruned_checkpoint_and_its_figures(tmp_path):
     [{"failing": "CreateArtifact"}, {"last": "CreateArtifact"}],
     ids=["artifacts fail", "the server is gone"],
 )
-def test_training_ends_well_when_the_server_does_not(tmp_path, trouble):
+def test_training_ends_well_if_the_server_fails(tmp_path, trouble):
     with WandbStub(**trouble) as stub:
         fitted, messages = fit_online(tmp_path, stub.url)
     assert stub.asked("CreateArtifact")

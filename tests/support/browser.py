@@ -1,4 +1,4 @@
-"""A real browser without a window, where one is installed: pictures of pages, and what becomes of their HTML."""
+"""A real browser without a window, if one is installed: screenshots of pages, and their HTML after scripts have run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ OPTIONS = (
 
 
 def run(page: Path, folder: Path, *options: str) -> str:
-    """Opens a page with an empty profile; returns what the browser prints."""
+    """Open a page with an empty profile; return what the browser prints."""
     command = [str(BROWSER), *OPTIONS, f"--user-data-dir={folder / 'profile'}", *options, page.resolve().as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=90).stdout
 
 
 def screenshot(page: Path, picture: Path) -> np.ndarray:
-    """Writes what a page looks like; returns it, shape (height, width, 3), values 0 to 255."""
+    """Save a screenshot of a page; return it as an array of shape (height, width, 3), values 0 to 255."""
     from PIL import Image
 
     run(page, picture.parent, f"--screenshot={picture}")
@@ -39,6 +39,6 @@ def screenshot(page: Path, picture: Path) -> np.ndarray:
 
 
 def has_color(seen: np.ndarray, color: str) -> bool:
-    """Whether a picture has a hundred pixels of a color, #RRGGBB, or close to it: scaling changes it a little."""
-    aim = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    return bool((abs(seen.astype(int) - aim) < 6).all(-1).sum() > 100)
+    """Return True if a picture has a hundred pixels close to a color, #RRGGBB: scaling changes colors a little."""
+    target = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((abs(seen.astype(int) - target) < 6).all(-1).sum() > 100)

@@ -1,4 +1,4 @@
-"""Fits of two ranks, for ``test_ddp``: ``python ddp_run.py FOLDER`` in each process writes what its rank saw."""
+"""Fits on two ranks for ``test_ddp``: ``python ddp_run.py FOLDER`` in each process saves what its rank saw."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ SETTINGS: dict[str, Any] = {"target_sparsity": 0.7, "warmup": 0.1, "finetune": 0
 
 
 @atexit.register
-def leave() -> None:
-    """Lightning leaves a gloo group to the interpreter's end, where torch sometimes aborts (its issue 190489)."""
+def destroy_process_group() -> None:
+    """End the group before the interpreter ends: if Lightning leaves it open, torch may abort (its issue 190489)."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 class Plain(Net):
-    """Means over rows all along, so that a batch in parts is the same as the whole."""
+    """Has no BatchNorm, so that the mean over the parts of a batch is the mean over the batch."""
 
     def __init__(self) -> None:
         super().__init__(optimizer="sgd")
         self.norm = nn.Identity()
 
 
-class Seen(Callback):
-    """The masks after each step, and the held-out loss where there is one."""
+class Recorder(Callback):
+    """Records the masks after each step, and the held-out loss if there is one."""
 
     def __init__(self, callback: AutoPruneCallback) -> None:
         self.callback, self.masks, self.losses = callback, [], []
@@ -54,34 +54,34 @@ class Seen(Callback):
 
 
 class UpTo(DistributedSampler):
-    """Different numbers of rows on the ranks."""
+    """Gives the ranks different numbers of samples."""
 
-    def __init__(self, dataset: Any, rows: tuple[int, int]) -> None:
+    def __init__(self, dataset: Any, samples: tuple[int, int]) -> None:
         super().__init__(dataset, RANKS, int(torch.distributed.get_rank()), shuffle=False)
-        self.rows = rows[self.rank]
+        self.samples = samples[self.rank]
 
     def __iter__(self):
-        return iter(range(self.rows))
+        return iter(range(self.samples))
 
     def __len__(self) -> int:
-        return self.rows
+        return self.samples
 
 
 def run(
     folder: Path, ranks: int = RANKS, model: Any = None, options: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """One fit of as many steps on one rank as on two."""
-    torch.manual_seed(0)  # of the model made here
+    """Fit with the same number of steps on one rank as on two; return what the rank saw."""
+    torch.manual_seed(0)  # for the model that is made here
     callback = AutoPruneCallback(**{**SETTINGS, **(options or {})})
-    seen = Seen(callback)
-    callbacks = [callback, seen, *more.pop("callbacks", [])]
+    recorder = Recorder(callback)
+    callbacks = [callback, recorder, *more.pop("callbacks", [])]
     train = more.pop("train", None) or loader(batch=BATCH // ranks)
     strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {"devices": 1}
     model, trainer = fit(callbacks, model or Plain(), train, folder=folder, **{**strategy, **more})
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {
-        "masks": seen.masks,
-        "losses": seen.losses,
+        "masks": recorder.masks,
+        "losses": recorder.losses,
         "state": model.state_dict(),
         "metrics": metrics,
         "sparsity": callback.sparsity,
@@ -93,21 +93,21 @@ def held_out(rows: int = 44, batch: int = 11) -> DataLoader[Any]:
 
 
 def union(folder: Path, ranks: int, held: Any, fit: Any = run, **options: Any) -> dict[str, Any]:
-    """In double precision, in which the order of a sum has no say in a mask; each step passes the same rows."""
+    """Fit on the same samples per step for any number of ranks, in double precision: rounding changes no mask."""
     sampler = DistributedSampler(data(), ranks, int(os.environ.get("LOCAL_RANK", "0")), shuffle=False)
     train = DataLoader(data(), BATCH // ranks, sampler=sampler)
     return fit(folder, ranks, options={"held_out": held, **options}, precision="64-true", epochs=5, train=train)
 
 
 def resumed(folder: Path, ranks: int, half: Path | None) -> dict[str, Any]:
-    """A run that writes a checkpoint after each epoch, or goes on from one."""
+    """Fit with a checkpoint after each epoch, from the start or from the checkpoint `half`."""
     save = ModelCheckpoint(folder / "saved", "{epoch}", save_top_k=-1)
     options = {"callbacks": [save], "enable_checkpointing": True, "ckpt_path": half}
     return run(folder, ranks, Net(), {"held_out": held_out()}, epochs=5, **options)
 
 
 def thawed(folder: Path) -> dict[str, Any]:
-    """A backbone that a finetuning callback thaws, whose gradients DDP does not share."""
+    """Fit with a backbone that a finetuning callback thaws, and whose gradients DDP does not share."""
 
     class Backbone(Plain):
         def __init__(self) -> None:
@@ -124,7 +124,7 @@ def thawed(folder: Path) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> dict[str, Any]:
-    """The model goes to W&B, as no file of it is pruned; a hook of its own waits for the other rank."""
+    """Fit with an artifact of the model itself, as there is no file; a hook of the model waits for the other rank."""
     import wandb
 
     class Waiting(Plain):
@@ -132,20 +132,20 @@ def logged(folder: Path) -> dict[str, Any]:
             checkpoint["ranks"] = int(self.all_gather(torch.ones(())).sum())
 
     logger = WandbLogger(project="test", save_dir=str(folder / "wandb"))
-    found = run(folder, model=Waiting(), options={"log_artifact": True}, logger=logger)
+    result = run(folder, model=Waiting(), options={"log_artifact": True}, logger=logger)
     wandb.finish()
-    return found
+    return result
 
 
 def not_finite(module: Any, batch: Any) -> Any:
-    """A loss that is NaN on rank 1 now and then."""
+    """Return a loss that is NaN on rank 1 at every fifth step."""
     loss = nn.functional.cross_entropy(module(batch[0]), batch[1])
     bad = module.trainer.global_rank == 1 and module.trainer.global_step % 5 == 0
     return loss * float("nan") if bad else loss
 
 
 class Gathering(Plain):
-    """A loss over all ranks, whose backward pass waits for them; on held-out rows it is NaN on rank 1 now and then."""
+    """Has a loss over all ranks, whose backward pass waits for them; held-out losses are sometimes NaN on rank 1."""
 
     held = 0
 
@@ -158,14 +158,15 @@ class Gathering(Plain):
 
 
 def batches_of_other_sizes(folder: Path) -> dict[str, Any]:
-    """16 rows on one rank, 10 on the other, so that the shares held out are 0.25 and 0.2."""
+    """Fit on batches of 16 samples on one rank and 10 on the other, which hold out shares of 0.25 and 0.2."""
     rank = torch.distributed.get_rank()
-    rows = torch.randperm(128, generator=torch.Generator().manual_seed(rank))
-    batches = [part.tolist() for part in rows[:80].split((16, 10)[rank])][:5]
+    indices = torch.randperm(128, generator=torch.Generator().manual_seed(rank))
+    batches = [batch.tolist() for batch in indices[:80].split((16, 10)[rank])][:5]
     return run(folder, train=DataLoader(data(), batch_sampler=batches), use_distributed_sampler=False, epochs=8)
 
 
 def refused(folder: Path, **more: Any) -> str:
+    """Return the error of a fit."""
     try:
         run(folder, **more)
     except Exception as error:
@@ -174,11 +175,10 @@ def refused(folder: Path, **more: Any) -> str:
 
 
 def uneven_batches(folder: Path) -> dict[str, Any]:
-    """The last batch of an epoch has three rows on rank 0, of which none can be held out."""
-    rows = 32 + (3 if torch.distributed.get_rank() == 0 else 16)
-    return run(
-        folder, train=DataLoader(Subset(data(), range(rows)), 16, shuffle=True), use_distributed_sampler=False, epochs=8
-    )
+    """Fit on epochs whose last batch has three samples on rank 0, of which none can be held out."""
+    samples = 32 + (3 if torch.distributed.get_rank() == 0 else 16)
+    train = DataLoader(Subset(data(), range(samples)), 16, shuffle=True)
+    return run(folder, train=train, use_distributed_sampler=False, epochs=8)
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {
@@ -213,9 +213,9 @@ def neuron_net() -> Net:
 
 def main(runs: dict[str, Callable[[Path], Any]]) -> None:
     folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:  # ranks that Lightning starts by itself
-        found = run(folder, strategy=sys.argv[2])
-        torch.save(found, folder / f"{sys.argv[2]}.pt")
+    if len(sys.argv) > 2:  # Lightning starts the ranks by itself
+        result = run(folder, strategy=sys.argv[2])
+        torch.save(result, folder / f"{sys.argv[2]}.pt")
         return
     results = {}
     for name, function in runs.items():

@@ -1,4 +1,4 @@
-"""Fits of two ranks with sharded weights, for ``test_fsdp``: ``python fsdp_run.py FOLDER`` in each process."""
+"""Fits on two ranks with sharded weights for ``test_fsdp``: ``python fsdp_run.py FOLDER`` in each process."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from lightning_autoprune.tensors.sharding import gather_whole, local_shard, shar
 
 
 class Sharded(Plain):
-    """Thirteen rows on two ranks, and a layer of one row, of which the second rank has none.
+    """A weight of 13 rows, which two ranks can't halve, and one of a single row, of which the second rank has none.
 
     Args:
-        blocks: the layers that are gathered by themselves; the others are, with the module.
+        blocks: the layers that are gathered separately; the others are gathered with the module.
         norm: whether there is BatchNorm.
     """
 
@@ -49,7 +49,7 @@ class Sharded(Plain):
 
 
 class Uneven(Sharded):
-    """A large layer between small ones, whose parts on two ranks are as large as those that share a bucket."""
+    """A large layer between small ones; its shard on one rank, unlike the whole, is small enough to share a bucket."""
 
     def __init__(self) -> None:
         super().__init__(norm=True)
@@ -60,7 +60,7 @@ class Uneven(Sharded):
         return y + self.back(y.repeat(1, 8192 // CLASSES)).sum(1, keepdim=True) * self.wide(y).sum(1, keepdim=True)
 
 
-class Partly(Sharded):
+class PartlySharded(Sharded):
     def configure_model(self) -> None:
         fully_shard(self.first, mesh=self.device_mesh["data_parallel"])
 
@@ -82,21 +82,21 @@ def strategy(file: bool = True, tensor: int = 1) -> ModelParallelStrategy:
 
 
 def run(folder: Path, ranks: int = RANKS, model: Any = Sharded, file: bool = True, **more: Any) -> dict[str, Any]:
-    """One fit; weights in the result are whole."""
-    torch.manual_seed(0)  # each rank cuts its part out of weights of its own
+    """Fit, and return what the rank saw, with whole weights."""
+    torch.manual_seed(0)  # each rank cuts its shard out of its own copy of the weights
     sharded = {"strategy": strategy(file), "devices": ranks} if ranks > 1 else {}
-    found = ddp_run.run(folder, ranks, model(), **{**sharded, **more})
-    found["state"] = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in found["state"].items()}
-    return found
+    result = ddp_run.run(folder, ranks, model(), **{**sharded, **more})
+    result["state"] = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in result["state"].items()}
+    return result
 
 
 def double(folder: Path, ranks: int, precision: str, **more: Any) -> dict[str, Any]:
-    """The strategy does not take ``precision="64-true"``."""
+    """Fit in double precision; the strategy does not take ``precision="64-true"``."""
     return run(folder, ranks, lambda: Sharded().double(), **more)
 
 
 def resumed(folder: Path, ranks: int, half: Path | None, file: bool, held: Any = 0.25) -> dict[str, Any]:
-    """A run that writes a checkpoint after each epoch, or goes on from one."""
+    """Fit with a checkpoint after each epoch, from the start or from the checkpoint `half`."""
     save = ModelCheckpoint(folder / ("file" if file else "parts"), "{epoch}", save_top_k=-1)
     options = {"callbacks": [save], "enable_checkpointing": True, "ckpt_path": half, "file": file}
     return run(
@@ -113,7 +113,7 @@ def after_a_pass(module: Any, batch: Any) -> Tensor:
 
 
 def bad_losses(folder: Path, loss_fn: Callable[[Any, Any], Tensor]) -> dict[str, Any]:
-    """Two held-out losses that are not finite, one of them in the step that makes the masks final."""
+    """Fit with two held-out losses that are not finite, one of them in the step that makes the masks final."""
 
     def sometimes(module: Any, batch: Any) -> Tensor:
         bad = module.trainer.global_step in (4, 26)
@@ -131,12 +131,12 @@ def with_example(folder: Path) -> dict[str, Any]:
     return run(folder, model=model)
 
 
-class Traces(Callback):
-    """What the held-out pass leaves in the gradients, and how often one is complete."""
+class GradientWatch(Callback):
+    """Compares the gradients before and after the held-out pass, and counts how often one is complete."""
 
     def __init__(self) -> None:
         self.before: list[Tensor] = []
-        self.kept: list[bool] = []
+        self.unchanged: list[bool] = []
         self.complete = 0
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
@@ -149,28 +149,28 @@ class Traces(Callback):
         self.before = [local_shard(p.grad).clone() for p in module.parameters()]
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.kept.append(same(self.before, [local_shard(p.grad) for p in module.parameters()]))
+        self.unchanged.append(same(self.before, [local_shard(p.grad) for p in module.parameters()]))
 
 
 def traces(folder: Path) -> dict[str, Any]:
-    seen = Traces()
-    return {**run(folder, callbacks=[seen]), "kept": seen.kept, "complete": seen.complete}
+    watch = GradientWatch()
+    return {**run(folder, callbacks=[watch]), "unchanged": watch.unchanged, "complete": watch.complete}
 
 
 def round_trips(folder: Path) -> list[bool]:
-    """Of tensors that are cut up, and of one in which a rank has nothing."""
+    """Shard and gather tensors, one of them with no entry on the second rank; return whether each is as before."""
     mesh = init_device_mesh("cpu", (RANKS,))
-    found = []
+    is_same = []
     for shape in ((13, 12), (4,), (1, 5)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         like = distribute_tensor(x, mesh, [Shard(0)])
-        found += [same(gather_whole(shard_like(y, like), like), y) for y in (x, x > 0, x.double())]
-        found.append(same(shard_like(x, like), local_shard(like)))
-    return found
+        is_same += [same(gather_whole(shard_like(y, like), like), y) for y in (x, x > 0, x.double())]
+        is_same.append(same(shard_like(x, like), local_shard(like)))
+    return is_same
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """All that loggers get, which rank 0 alone gives them."""
+    """Fit with figures after each epoch, which rank 0 alone gives to the logger."""
     model, options = partial(Sharded, ("first",), norm=True), {"figures_every_n_epochs": 1}
     return run(folder, model=model, options=options, logger=csv_logger(folder / "logs"), val=loader(64))
 
@@ -205,7 +205,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "neurons": lambda folder: refused(folder, options={"granularity": "neuron"}),
     "tensor parallel": lambda folder: refused(folder, strategy=strategy(tensor=RANKS)),
     "replicated": lambda folder: refused(folder, model=Replicated()),
-    "not sharded": lambda folder: refused(folder, model=Partly()),
+    "not sharded": lambda folder: refused(folder, model=PartlySharded()),
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
     "artifact": lambda folder: refused(folder, options={"log_artifact": True}),
     "averages": lambda folder: refused(folder, callbacks=[EMAWeightAveraging()]),

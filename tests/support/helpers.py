@@ -1,4 +1,4 @@
-"""A small model that does everything a training step may do, and how to fit and compare it."""
+"""A small model that does everything a training step may do, and functions to fit and compare it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ ROWS, FEATURES, CLASSES, BATCH = 128, 12, 4, 16
 
 
 def data(rows: int = ROWS, seed: int = 0) -> TensorDataset:
-    """A problem that a small network learns: which of four directions is the largest."""
+    """Return a problem that a small network learns: which of the first four features is the largest."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, FEATURES, generator=generator)
     return TensorDataset(x, x[:, :CLASSES].argmax(1))
 
 
 def loader(rows: int = ROWS, batch: int = BATCH, shuffle: bool = False, seed: int = 0) -> DataLoader[Any]:
+    """Return a loader of :func:`data` with so many samples, in batches of so many."""
     return DataLoader(data(rows, seed), batch_size=batch, shuffle=shuffle)
 
 
 class Resumable:
-    """A loader that can go on in the middle of an epoch: Lightning asks for these two methods."""
+    """A loader that can resume in the middle of an epoch: Lightning calls its two state methods."""
 
     def __init__(self) -> None:
         self.batches = list(loader())
@@ -86,8 +87,13 @@ class Net(LightningModule):
         return optimizer(self.optimizer, self.parameters())
 
 
+def held_out_loss(module: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of a held-out batch; a `loss_fn` for the callback that has an import path."""
+    return nn.functional.cross_entropy(module(batch[0]), batch[1])
+
+
 def optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
-    """One of the optimizers that would move a weight whose gradient is zero."""
+    """Return an optimizer that moves a weight even if its gradient is zero."""
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
     if name == "adam":
@@ -96,6 +102,7 @@ def optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
 
 
 def trainer(folder: Path | str = ".", epochs: int = 4, callbacks: Any = None, **options: Any) -> Trainer:
+    """Return a quiet Trainer on the CPU, without logger and checkpoints unless `options` say otherwise."""
     options = {"logger": False, "enable_checkpointing": False, "log_every_n_steps": 2, **options}
     return Trainer(
         max_epochs=epochs,
@@ -118,7 +125,7 @@ def fit(
     model_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[LightningModule, Trainer]:
-    """Fits a model from a fixed seed and returns it with its trainer."""
+    """Fit a model from a fixed seed; return it with its trainer."""
     seed_everything(seed, verbose=False)
     model = model or Net(**(model_options or {}))
     callbacks = callback if isinstance(callback, list) else [callback] if callback else None
@@ -128,7 +135,7 @@ def fit(
 
 
 def train(pruner: Pruner, model: nn.Module, x: Tensor, y: Tensor, steps: int, optimizer: Any = None) -> Iterator[float]:
-    """A plain torch loop; yields the sparsity after each step."""
+    """Prune in a plain torch loop; yield the sparsity after each step."""
     optimizer = optimizer or torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -143,29 +150,31 @@ def train(pruner: Pruner, model: nn.Module, x: Tensor, y: Tensor, steps: int, op
 
 
 def saving(folder: str = "checkpoints", **options) -> ModelCheckpoint:
+    """Return a callback that saves every checkpoint, as ``step=N.ckpt``."""
     return ModelCheckpoint(dirpath=folder, save_top_k=-1, filename="{step}", **options)
 
 
 def csv_rows(folder: Path) -> list[dict[str, str]]:
-    """All rows that a CSVLogger wrote, without the columns of this package."""
+    """Return the rows that a CSVLogger wrote, without the columns of this package."""
     with (folder / "metrics.csv").open() as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith("autoprune")} for row in csv.DictReader(file)]
     return [row for row in rows if set(row) - {"step", "epoch"}]
 
 
 def rows(folder: Path | str) -> list[dict[str, float]]:
-    """The rows of this package that a CSVLogger wrote."""
+    """Return the rows that a CSVLogger wrote and that have metrics of this package."""
     with (Path(folder) / "metrics.csv").open() as file:
-        found = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    return [row for row in found if "autoprune/sparsity" in row]
+        all_rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return [row for row in all_rows if "autoprune/sparsity" in row]
 
 
 def csv_logger(folder: Path) -> CSVLogger:
+    """Return a logger that writes ``metrics.csv`` into a folder, after each row."""
     return CSVLogger(str(folder), name="", version="", flush_logs_every_n_steps=1)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are equal bit for bit."""
+    """Return True if two nested states are equal, tensors bit for bit."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -176,9 +185,11 @@ def same(a: Any, b: Any) -> bool:
 
 
 def flat(model: nn.Module) -> Tensor:
+    """Return all values of a model's state as one flat tensor."""
     return torch.cat([value.detach().double().flatten() for value in model.state_dict().values()])
 
 
 def sparse(*shape, density=0.05, seed=0):
+    """Return a random tensor of which a fraction `density` is not 0."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)

@@ -1,6 +1,6 @@
-"""Runs that are killed at random moments and go on from their last checkpoint, against one that never stops.
+"""Compares runs that are killed at random moments and resume from their last checkpoint with one that never stops.
 
-``python kill_run.py FOLDER KILLS SEED`` makes so many kills, in as many runs as it takes, and tells what differs.
+``python kill_run.py FOLDER KILLS SEED`` makes the kills in as many runs as it takes, and fails if anything differs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lightning_autoprune import AutoPruneCallback
 
 
 class Lines(Logger):
-    """Adds each row to a file, at once: what was logged outlives the process."""
+    """Appends each row to a file at once, so that it outlives the process."""
 
     name, version = "lines", 0
 
@@ -37,14 +37,14 @@ class Lines(Logger):
         self.file.write(json.dumps({"step": step, **metrics}) + "\n")
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """None are kept."""
+        """Ignore them."""
 
 
 def train(folder: Path, held_out: Any) -> None:
-    """One run, from the newest checkpoint that can be read; what it ends with goes to ``end.pt``.
+    """Train from the newest readable checkpoint, and save the final state as ``end.pt``.
 
-    Not from one of an epoch's last step: going on twice, from there and then from a later one, Lightning makes an epoch
-    too many, with this callback and without.
+    Checkpoints of the last step of an epoch are not used: if a run resumes from one, and then again from a later one,
+    Lightning adds an epoch, with this callback and without.
     """
     steps = [(int(re.search(r"step=(\d+)", path.stem)[1]), path) for path in folder.glob("*.ckpt")]  # maybe "…-v1"
     newest = (path for step, path in sorted(steps, reverse=True) if step % (ROWS // BATCH))
@@ -59,12 +59,12 @@ def train(folder: Path, held_out: Any) -> None:
         enable_checkpointing=True,
         ckpt_path=next((path for path in newest if is_readable(path)), None),
     )
-    torch.save((dict(model.state_dict()), callback.state_dict()), folder / "part.pt")
-    (folder / "part.pt").rename(folder / "end.pt")  # whole, or not at all
+    torch.save((dict(model.state_dict()), callback.state_dict()), folder / "unfinished.pt")
+    (folder / "unfinished.pt").rename(folder / "end.pt")  # complete, or not there at all
 
 
 def is_readable(path: Path) -> bool:
-    """Whether a checkpoint was written to its end."""
+    """Return True if a checkpoint is complete."""
     try:
         torch.load(path, weights_only=True, mmap=False)
     except Exception:
@@ -73,7 +73,7 @@ def is_readable(path: Path) -> bool:
 
 
 def attempt(folder: Path, held_out: Any, seconds: float | None) -> bool:
-    """Trains in a process of its own, killed after some time; tells whether it was."""
+    """Train in a child process that is killed after some seconds; return True if it was killed before its end."""
     child = os.fork()
     if child == 0:
         os.close(2)
@@ -95,7 +95,7 @@ def attempt(folder: Path, held_out: Any, seconds: float | None) -> bool:
 
 
 def curves(folder: Path) -> dict[int, dict[str, float]]:
-    """What was logged last at each step of ours; Lightning logs the user's own after the step's checkpoint."""
+    """Return the last logged metrics of this package by step; Lightning logs the user's after the step's checkpoint."""
     rows: dict[int, dict[str, float]] = {}
     for line in (folder / "log.jsonl").read_text().splitlines():
         try:
@@ -126,8 +126,8 @@ def main() -> None:
                 done += attempt(folder, held_out, moments.uniform(0.1, 0.6) * length)
             runs += 1
             print(f"{done} kills", flush=True)
-            end, aim = (torch.load(some / "end.pt", weights_only=False) for some in (folder, whole))
-            assert same(end, aim), f"{folder}: other weights, masks or state after {done - before} kills"
+            end, expected = (torch.load(path / "end.pt", weights_only=False) for path in (folder, whole))
+            assert same(end, expected), f"{folder}: other weights, masks or state after {done - before} kills"
             assert curves(folder) == curves(whole), f"{folder}: other curves after {done - before} kills"
     print(f"{done} kills in {runs} runs: the same bits")
 

@@ -1,4 +1,4 @@
-"""Where the tests find the project."""
+"""The folders that tests read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The method, slow and obvious: T = W ⊙ h(M) as an autograd function, and all steps entry by entry or by autograd.
+"""The method, slow and obvious: T = W ⊙ h(M) as an autograd function, and all steps elementwise or by autograd.
 
-Nothing here is shared with the package but the names.
+It shares no code with the package, only names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 
 def h_prime(name: str, m: Tensor, slope: float) -> Tensor:
+    """Return h'(m) of a straight-through estimator."""
     if name == "linear":
         return torch.ones_like(m)
     if name == "hard_sigmoid":
@@ -23,7 +24,7 @@ def h_prime(name: str, m: Tensor, slope: float) -> Tensor:
 
 
 class Effective(torch.autograd.Function):
-    """T = W ⊙ h(M); backward gives dL/dT ⊙ h(M) to W, and the rule's gradient without μ to M."""
+    """Computes T = W ⊙ h(M); the backward pass gives W dL/dT ⊙ h(M), and M the rule's gradient without μ."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, M: Tensor, rule: str, estimator: str, slope: float) -> Tensor:
@@ -40,7 +41,7 @@ class Effective(torch.autograd.Function):
 
 
 class Reference:
-    """Trains W by any optimizer and M by the rule, on latent weights, with ``functional_call``."""
+    """Trains latent weights W with any optimizer and M with an update rule, through ``functional_call``."""
 
     def __init__(self, network: torch.nn.Module, rule: str, estimator: str, slope: float = 0.1) -> None:
         self.network, self.rule, self.estimator, self.slope = network, rule, estimator, slope
@@ -51,7 +52,7 @@ class Reference:
             if name.endswith("weight")
         }
         self.squares: list[float] = []
-        self.own: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
+        self.entry_squares: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         effective = {
@@ -65,7 +66,7 @@ class Reference:
         optimizer.zero_grad()
         self.loss(x, y).backward(inputs=list(self.W.values()))
         with torch.no_grad():
-            for name, m in self.M.items():  # what the optimizer sees of a pruned weight is 0: nothing to decay
+            for name, m in self.M.items():  # the optimizer sees a pruned weight as 0, so there is nothing to decay
                 self.W[name][m <= 0] = 0
         optimizer.step()
         with torch.no_grad():
@@ -76,8 +77,8 @@ class Reference:
         gradients = dict(
             zip(self.M, torch.autograd.grad(self.loss(x, y), list(self.M.values())), strict=True),
         )
-        # s² is the average of the mean squares so far, each weighing `decay` times as much as the next;
-        # the part of h' is divided out again, as s is of dL/dT · sgn(w) alone
+        # s² is the average of the mean squares so far, each with `decay` times the weight of the next;
+        # the factor h' is divided out again, since s is the scale of dL/dT · sgn(w) alone
         total, count = 0.0, 0
         for name, g in gradients.items():
             slope = h_prime(self.estimator, self.M[name], self.slope).detach()
@@ -93,6 +94,6 @@ class Reference:
                     self.M[name] -= lr * (g / s + mu * slope)
                     continue
                 g0 = torch.where(slope > 0, g / slope, 0.0) / s + mu
-                self.own[name].append(g0**2)
-                v = sum(w * q for w, q in zip(weights, self.own[name], strict=True)) / sum(weights)
+                self.entry_squares[name].append(g0**2)
+                v = sum(w * q for w, q in zip(weights, self.entry_squares[name], strict=True)) / sum(weights)
                 self.M[name] -= lr * slope * g0 / v.sqrt()

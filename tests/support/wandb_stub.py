@@ -1,4 +1,4 @@
-"""What the W&B client needs of a server, on the loopback: it answers, and keeps what it is sent."""
+"""A stub of the W&B server on the loopback: it gives the client the answers it needs, and records what it is sent."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ PROJECT = {"id": "p", "internalId": "p", "name": "test", "entity": {"id": "e", "
 
 
 class WandbStub:
-    """A context manager.
+    """A server that runs inside a ``with`` block.
 
     Args:
-        failing: a GraphQL operation that gets a server error, each time.
-        last: a GraphQL operation after which the server is gone: connections are refused.
+        failing: a GraphQL operation that always gets a server error.
+        last: a GraphQL operation after which the server is gone and refuses connections.
     """
 
     def __init__(self, failing: str | None = None, last: str | None = None) -> None:
         self.failing, self.last = failing, last
-        self.operations: list[tuple[str, dict[str, Any]]] = []  # names and variables
-        self.uploads: dict[str, bytes] = {}  # by name, those of artifacts under their type
+        self.operations: list[tuple[str, dict[str, Any]]] = []  # the name and variables of each request
+        self.uploads: dict[str, bytes] = {}  # by name; files of an artifact are below its type
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_Bound", (_Handler,), {"stub": self}))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -35,16 +35,17 @@ class WandbStub:
         self.stop()
 
     def stop(self) -> None:
+        """Refuse connections from now on."""
         self._server.shutdown()
         self._server.server_close()
 
     def asked(self, operation: str) -> list[dict[str, Any]]:
-        """The variables of an operation, for each time that it was asked for."""
+        """Return the variables of every request for an operation."""
         return [variables for name, variables in self.operations if name == operation]
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of an operation; what the client can do without is left out."""
-        if operation == "Viewer":  # whose key it is
+        """Return the data of an operation, without the fields that the client can do without."""
+        if operation == "Viewer":  # the owner of the API key
             return {"viewer": {"id": "u", "entity": "someone", "username": "someone", "flags": "{}"}}
         if operation == "UpsertBucket":
             bucket = {"id": "b", "name": variables["name"], "displayName": "run", "project": PROJECT}
@@ -52,9 +53,9 @@ class WandbStub:
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.url}/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-        if operation == "ArtifactType":  # of an earlier version
+        if operation == "ArtifactType":  # is there an earlier version?
             return {"project": {"artifact": None}}
-        if operation == "CreateArtifact":  # at most one of a type, which is its ID
+        if operation == "CreateArtifact":  # a run has at most one artifact of a type, so the type is its ID
             artifact = {"id": variables["input"]["artifactTypeName"], "state": "PENDING", "artifactSequence": {}}
             return {"createArtifact": {"artifact": artifact}}
         if operation == "CreateArtifactManifest":
@@ -76,10 +77,10 @@ class WandbStub:
 
     def _committed(self, identity: str) -> dict[str, Any]:
         [sent] = [v["input"] for v in self.asked("CreateArtifact") if v["input"]["artifactTypeName"] == identity]
-        of_the_server = {"id": identity, "versionIndex": 0, "state": "COMMITTED", "size": 0, "fileCount": 1, "tags": []}
+        server_fields = {"id": identity, "versionIndex": 0, "state": "COMMITTED", "size": 0, "fileCount": 1, "tags": []}
         empty = dict.fromkeys(["description", "historyStep", "commitHash", "updatedAt"])
         return {
-            **of_the_server,
+            **server_fields,
             **empty,
             "artifactSequence": {"name": sent["artifactCollectionName"], "project": PROJECT},
             "artifactType": {"name": sent["artifactTypeName"]},
@@ -91,7 +92,7 @@ class WandbStub:
         }
 
 
-class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the server
+class _Handler(BaseHTTPRequestHandler):  # speaks HTTP/1.0, so that no connection outlives the server
     stub: WandbStub
 
     def do_POST(self) -> None:
@@ -123,4 +124,4 @@ class _Handler(BaseHTTPRequestHandler):  # HTTP/1.0: no connection outlives the 
         self.wfile.write(b"" if content is None else json.dumps(content).encode())
 
     def log_message(self, *_: object) -> None:
-        """Prints nothing."""
+        """Print nothing."""

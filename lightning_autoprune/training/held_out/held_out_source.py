@@ -25,8 +25,8 @@ class HeldOutSource:
         default_train_gradients: whether M follows the gradients of the weight steps too, if the user does not set
             ``train_gradients``.
         rank_weight: weight of this rank's last batch in the mean over the ranks; the mean of the weights is 1.
-        held_out_share: weight of the gradients on the last batch, in [0, 1], if M follows those of the weight step too;
-            the others have the rest.
+        held_out_share: if M follows the gradients of the weight step too, the weight in [0, 1] of those on the last
+            held-out batch in the mean of both.
         steps_done: returns the number of training steps that are over; the callback sets it before ``setup``.
     """
 
@@ -53,7 +53,11 @@ class HeldOutSource:
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the result of :meth:`state_dict`. Called after :meth:`start`, unless the masks are final."""
+        """Restore the result of :meth:`state_dict`.
+
+        Called after :meth:`start` when a run resumes, and when a run in progress goes back to an earlier state; not if
+        the masks are final.
+        """
 
     def next_batch(self, trainer: Trainer) -> Any:
         """Return the next held-out batch on the model's device; None if there is none for this step.
@@ -63,7 +67,7 @@ class HeldOutSource:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs. Called when a checkpoint is saved, at any moment after :meth:`start`."""
+        """Return what resuming needs, in plain types. Called whenever a checkpoint is saved after :meth:`start`."""
         return {}
 
     def on_masks_final(self) -> None:

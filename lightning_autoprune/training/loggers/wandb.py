@@ -38,7 +38,7 @@ class WandbFigures(FigureWriter[WandbLogger]):
         for name, (counts, edges) in figures.histograms.items():
             row[f"{root}/{name}"] = wandb.Histogram(np_histogram=(np.array(counts), np.array(edges)))
         metric = figures.history.metric
-        if metric and figures.path:  # as a chart of W&B's own, which needs no matplotlib
+        if metric and figures.path:  # a native chart of W&B, which needs no matplotlib
             points = wandb.Table(["sparsity", metric], [list(point) for point in figures.path])
             row[f"{root}/{PATH}"] = wandb.plot.line(points, "sparsity", metric, title=f"{metric} against sparsity")
         run.log({**row, "trainer/global_step": figures.step})
