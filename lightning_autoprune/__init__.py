@@ -1,4 +1,4 @@
-"""Prune a PyTorch Lightning model while it trains: one callback, every layer's curve, plain checkpoints."""
+"""Prune PyTorch Lightning models while they train, with one callback: a sparsity curve per layer, plain checkpoints."""
 
 from lightning_autoprune._version import __version__ as __version__
 from lightning_autoprune.deploy.onnx_export import export_onnx
@@ -9,6 +9,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.settings import Settings
+from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.model.cost import LayerCost, ModelCost, model_cost
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.model.sparsity import Sparsity, layer_sparsity, sparsity
@@ -23,6 +24,7 @@ __all__ = [
     "Pruner",
     "Settings",
     "Sparsity",
+    "UpdateRule",
     "export_onnx",
     "export_program",
     "layer_sparsity",

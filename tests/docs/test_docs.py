@@ -33,6 +33,7 @@ PAGES = (
     "compatibility",
     "large_models",
     "configuration",
+    "extending",
     "coming_from_modelpruning",
     "troubleshooting",
     "api",
@@ -197,6 +198,14 @@ def test_the_source_has_every_message_that_the_troubleshooting_page_quotes():
 
 
 # Code
+
+
+def test_the_code_with_own_objects_runs_and_meets_its_target():
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "extending.md").read_text(), flags=re.DOTALL)
+    names = {"model": Net(), "train_loader": loader()}
+    exec(code, names)
+    assert names["callback"].sparsity == pytest.approx(0.9, abs=0.01)
+    assert sparsity(names["model"]) == pytest.approx(0.9, abs=0.01)
 
 
 def test_the_code_for_whole_neurons_runs():
