@@ -36,7 +36,7 @@ from torch.nn.functional import linear, mse_loss
 from lightning_autoprune import AuxiliaryParameters, Pruner, Settings
 from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
 from lightning_autoprune.method.schedule import target_path
-from lightning_autoprune.method.update_rules import RunningSquares, sensitivity
+from lightning_autoprune.method.update_rules import make_rule
 from lightning_autoprune.plots import COLORS
 
 torch.set_num_threads(1)
@@ -105,7 +105,7 @@ optimizer = torch.optim.Adam(layer.parameters(), 0.01)
 aux = None
 for step in range(600):
     if step == 300:
-        aux = AuxiliaryParameters({"layer": layer.weight}, rule="autoprune")
+        aux = AuxiliaryParameters({"layer": layer.weight}, update_rule="autoprune")
     x, y = make_batch(A)
     optimizer.zero_grad()
     mse_loss(layer(x), y).backward()
@@ -177,7 +177,7 @@ LOOKS = {"vanilla": (ORANGE, "o"), "autoprune": (BLUE, "s"), "adaptive": (GREEN,
 def make_auxiliary(rule, W):
     """Return auxiliary parameters for a layer with the weights W; each m is 0.1."""
     rule = "autoprune" if rule == "without w" else rule
-    return AuxiliaryParameters({"layer": make_layer(W).weight}, rule=rule, initial="constant")
+    return AuxiliaryParameters({"layer": make_layer(W).weight}, update_rule=rule, initial_m="constant")
 
 
 def take_auxiliary_steps(aux, rule, A, steps, mu=0.0, update_masks=True):
@@ -297,15 +297,16 @@ def compute_true_objective(M):
     return float((kept * (W - A) ** 2 + (1 - kept) * A**2).sum() / 2)
 
 
-def sample_coarse_gradient(rule, M, estimator, squares):
-    """Return the coarse gradient for one sample of the noise and one batch."""
+def sample_coarse_gradient(rule, M, estimator, state):
+    """Return the coarse gradient for one sample of the noise and one batch; `state` is [v, number of updates]."""
     noisy = M + torch.randn(SHAPE, generator=random)
     x, y = make_batch(A)
     dL_dT = (x @ torch.where(noisy > 0, W, 0.0).T - y).T @ x / len(x)
-    G = dL_dT if rule == "without w" else sensitivity(dL_dT, W, rule)
-    if rule == "adaptive":
-        squares.count()
-        squares.normalize(G, squares.v)
+    G = dL_dT
+    if rule != "without w":
+        state[1] += 1
+        G = make_rule(rule).sensitivity(dL_dT, W)
+        G = make_rule(rule).direction(G, {"v": state[0]}, updates=state[1], decay=0.999)
     slope = straight_through(estimator, noisy)
     return G if slope is None else G * slope
 
@@ -318,15 +319,15 @@ figure, (left, right) = make_panels(
 cosines = {}
 for rule, (color, marker) in LOOKS.items():
     for estimator in ESTIMATORS:
-        squares = RunningSquares(M)
-        coarse = sum(sample_coarse_gradient(rule, M, estimator, squares) for _ in range(150)) / 150
+        state = [torch.zeros_like(M), 0]
+        coarse = sum(sample_coarse_gradient(rule, M, estimator, state) for _ in range(150)) / 150
         cosines[rule, estimator] = float((coarse * true).sum() / (coarse.norm() * true.norm()))
         if estimator == "linear":
             scaled = [(value / value.abs().max()).flatten() for value in (true, coarse)]
             left.plot(*scaled, marker, color=color, ms=3.5, label=rule)
-    m, squares, objective = M, RunningSquares(M), [compute_true_objective(M)]
+    m, state, objective = M, [torch.zeros_like(M), 0], [compute_true_objective(M)]
     for _ in range(200):
-        G = sample_coarse_gradient(rule, m, "linear", squares)
+        G = sample_coarse_gradient(rule, m, "linear", state)
         m = m - 0.2 * G / G.norm()
         objective.append(compute_true_objective(m))
     right.plot(objective, color=color, lw=2, ls="--" if rule == "without w" else "-")
@@ -367,8 +368,7 @@ for rule in ("autoprune", "adaptive"):
     path = take_auxiliary_steps(aux, rule, A, 500, mu=0.5, update_masks=False)
     fall = (path[0] - path[-1]).flatten() / 0.01 / 500
     ax.semilogx(magnitude, fall, LOOKS[rule][1], color=LOOKS[rule][0], ms=4, label=rule)
-[squares] = aux.squares
-v = squares.v / (1 - squares.decay**squares.updates)
+v = aux.state["v"][0].flatten() / (1 - aux.scale.decay ** aux.updates[0])
 ax.semilogx(magnitude[by_magnitude], 0.5 / v[by_magnitude].sqrt(), color="black", lw=1, label="μ / √v")
 ax.set_ylim(0, 1.25)
 ax.legend(frameon=False, ncols=3, loc="upper right")

@@ -1,4 +1,4 @@
-"""What the callback tells: metrics for callbacks and the progress bar, and every layer's curve for the loggers."""
+"""What the callback reports: metrics for callbacks and the progress bar, and every layer's curve for the loggers."""
 
 from __future__ import annotations
 
@@ -13,65 +13,68 @@ from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS, followed_metric
-from lightning_autoprune.training.lightning_internals import steps_done
+from lightning_autoprune.training.lightning_internals import drop_metric, set_metrics, steps_done
 
 __all__ = ["MetricsReporter"]
 
 
 class MetricsReporter:
-    """Gathers the figures of a run between two logs, and hands them out.
+    """Gathers the figures of a run between two logs, and publishes them.
 
-    Metrics (``monitor=`` of ModelCheckpoint and EarlyStopping takes them): ``autoprune/sparsity`` and
-    ``autoprune/density`` in [0, 1], ``autoprune/compression`` (all weights per weight kept), ``autoprune/pressure``
-    (μ), ``autoprune/flops`` (operations with the weights that are left, / all, in [0, 1]) of a module with an
-    ``example_input_array``, and while M is trained on held-out batches ``autoprune/held_out_loss`` (mean since the last
-    log).
+    These metrics can be monitored by ModelCheckpoint and EarlyStopping:
 
-    The loggers also get ``autoprune/sparsity/<layer>``, and ``autoprune/pruned`` and ``autoprune/revived``: how many
-    weights are pruned now that were not at the last log, and the other way round.
+    * ``autoprune/sparsity`` and ``autoprune/density``, in [0, 1];
+    * ``autoprune/compression``: all weights / kept weights;
+    * ``autoprune/pressure``: μ;
+    * ``autoprune/flops``: operations with the kept weights / all operations, in [0, 1], if the module has an
+      ``example_input_array``;
+    * ``autoprune/held_out_loss``: mean since the last log, while M is trained on held-out batches.
+
+    The loggers also get ``autoprune/sparsity/<layer>``, and two counts since the last log: ``autoprune/pruned``, the
+    weights that were pruned, and ``autoprune/revived``, those that came back.
 
     Args:
-        names: of the layers, in the order in which their masks are given.
+        names: names of the layers, in the order in which their masks are given.
 
     Attributes:
-        history: the run so far, for its pictures.
+        history: the run so far, for its figures.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.history = RunHistory(names)
         self._loss_sum, self._losses = 0.0, 0
-        self._before: list[Tensor] = []  # the masks at the last log, packed
+        self._logged_masks: list[Tensor] = []  # the masks at the last log, packed
 
     def extend(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes in layers that have not been pruned so far.
+        """Add layers that have not been pruned so far.
 
         Args:
-            weights: of all layers from now on, in the order in which their masks are given.
+            weights: those of all layers from now on, in the order in which their masks are given.
         """
-        if self._before:
-            before = dict(zip(self.history.names, self._before, strict=True))
-            self._before = [
+        if self._logged_masks:
+            before = dict(zip(self.history.names, self._logged_masks, strict=True))
+            self._logged_masks = [
                 before[name] if name in before else pack(torch.ones(weight.shape, dtype=torch.bool))
                 for name, weight in weights.items()
             ]
         self.history.add_layers(list(weights))
 
     def held_out_loss(self, loss: float) -> None:
-        """Takes the loss of a held-out batch."""
+        """Record the loss of a held-out batch."""
         self._loss_sum += loss
         self._losses += 1
 
     def publish(
         self, trainer: Trainer, density: float, mu: float, flops: float | None = None, *, over: bool = False
     ) -> dict[str, float]:
-        """Makes the metrics of this moment available to callbacks and the progress bar, and returns them.
+        """Make the metrics of this moment available to callbacks and the progress bar, and return them.
 
         Args:
             trainer: the trainer.
             density: fraction of the weights kept.
             mu: the pressure.
             flops: fraction of the operations left, if it is known.
-            over: whether M is trained no more, so that the last held-out loss is no news and is taken back.
+            over: whether the masks are final. The held-out loss is then withdrawn, as it would never change again.
         """
         metrics = {
             "autoprune/sparsity": 1 - density,
@@ -84,17 +87,17 @@ class MetricsReporter:
         if self._losses:
             metrics[HELD_OUT_LOSS] = self._loss_sum / self._losses
         elif over:
-            trainer._logger_connector._callback_metrics.pop(HELD_OUT_LOSS, None)
-        _set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
+            drop_metric(trainer, HELD_OUT_LOSS)
+        set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
         return metrics
 
     def measure(self, trainer: Trainer, pruner: Pruner, *, late: bool = False) -> None:
-        """Takes the metric that is followed, if it has just been measured.
+        """Record the metric that is followed, if it has just been measured.
 
         Args:
             trainer: the trainer, when a validation or a training epoch ends.
-            pruner: with the masks that it was measured with.
-            late: whether the epoch's hooks are over, which may have logged it.
+            pruner: has the masks with which it was measured.
+            late: whether the epoch's hooks, which may have logged it, are over.
         """
         found = followed_metric(trainer, self.history.metric, late=late)
         if found is not None:
@@ -110,51 +113,49 @@ class MetricsReporter:
         *,
         remember: bool = False,
     ) -> None:
-        """Writes to all loggers, and starts counting anew.
+        """Write to all loggers, and start counting anew.
 
         Args:
             trainer: the trainer.
-            metrics: what :meth:`publish` gave.
+            metrics: what :meth:`publish` returned.
             layers: sparsity of every layer, by name.
-            masks: True where a weight is kept; empty before pruning starts, and where they have not changed.
-            remember: whether this moment is one that the history must have.
+            masks: True where a weight is kept; empty before pruning starts and if they can't have changed.
+            remember: whether the history must keep this moment.
         """
-        pruned = revived = 0
-        packed = []
-        for i, now in enumerate(masks):
-            packed.append(pack(now))
-            before = unpack(self._before[i], now.shape).to(now.device) if self._before else torch.ones_like(now)
-            pruned += int((before & ~now).sum())
-            back = int((now & ~before).sum())
-            revived += back
-            self.history.revived[i] += back
-        self.history.record_sparsity(
-            steps_done(trainer), list(layers.values()), metrics["autoprune/sparsity"], always=remember
-        )
+        pruned, revived = self._count_changes(masks)
+        step, overall = steps_done(trainer), metrics["autoprune/sparsity"]
+        self.history.record_sparsity(step, list(layers.values()), overall, always=remember)
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}
         metrics |= {f"autoprune/sparsity/{name}": value for name, value in layers.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=steps_done(trainer))
+            logger.log_metrics(metrics, step=step)
         self._loss_sum, self._losses = 0.0, 0
-        self._before = packed or self._before
+
+    def _count_changes(self, masks: Iterable[Tensor]) -> tuple[int, int]:
+        """Return how many weights were pruned and how many came back since the last log, and keep the masks."""
+        pruned = revived = 0
+        packed = []
+        for i, mask in enumerate(masks):
+            before = torch.ones_like(mask)
+            if self._logged_masks:
+                before = unpack(self._logged_masks[i], mask.shape).to(mask.device)
+            packed.append(pack(mask))
+            back = int((mask & ~before).sum())
+            pruned, revived = pruned + int((before & ~mask).sum()), revived + back
+            self.history.revived[i] += back
+        self._logged_masks = packed or self._logged_masks
+        return pruned, revived
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs."""
+        """Return what resuming needs."""
         return {
             "loss": (self._loss_sum, self._losses),
-            "before": list(self._before),
+            "before": list(self._logged_masks),
             "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` gave."""
         self._loss_sum, self._losses = state["loss"]
-        self._before = list(state["before"])
+        self._logged_masks = list(state["before"])
         self.history = RunHistory.from_state_dict(state["history"])
-
-
-def _set_metrics(trainer: Trainer, metrics: Mapping[str, float], progress_bar: Mapping[str, float]) -> None:
-    """Sets metrics past ``self.log``, whose bookkeeping costs about half a millisecond a key and step."""
-    connector = trainer._logger_connector
-    connector._callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
-    connector._progress_bar_metrics.update(progress_bar)
