@@ -32,8 +32,8 @@ from lightning_autoprune.method.granularity import Granularity, WeightGranularit
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM
 from lightning_autoprune.method.masked_weights import MaskedWeights, fetch_numbers
 from lightning_autoprune.method.registry import describe, look_up
+from lightning_autoprune.method.saved_state import restore_state, save_state
 from lightning_autoprune.method.update_rules import GradientScale, UpdateRule, UpdateRuleName, make_rule
-from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.tensors.flat_buckets import Bucket
 
 __all__ = ["AuxiliaryParameters"]
@@ -76,6 +76,7 @@ class AuxiliaryParameters(MaskedWeights):
         floors: number of weights that each layer always keeps.
         scale: the running root mean square of the sensitivities.
         rule: the update rule.
+        rule_name: its name, or that of the user's own class.
         state: the rule's running averages, by name, in the shapes of ``M``.
         updates: number of auxiliary steps of each bucket of layers.
         masks_final: True once the masks do not change any more.
@@ -121,7 +122,7 @@ class AuxiliaryParameters(MaskedWeights):
         check_range("layer_floor", layer_floor, 0, 1, high_open=True)
         check_range("decay", decay, 0, 1, high_open=True)
         self.granularity = granularity or WeightGranularity()
-        self.rule, self._rule_name = make_rule(update_rule), describe(update_rule)
+        self.rule, self.rule_name = make_rule(update_rule), describe(update_rule)
         self.estimator, self.leaky_slope = estimator, leaky_slope
         self.scale = GradientScale(decay)
         self._layer_floor = layer_floor
@@ -214,9 +215,10 @@ class AuxiliaryParameters(MaskedWeights):
         """Make the masks final and forget M and dormant values: pruned weights stay 0, kept ones train on."""
         if not self.masks_final:
             self.granularity.before_final(self)
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Keep the masks as they are, and forget M and dormant values."""
         self._finalize()
         self.M, self.flat_M, self.state, self._flat_state, self.updates = [], [], {}, {}, []
 
@@ -229,24 +231,7 @@ class AuxiliaryParameters(MaskedWeights):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming needs beside the weights T: packed masks, M, dormant weights, running averages."""
-        layers = list(self.weights.values())
-        masks = [self.placement.whole_for_saving(m, w) for m, w in zip(self.masks(), layers, strict=True)]
-        state: dict[str, Any] = {
-            "granularity": self.granularity.name,
-            "units": self.granularity.state_dict(),
-            "shapes": {name: tuple(weight.shape) for name, weight in self.weights.items()},
-            "frozen": self.masks_final,
-            "scale": (self.scale.mean_square, self.scale.updates),
-            "masks": [pack(mask) for mask in masks],
-        }
-        if not self.masks_final:
-            dormant = [self.placement.whole_for_saving(d, w) for d, w in zip(self.dormant, layers, strict=True)]
-            state["buckets"] = [list(bucket.numbers) for bucket in self.buckets]
-            state["M"] = self.granularity.whole(self, self.M)
-            state["state"] = {name: self.granularity.whole(self, views) for name, views in self.state.items()}
-            state["updates"] = list(self.updates)
-            state["dormant"] = [d[~mask] for d, mask in zip(dormant, masks, strict=True)]
-        return state
+        return save_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on weights that hold the T of the same moment.
@@ -255,45 +240,7 @@ class AuxiliaryParameters(MaskedWeights):
             AutoPruneError: if the state was made for other layers or shapes, which are named, by another granularity or
                 by a rule with other running averages.
         """
-        self._check_state(state)
-        self.granularity.load_state_dict(state["units"])
-        self.scale.mean_square, self.scale.updates = state["scale"]
-        T, layers = self.effective(), list(self.weights.values())
-        shapes = state["shapes"].values()
-        whole = [unpack(packed, shape) for packed, shape in zip(state["masks"], shapes, strict=True)]
-        masks = [self.placement.shard(m.to(w.device), w) for m, w in zip(whole, layers, strict=True)]
-        if not state["frozen"]:
-            self._make_state([Bucket(numbers, T) for numbers in state["buckets"]])  # sums are taken in the same order
-            self._make_M()
-            self.updates = list(state["updates"])
-            for views, saved in [(self.M, state["M"]), *((self.state[k], v) for k, v in state["state"].items())]:
-                for tensor, value in zip(views, self.granularity.shard(self, saved), strict=True):
-                    tensor.copy_(value)
-            for dormant, weight, mask, values in zip(self.dormant, layers, whole, state["dormant"], strict=True):
-                spread = torch.zeros(mask.shape, dtype=dormant.dtype).masked_scatter_(
-                    ~mask, values.to("cpu", dormant.dtype)
-                )
-                dormant.copy_(self.placement.shard(spread.to(dormant.device), weight))
-        for bits, mask in zip(self.bits, masks, strict=True):
-            bits.copy_(mask).neg_()
-        self.kept = [round(n) for n in self.placement.sum([float(mask.sum()) for mask in masks])]
-        if state["frozen"]:
-            self._forget()
-        self.after_weight_step()
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state["granularity"] != self.granularity.name:
-            raise AutoPruneError(
-                f"The checkpoint's run pruned {state['granularity']}s, and this callback has"
-                f' `granularity="{self.granularity.name}"`: resume with the same granularity, or start from the'
-                " checkpoint's weights alone."
-            )
-        _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in self.weights.items()})
-        if not state["frozen"] and set(state["state"]) != set(self.rule.state_names):
-            raise AutoPruneError(
-                f"The checkpoint's pruning state is of another update rule than {self._rule_name!r}: resume with"
-                " the same `update_rule`, or start from the checkpoint's weights alone."
-            )
+        restore_state(self, state)
 
     # The layout of the state
 
@@ -303,6 +250,18 @@ class AuxiliaryParameters(MaskedWeights):
         self.updates = [0] * len(self.flat_M)
         self.M = self.granularity.views(self, self.flat_M)
         self.state = {name: self.granularity.views(self, flat) for name, flat in self._flat_state.items()}
+
+    def lay_out(self, groups: Sequence[Sequence[int]], updates: Sequence[int]) -> None:
+        """Make a new state in buckets: all weights are kept, and M and the running averages are 0.
+
+        Args:
+            groups: the numbers of the layers of each bucket.
+            updates: the number of auxiliary steps of each bucket.
+        """
+        T = self.effective()
+        self._make_state([Bucket(group, T) for group in groups])
+        self._make_M()
+        self.updates = list(updates)
 
     def join(self, other: AuxiliaryParameters, names: Sequence[str]) -> None:
         """Merge another instance into this one: its weights, M, masks, dormant values and running averages.
@@ -351,24 +310,6 @@ class AuxiliaryParameters(MaskedWeights):
             updates: the number of auxiliary steps of each bucket.
             entries: the state, as of :meth:`_entries`.
         """
-        T = self.effective()
-        self._make_state([Bucket(group, T) for group in groups])
-        self._make_M()
-        self.updates = list(updates)
+        self.lay_out(groups, updates)
         for new, old in zip(self._entries(), entries, strict=True):
             torch._foreach_copy_(new, list(old))
-
-
-def _check_shapes(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"layer {name!r} of the checkpoint is missing" for name in saved if name not in here]
-    problems += [f"layer {name!r} is not in the checkpoint" for name in here if name not in saved]
-    problems += [
-        f"layer {name!r} has shape {here[name]} and {tuple(saved[name])} in the checkpoint"
-        for name in saved
-        if name in here and tuple(saved[name]) != here[name]
-    ]
-    if problems:
-        raise AutoPruneError(
-            f"The checkpoint's pruning state is for other layers: {'; '.join(problems)}. Build the same model with the"
-            " same `include` and `exclude`, or start from its weights alone."
-        )

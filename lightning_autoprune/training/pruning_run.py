@@ -21,7 +21,6 @@ from lightning_autoprune.training.followed_metric import best_values
 from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.lightning_internals import (
     log_is_due,
-    optimizer_by_parameter,
     steps_done,
     total_steps,
     will_step,
@@ -30,7 +29,7 @@ from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.model_analysis import analyze_model
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
-from lightning_autoprune.training.strategies import support_for
+from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
 __all__ = ["PruningRun"]
@@ -79,8 +78,8 @@ class PruningRun:
         self.gradients = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
-        self._left_dense: list[str] = []  # layers that were unfrozen too late
-        self._without_channels = [name for name in weights if name not in chosen]
+        without_channels = [name for name in weights if name not in chosen]
+        self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
 
     # Start
 
@@ -116,46 +115,11 @@ class PruningRun:
         """Return the number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
         return self.pruner.step if self.pruner.due and will_step(self._trainer) else None
 
-    # Layers that are unfrozen during the run
+    # Each step
 
     def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Prune layers too that finetuning callbacks have unfrozen, and warn of those that must stay dense.
-
-        Optimizers that have been made anew are followed.
-
-        Args:
-            candidates: all weights of the module that may be pruned, trained or not, by layer name.
-        """
-        owners = optimizer_by_parameter(self._trainer)
-        self._hooks.follow(self.pruner.weights.values(), owners)
-        known = {*self.pruner.weights, *self._left_dense, *self._without_channels}
-        for name, weight in candidates.items():
-            if name in known or not weight.requires_grad or id(weight) not in owners:
-                continue
-            try:
-                self._check_unfrozen(name, weight, owners[id(weight)])
-                weights = {n: w for n, w in candidates.items() if n in self.pruner.weights or n == name}
-                self.pruner.extend(weights)
-                self.report.extend(weights)
-            except AutoPruneError as error:
-                rank_zero_warn(f"Layer {name!r}, which has been unfrozen, stays dense. {error}")
-                self._left_dense.append(name)
-
-    def _check_unfrozen(self, name: str, weight: nn.Parameter, owner: Optimizer) -> None:
-        """Raise if a layer that has been unfrozen can't be pruned."""
-        if self.pruner.masks_final:
-            raise AutoPruneError("The masks are final.")
-        if not self.pruner.can_extend:
-            raise AutoPruneError("Neurons are found when fitting starts.")
-        if owner not in self._hooks.optimizers:
-            raise AutoPruneError(
-                "It has an optimizer of its own, which trained no prunable weight when fitting started."
-            )
-        support = support_for(self._trainer)
-        support.check_unfrozen(self._trainer)
-        support.check_weights(self._trainer, {name: weight})
-
-    # Each step
+        """Prune layers too that have been unfrozen, given all weights that may be pruned, by layer name."""
+        self._unfrozen.take_in(candidates)
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -260,7 +224,7 @@ class PruningRun:
         return {
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
-            "left_dense": list(self._left_dense),
+            "left_dense": list(self._unfrozen.left_dense),
             "source": self._source.description,
             "gradients": self.gradients.state_dict(),
             "pruner": self.pruner.state_dict(),
@@ -275,7 +239,7 @@ class PruningRun:
         Raises:
             AutoPruneError: if it was made for other layers, shapes or held-out data.
         """
-        self._left_dense = list(state["left_dense"])
+        self._unfrozen.left_dense = list(state["left_dense"])
         self.pruner.load_state_dict(state["pruner"])
         if list(state["layers"]) != list(self.pruner.weights):  # channels are numbered in the order of the layers
             raise AutoPruneError(

@@ -77,6 +77,17 @@ class Granularity(ABC):
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return the M that pruning starts with, in the shapes of :meth:`views`."""
 
+    def whole_weights(self, aux: AuxiliaryParameters, name: InitialM) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each weight and the whole of its values, after checking that they give an M to start with.
+
+        Raises:
+            AutoPruneError: naming the layer, see ``initialization.check_weights``.
+        """
+        for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
+            whole = aux.placement.whole(T, weight)
+            check_weights(layer, whole, name)
+            yield weight, whole
+
     @abstractmethod
     def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
         """Return the whole M by name, for figures; gathered when an entry is read."""
@@ -215,9 +226,7 @@ class LayerUnits(Granularity):
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · norm of each unit / root mean square of the layer's norms, or a constant."""
         M = []
-        for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
-            whole = aux.placement.whole(T, weight)
-            check_weights(layer, whole, name)
+        for weight, whole in self.whole_weights(aux, name):
             norms = self.sum_units(at_least_float32(whole).square()).sqrt()
             unit = norms.square().mean().sqrt().clamp_min(1e-30)
             M.append(aux.placement.shard(starting_values(name, norms, unit, scale), weight))

@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.exact_topk import keep_largest, largest_count, lift_largest
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
-from lightning_autoprune.method.initialization import InitialM, check_weights, starting_values
+from lightning_autoprune.method.initialization import InitialM, starting_values
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
 
@@ -71,8 +71,8 @@ class NeuronGranularity(Granularity):
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · relative norm of the weights that read each channel, or a constant."""
-        for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
-            check_weights(layer, aux.placement.whole(T, weight), name)
+        for _ in self.whole_weights(aux, name):
+            pass  # they are checked on the way
         norms = self._sum_over_channels(aux, [T.float().square() for T in aux.effective()]).sqrt()
         for group in self.neurons.groups:
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)

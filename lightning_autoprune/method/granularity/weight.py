@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_autoprune.method.exact_topk import check_count, minimum_counts
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
-from lightning_autoprune.method.initialization import InitialM, check_weights, initial_m
+from lightning_autoprune.method.initialization import InitialM, initial_m
 from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
@@ -38,12 +38,8 @@ class WeightGranularity(Granularity):
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · abs(w) / std(w) of each layer, or a constant."""
-        M = []
-        for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
-            whole = aux.placement.whole(T, weight)
-            check_weights(layer, whole, name)
-            M.append(aux.placement.shard(initial_m(whole, name, scale), weight))
-        return M
+        layers = self.whole_weights(aux, name)
+        return [aux.placement.shard(initial_m(whole, name, scale), weight) for weight, whole in layers]
 
     def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
         """Return M by layer name."""

@@ -1,0 +1,110 @@
+"""Save and restore auxiliary parameters: plain types and tensors of whole layers, for a checkpoint. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.tensors.bitmasks import pack, unpack
+
+if TYPE_CHECKING:
+    from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+
+__all__ = ["restore_state", "save_state"]
+
+
+def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
+    """Return all that resuming needs beside the weights T: packed masks, M, dormant weights, running averages."""
+    layers = list(aux.weights.values())
+    masks = [aux.placement.whole_for_saving(m, w) for m, w in zip(aux.masks(), layers, strict=True)]
+    state: dict[str, Any] = {
+        "granularity": aux.granularity.name,
+        "units": aux.granularity.state_dict(),
+        "shapes": {name: tuple(weight.shape) for name, weight in aux.weights.items()},
+        "frozen": aux.masks_final,
+        "scale": (aux.scale.mean_square, aux.scale.updates),
+        "masks": [pack(mask) for mask in masks],
+    }
+    if not aux.masks_final:
+        dormant = [aux.placement.whole_for_saving(d, w) for d, w in zip(aux.dormant, layers, strict=True)]
+        state["buckets"] = [list(bucket.numbers) for bucket in aux.buckets]
+        state["M"] = aux.granularity.whole(aux, aux.M)
+        state["state"] = {name: aux.granularity.whole(aux, views) for name, views in aux.state.items()}
+        state["updates"] = list(aux.updates)
+        state["dormant"] = [d[~mask] for d, mask in zip(dormant, masks, strict=True)]
+    return state
+
+
+def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`save_state` gave, on weights that hold the T of the same moment.
+
+    Raises:
+        AutoPruneError: if the state was made for other layers or shapes, which are named, by another granularity or
+            by a rule with other running averages.
+    """
+    _check_state(aux, state)
+    aux.granularity.load_state_dict(state["units"])
+    aux.scale.mean_square, aux.scale.updates = state["scale"]
+    layers, shapes = list(aux.weights.values()), state["shapes"].values()
+    whole_masks = [unpack(packed, shape) for packed, shape in zip(state["masks"], shapes, strict=True)]
+    masks = [aux.placement.shard(m.to(w.device), w) for m, w in zip(whole_masks, layers, strict=True)]
+    if not state["frozen"]:
+        aux.lay_out(state["buckets"], state["updates"])  # the same buckets, so that sums are taken in the same order
+        _restore_units(aux, state)
+        _restore_dormant(aux, state["dormant"], whole_masks)
+    for bits, mask in zip(aux.bits, masks, strict=True):
+        bits.copy_(mask).neg_()
+    aux.kept = [round(n) for n in aux.placement.sum([float(mask.sum()) for mask in masks])]
+    if state["frozen"]:
+        aux.forget()
+    aux.after_weight_step()
+
+
+def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
+    """Restore M and the rule's running averages."""
+    for views, saved in [(aux.M, state["M"]), *((aux.state[name], saved) for name, saved in state["state"].items())]:
+        for tensor, value in zip(views, aux.granularity.shard(aux, saved), strict=True):
+            tensor.copy_(value)
+
+
+def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Restore the values of pruned weights, given those of each layer in order, and the masks of whole layers."""
+    for dormant, weight, own, mask in zip(aux.dormant, aux.weights.values(), values, masks, strict=True):
+        whole = torch.zeros(mask.shape, dtype=dormant.dtype)
+        whole.masked_scatter_(~mask, own.to("cpu", dormant.dtype))
+        dormant.copy_(aux.placement.shard(whole.to(dormant.device), weight))
+
+
+def _check_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
+    """Raise if a state is of another granularity, of other layers, or of a rule with other running averages."""
+    if state["granularity"] != aux.granularity.name:
+        raise AutoPruneError(
+            f"The checkpoint's run pruned {state['granularity']}s, and this callback has"
+            f' `granularity="{aux.granularity.name}"`: resume with the same granularity, or start from the'
+            " checkpoint's weights alone."
+        )
+    _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in aux.weights.items()})
+    if not state["frozen"] and set(state["state"]) != set(aux.rule.state_names):
+        raise AutoPruneError(
+            f"The checkpoint's pruning state is of another update rule than {aux.rule_name!r}: resume with"
+            " the same `update_rule`, or start from the checkpoint's weights alone."
+        )
+
+
+def _check_shapes(saved: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"layer {name!r} of the checkpoint is missing" for name in saved if name not in here]
+    problems += [f"layer {name!r} is not in the checkpoint" for name in here if name not in saved]
+    problems += [
+        f"layer {name!r} has shape {here[name]} and {tuple(saved[name])} in the checkpoint"
+        for name in saved
+        if name in here and tuple(saved[name]) != here[name]
+    ]
+    if problems:
+        raise AutoPruneError(
+            f"The checkpoint's pruning state is for other layers: {'; '.join(problems)}. Build the same model with the"
+            " same `include` and `exclude`, or start from its weights alone."
+        )
