@@ -132,7 +132,7 @@ def test_an_error_in_a_logger_reaches_the_user_and_the_run_is_released(tmp_path)
     with pytest.raises(ConnectionError, match="the logger is gone"):
         run(tmp_path, model=model, callback=callback, logger=Broken())
     assert sparsity(model) == callback.sparsity > 0
-    assert not callback._run.active
+    assert not callback._run.is_training
     whole = run(tmp_path / "whole")
     assert same(run(tmp_path, ckpt_path=tmp_path / "step=20.ckpt")[:2], whole[:2])
 

@@ -135,12 +135,13 @@ def test_settings_that_do_not_work_with_sharded_weights_are_refused(ranks):
         "neurons": f'AutoPruneError: `granularity="neuron"` {yet} `strategy="ddp"`.',
         "artifact": f'AutoPruneError: `log_artifact=True` {yet} `strategy="ddp"`.',
         "averages": f'AutoPruneError: EMAWeightAveraging {yet} `strategy="ddp"`.',
-        "tensor parallel": "AutoPruneError: `tensor_parallel_size` of ModelParallelStrategy is 2, and weights are"
-        " pruned that are sharded over data-parallel ranks alone: use `data_parallel_size=2, tensor_parallel_size=1`.",
-        "replicated": "AutoPruneError: Layer 'first' is not sharded over all 2 ranks but laid out as (Replicate(),"
+        "tensor parallel": "AutoPruneError: `tensor_parallel_size` of ModelParallelStrategy is 2, and only"
+        " weights that are sharded over data-parallel ranks can be pruned: use `data_parallel_size=2,"
+        " tensor_parallel_size=1`.",
+        "replicated": "AutoPruneError: Layer 'first' is not sharded over all 2 ranks, but laid out as (Replicate(),"
         ' Shard(dim=0)) over 2: call `fully_shard` with `mesh=self.device_mesh["data_parallel"]`.',
-        "not sharded": "AutoPruneError: Layer 'last' is not sharded, so that its weights would differ between the"
-        " ranks: apply `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer.",
+        "not sharded": "AutoPruneError: Layer 'last' is not sharded, so its weights would differ between the ranks:"
+        " apply `fully_shard` to it or to a module around it in `configure_model`, or exclude the layer.",
         "fixed": "AutoPruneError: A fixed part of the training set can't be held out on 2 ranks, since each rank draws"
         " its own samples: use `redraw_held_out=True` or a DataLoader.",
     }

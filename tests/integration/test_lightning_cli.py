@@ -68,7 +68,7 @@ def test_the_config_file_of_the_docs_runs_as_it_is(capsys):
 def test_a_loss_function_is_given_by_its_import_path():
     (callback,) = (c for c in cli(loss_fn="helpers.held_out_loss").trainer.callbacks if "Prune" in str(type(c)))
     assert isinstance(callback, AutoPruneCallback)
-    assert callback.loss_fn.__name__ == "held_out_loss"
+    assert callback.settings.loss_fn.__name__ == "held_out_loss"
 
 
 def test_a_wrong_value_is_refused_with_the_callbacks_message():
@@ -86,6 +86,6 @@ def test_every_argument_has_a_help_text(capsys):
     with pytest.raises(SystemExit):
         LightningCLI(Net, args=["fit", "--trainer.callbacks.help=lightning_autoprune.AutoPruneCallback"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "fraction of all prunable weights to prune, in [0, 1); met exactly when the masks are frozen" in text
+    assert "fraction of all prunable weights to prune, in [0, 1). It is met exactly when the masks become" in text
     for name in inspect.signature(AutoPruneCallback).parameters:
         assert f"--trainer.callbacks.{name}" in text or f".{name} " in text, name

@@ -153,8 +153,8 @@ def test_a_checkpoint_of_a_run_without_pruning_can_be_resumed_with_pruning():
     t.save_checkpoint("dense.ckpt")
     callback = AutoPruneCallback(target_sparsity=0.8)
     message = (
-        "This fit begins after 16 of 48 steps without a state of pruning, which begins after 12 and ends after 31: 15"
-        " steps are left for it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
+        "This fit begins after 16 of 48 steps without a pruning state. Pruning begins after 12 steps and ends after 31,"
+        " so 15 steps are left for it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
     )
     with pytest.warns(UserWarning, match=re.escape(message)):
         model, _ = fit(callback, epochs=6, ckpt_path="dense.ckpt")

@@ -204,7 +204,7 @@ def test_validating_testing_and_predicting_before_and_after_change_nothing():
                 t.validate(model, loader(32), verbose=False)
                 t.test(model, loader(32), verbose=False)
                 t.predict(model, loader(32))
-                assert t.callbacks[0]._run is None or not t.callbacks[0]._run.active
+                assert t.callbacks[0]._run is None or not t.callbacks[0]._run.is_training
             if not hasattr(t, "fitted"):
                 seed_everything(2, verbose=False)
                 t.fit(model, loader())
