@@ -83,7 +83,7 @@ def shrink(model: Model, example_input: ExampleInput, *, tolerance: float = 1e-4
     if is_being_pruned(model):
         raise AutoPruneError(
             f"{type(model).__name__} is still being pruned: shrink it when fitting has ended, or once the masks are"
-            " frozen, or shrink a copy of it as it is now (`copy.deepcopy`)."
+            " final, or shrink a copy of it as it is now (`copy.deepcopy`)."
         )
     channels = group_attention_heads(model, find_channels(model, example_input), example_input)
     if not channels:

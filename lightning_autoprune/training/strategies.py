@@ -60,7 +60,9 @@ class DDPSupport(StrategySupport):
     def check_unfrozen(self, trainer: Trainer) -> None:
         """Raise if there are several ranks."""
         if trainer.world_size > 1:
-            raise AutoPruneError("DDP does not share the gradients of what was frozen when fitting started.")
+            raise AutoPruneError(
+                "DDP does not share the gradients of parameters that were frozen when fitting started."
+            )
 
 
 class FSDP2Support(StrategySupport):

@@ -146,7 +146,7 @@ def test_a_lightning_module_is_refused_while_it_is_pruned_and_shrunk_afterwards(
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :1]), 16)
     model, _ = fit([callback, Watch()], model=Lit(), train=loader, epochs=5)
     assert seen["error"] == (
-        "Sequential is still being pruned: shrink it when fitting has ended, or once the masks are frozen, or shrink a"
+        "Sequential is still being pruned: shrink it when fitting has ended, or once the masks are final, or shrink a"
         " copy of it as it is now (`copy.deepcopy`)."
     )
     small = shrink(model, torch.zeros(1, 4))

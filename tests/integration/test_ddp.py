@@ -115,7 +115,7 @@ def test_ranks_that_lightning_starts_by_itself_prune_to_the_target(tmp_path, str
 
 def test_a_thawed_layer_stays_dense_because_ddp_does_not_share_its_gradients(ranks):
     (one, texts), (two, _) = (found["thawed"] for found in ranks)
-    assert "DDP does not share the gradients of what was frozen when fitting started." in " ".join(texts)
+    assert "DDP does not share the gradients of parameters that were frozen when fitting started." in " ".join(texts)
     assert same(one["masks"], two["masks"])
     assert one["sparsity"] == pytest.approx(0.7, abs=0.01)
     assert (one["state"]["backbone.weight"] != 0).all()

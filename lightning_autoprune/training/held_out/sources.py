@@ -18,7 +18,6 @@ from lightning_autoprune.training.held_out.redrawn_source import RedrawnSource
 __all__ = ["HELD_OUT_SOURCES", "HeldOutSource", "make_source"]
 
 HELD_OUT_SOURCES: dict[str, type[TrainSource | ValidationSource]] = {"val": ValidationSource, "train": TrainSource}
-
 """The sources that have a word, by that word; each is made with the seed alone."""
 
 

@@ -23,7 +23,6 @@ WRITERS: dict[type[Logger], FigureWriter[Any]] = {
     TensorBoardLogger: TensorBoardFigures(),
     CSVLogger: CSVFigures(),
 }
-
 """What writes the figures, by the class of the logger; subclasses included. Other loggers get no figures."""
 
 
