@@ -126,7 +126,7 @@ def test_the_gradient_equals_that_of_masks_on_the_activations():
     network(x).square().sum().backward()
     gradients = [weight.grad for weight in aux.weights.values()]
     [(g, *_)] = aux.granularity.sensitivities(aux, gradients, aux.rule)
-    torch.testing.assert_close(g * aux.granularity._root_sizes, h.grad)  # pruned channels have one too, to come back
+    torch.testing.assert_close(g * aux.granularity._root_sizes, h.grad)  # also of pruned channels: they can come back
     assert h.grad[[1, 4]].abs().min() > 0
 
 
