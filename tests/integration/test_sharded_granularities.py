@@ -1,4 +1,4 @@
-"""Two real processes with sharded weights: every granularity works as on whole weights, with one class each."""
+"""In two real processes, every granularity prunes sharded weights like whole ones."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("moment", ["pruning", "state", "resumed", "target", "final"])
 @pytest.mark.parametrize("rule", sharded_run.RULES)
 @pytest.mark.parametrize("granularity", sharded_run.GRANULARITIES)
-def test_sharded_weights_are_pruned_as_whole_ones(ranks, granularity, rule, moment):
-    assert [found[f"{granularity}, {rule}"][moment] for found in ranks] == [True, True]
+def test_sharded_weights_are_pruned_like_whole_ones(ranks, granularity, rule, moment):
+    assert [results_of_rank[f"{granularity}, {rule}"][moment] for results_of_rank in ranks] == [True, True]

@@ -1,3 +1,5 @@
+"""The auxiliary step, the masks and the state of ``AuxiliaryParameters``."""
+
 from __future__ import annotations
 
 import copy
@@ -15,11 +17,11 @@ from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
 
-def network() -> nn.Module:
+def make_network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
-def attached(model: nn.Module, **options) -> AuxiliaryParameters:
+def attach(model: nn.Module, **options) -> AuxiliaryParameters:
     return AuxiliaryParameters(prunable_weights(model), **options)
 
 
@@ -27,7 +29,7 @@ def random_gradients(aux: AuxiliaryParameters) -> list[torch.Tensor]:
     return [torch.randn_like(weight) for weight in aux.weights.values()]
 
 
-def weight_step(model: nn.Module, aux: AuxiliaryParameters, opt: torch.optim.Optimizer) -> None:
+def take_weight_step(model: nn.Module, aux: AuxiliaryParameters, opt: torch.optim.Optimizer) -> None:
     opt.zero_grad()
     model(torch.randn(5, 1, 6, 6)).square().sum().backward()
     aux.mask_gradients()
@@ -38,56 +40,56 @@ def weight_step(model: nn.Module, aux: AuxiliaryParameters, opt: torch.optim.Opt
 # Attach and detach
 
 
-def test_attaching_changes_nothing_of_the_model():
-    model = network()
+def test_attaching_leaves_the_model_unchanged():
+    model = make_network()
     before = copy.deepcopy(model.state_dict())
     identities = [id(p) for p in model.parameters()]
-    attached(model)
+    attach(model)
     assert same(dict(model.state_dict()), dict(before))
     assert [id(p) for p in model.parameters()] == identities
 
 
-def test_detaching_leaves_plain_weights_and_no_trace():
-    model, plain = network(), network()
-    aux = attached(model)
+def test_detaching_leaves_only_plain_weights():
+    model, plain = make_network(), make_network()
+    aux = attach(model)
     aux.step(random_gradients(aux), lr=0.1, mu=1)
     aux.update_masks()
     T = [weight.detach().clone() for weight in model.parameters()]
     aux.detach()
     assert same(T, [weight.detach() for weight in model.parameters()])
     assert aux.weights == {}
-    for module, other in zip(model.modules(), plain.modules(), strict=True):
-        assert module.__dict__.keys() == other.__dict__.keys()
+    for module, plain_module in zip(model.modules(), plain.modules(), strict=True):
+        assert module.__dict__.keys() == plain_module.__dict__.keys()
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
-    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+    for parameter, plain_parameter in zip(model.parameters(), plain.parameters(), strict=True):
         assert type(parameter) is nn.Parameter
-        assert parameter.__dict__.keys() == other.__dict__.keys()
+        assert parameter.__dict__.keys() == plain_parameter.__dict__.keys()
         assert not parameter._backward_hooks
     copy.deepcopy(model)
     torch.save(model, io.BytesIO())
 
 
-def test_magnitude_starts_m_in_units_of_each_layers_spread():
-    model = network()
+def test_magnitude_initialization_is_relative_to_each_layer():
+    model = make_network()
     with torch.no_grad():
         model[3].weight.mul_(100)
-    aux = attached(model, initial_scale=0.2)
+    aux = attach(model, initial_scale=0.2)
     assert aux.M[1].mean() == pytest.approx(aux.M[2].mean(), rel=0.5)
 
 
 # T = W ⊙ h(M)
 
-steps = st.lists(st.tuples(st.floats(0.001, 0.5), st.floats(0, 2)), min_size=1, max_size=6)
+rates_and_pressures = st.lists(st.tuples(st.floats(0.001, 0.5), st.floats(0, 2)), min_size=1, max_size=6)
 
 
 @settings(max_examples=30, deadline=None)
-@given(steps, st.sampled_from(["linear", "hard_sigmoid", "leaky_relu", "softplus"]), st.integers(0, 99))
-def test_weights_are_zero_exactly_where_m_is_not_above_zero(plan, estimator, seed):
+@given(rates_and_pressures, st.sampled_from(["linear", "hard_sigmoid", "leaky_relu", "softplus"]), st.integers(0, 99))
+def test_weights_are_zero_exactly_where_m_is_not_positive(steps, estimator, seed):
     torch.manual_seed(seed)
-    model = network()
-    aux = attached(model, estimator=estimator)
-    for lr, mu in plan:
+    model = make_network()
+    aux = attach(model, estimator=estimator)
+    for lr, mu in steps:
         aux.step(random_gradients(aux), lr, mu)
         aux.update_masks()
         for weight, W, M in zip(aux.weights.values(), aux.W, aux.M, strict=True):
@@ -98,33 +100,33 @@ def test_weights_are_zero_exactly_where_m_is_not_above_zero(plan, estimator, see
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_a_pruned_weight_keeps_its_value_bit_for_bit_and_returns_with_it(name):
-    model = network()
+def test_a_pruned_weight_comes_back_with_its_exact_value(name):
+    model = make_network()
     opt = optimizer(name, model.parameters())
-    aux = attached(model)
-    for _ in range(5):  # so that there is momentum
-        weight_step(model, aux, opt)
+    aux = attach(model)
+    for _ in range(5):  # builds up momentum, which would move pruned weights
+        take_weight_step(model, aux, opt)
     before = [W.clone() for W in aux.W]
     pruned = [torch.rand_like(W) < 0.5 for W in aux.W]
-    for M, out in zip(aux.M, pruned, strict=True):
-        M[out] = -1
+    for M, mask in zip(aux.M, pruned, strict=True):
+        M[mask] = -1
     aux.update_masks()
     for _ in range(20):
-        weight_step(model, aux, opt)
-        assert all((w[out] == 0).all() for w, out in zip(aux.weights.values(), pruned, strict=True))
-    moved = [weight.detach().clone() for weight in aux.weights.values()]
-    for M, out in zip(aux.M, pruned, strict=True):
-        M[out] = 1
+        take_weight_step(model, aux, opt)
+        assert all((w[mask] == 0).all() for w, mask in zip(aux.weights.values(), pruned, strict=True))
+    trained = [weight.detach().clone() for weight in aux.weights.values()]
+    for M, mask in zip(aux.M, pruned, strict=True):
+        M[mask] = 1
     aux.update_masks()
-    for weight, out, old, now in zip(aux.weights.values(), pruned, before, moved, strict=True):
-        assert torch.equal(weight[out], old[out])
-        assert torch.equal(weight[~out], now[~out])
-        assert not torch.equal(now[~out], old[~out])
+    for weight, mask, old, new in zip(aux.weights.values(), pruned, before, trained, strict=True):
+        assert torch.equal(weight[mask], old[mask])
+        assert torch.equal(weight[~mask], new[~mask])
+        assert not torch.equal(new[~mask], old[~mask])
 
 
-def test_gradients_of_pruned_weights_are_masked_and_others_left():
-    model = network()
-    aux = attached(model)
+def test_only_gradients_of_pruned_weights_are_masked():
+    model = make_network()
+    aux = attach(model)
     aux.M[1][:, ::2] = -1
     aux.update_masks()
     model(torch.randn(5, 1, 6, 6)).sum().backward()
@@ -135,20 +137,20 @@ def test_gradients_of_pruned_weights_are_masked_and_others_left():
     assert torch.equal(model[3].weight.grad[:, 1::2], gradient[:, 1::2])
 
 
-def test_a_layer_without_a_gradient_is_no_trouble():
-    model = network()
-    aux = attached(model)
+def test_masking_gradients_skips_layers_without_a_gradient():
+    model = make_network()
+    aux = attach(model)
     aux.mask_gradients()
     assert model[3].weight.grad is None
 
 
-# The rule
+# The auxiliary step
 
 
 @pytest.mark.parametrize("power", [-20, 20])
 def test_masks_do_not_depend_on_the_scale_of_the_loss(power):
-    model = network()
-    a, b = attached(model), attached(copy.deepcopy(model))
+    model = make_network()
+    a, b = attach(model), attach(copy.deepcopy(model))
     for _ in range(5):
         gradients = random_gradients(a)
         a.step(gradients, 0.02, 0.5)
@@ -157,8 +159,8 @@ def test_masks_do_not_depend_on_the_scale_of_the_loss(power):
     assert any((M <= 0).any() for M in a.M)
 
 
-def test_a_gradient_that_is_not_finite_takes_no_step():
-    aux = attached(network())
+def test_no_step_is_taken_if_a_gradient_is_not_finite():
+    aux = attach(make_network())
     before = copy.deepcopy(aux.M)
     gradients = random_gradients(aux)
     gradients[1][0, 0] = float("nan")
@@ -167,8 +169,8 @@ def test_a_gradient_that_is_not_finite_takes_no_step():
     assert aux.step(random_gradients(aux), 0.1, 1)
 
 
-def test_gradients_of_zero_leave_the_pressure_alone_at_work():
-    aux = attached(network(), update_rule="autoprune")
+def test_with_zero_gradients_only_the_pressure_moves_m():
+    aux = attach(make_network(), update_rule="autoprune")
     before = copy.deepcopy(aux.M)
     assert aux.step([torch.zeros_like(M) for M in aux.M], lr=0.1, mu=0.5)
     for M, old in zip(aux.M, before, strict=True):
@@ -176,22 +178,22 @@ def test_gradients_of_zero_leave_the_pressure_alone_at_work():
 
 
 def test_half_precision_weights_have_m_in_single_precision():
-    aux = attached(network().bfloat16())
+    aux = attach(make_network().bfloat16())
     assert all(M.dtype == torch.float32 for M in aux.M)
     aux.step([g.bfloat16() for g in random_gradients(aux)], 0.1, 1)
     aux.update_masks()
     assert 0 < aux.sparsity < 1
 
 
-def test_what_others_do_to_kept_weights_after_the_step_is_taken_in():
-    """Clipping of weights, a callback, ``load_state_dict``."""
-    model = network()
-    aux = attached(model)
+def test_outside_changes_to_kept_weights_are_adopted():
+    """Weight clipping, a callback or ``load_state_dict`` may write to weights after the step."""
+    model = make_network()
+    aux = attach(model)
     aux.M[1][:, ::2] = -1
     aux.update_masks()
     dormant = aux.W[1][:, ::2].clone()
     with torch.no_grad():
-        model[3].weight.fill_(7)  # dense
+        model[3].weight.fill_(7)  # pruned entries too
     aux.step(random_gradients(aux), 1e-6, 0)
     aux.update_masks()
     assert (model[3].weight[:, 1::2] == 7).all()
@@ -199,10 +201,10 @@ def test_what_others_do_to_kept_weights_after_the_step_is_taken_in():
     assert torch.equal(aux.W[1][:, ::2], dormant)
 
 
-def test_weights_in_channels_last_order_are_pruned_the_same():
-    model = network()
+def test_channels_last_weights_are_pruned_like_contiguous_ones():
+    model = make_network()
     other = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    a, b = attached(model), attached(other)
+    a, b = attach(model), attach(other)
     for aux in (a, b):
         torch.manual_seed(5)
         aux.step(random_gradients(aux), 0.1, 1)
@@ -211,19 +213,19 @@ def test_weights_in_channels_last_order_are_pruned_the_same():
     assert same(dict(model.state_dict()), dict(other.state_dict()))
 
 
-def test_weights_that_give_no_m_are_refused_by_name():
-    model = network()
+def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
+    model = make_network()
     nn.init.zeros_(model[5].weight)
     with pytest.raises(AutoPruneError, match="All weights of layer '5' are 0"):
-        attached(model)
-    assert attached(model, initial_m="constant").sparsity == 0
+        attach(model)
+    assert attach(model, initial_m="constant").sparsity == 0
 
 
 # Floors and counts
 
 
-def test_no_layer_is_ever_emptied():
-    aux = attached(network(), layer_floor=0.1)
+def test_every_layer_keeps_its_floor_under_huge_pressure():
+    aux = attach(make_network(), layer_floor=0.1)
     for _ in range(3):
         aux.step(random_gradients(aux), lr=1, mu=50)
         aux.update_masks()
@@ -231,51 +233,51 @@ def test_no_layer_is_ever_emptied():
     assert all((M > 0).sum() == k for M, k in zip(aux.M, aux.kept, strict=True))
 
 
-def test_keep_meets_the_count_exactly_and_says_so():
-    model = network()
-    aux = attached(model)
+def test_keep_meets_and_reports_the_exact_count():
+    model = make_network()
+    aux = attach(model)
     aux.keep(100)
     assert sum(int((weight != 0).sum()) for weight in aux.weights.values()) == 100 == sum(aux.kept)
     assert aux.density == 100 / 572
     assert aux.sparsity == 472 / 572
 
 
-# The end, and state
+# Final masks and state
 
 
-def test_frozen_masks_hold_under_momentum_and_cost_no_latent_weights():
-    model = network()
+def test_final_masks_hold_under_momentum_without_latent_weights():
+    model = make_network()
     opt = optimizer("adam", model.parameters())
-    aux = attached(model)
+    aux = attach(model)
     for _ in range(3):
-        weight_step(model, aux, opt)
+        take_weight_step(model, aux, opt)
     aux.keep(80)
     aux.finalize_masks()
     assert aux.W == aux.M == []
     masks = aux.masks()
     before = flat(model)
     for _ in range(5):
-        weight_step(model, aux, opt)
+        take_weight_step(model, aux, opt)
     assert all(torch.equal(w != 0, mask) for w, mask in zip(aux.weights.values(), masks, strict=True))
     assert not torch.equal(before, flat(model))
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_state_is_restored_exactly_and_loads_with_weights_only(frozen):
+@pytest.mark.parametrize("final", [False, True])
+def test_state_is_restored_exactly_and_loads_with_weights_only(final):
     torch.manual_seed(1)
-    model = network()
-    aux = attached(model)
+    model = make_network()
+    aux = attach(model)
     aux.step(random_gradients(aux), 0.1, 1)
     aux.update_masks()
-    if frozen:
+    if final:
         aux.finalize_masks()
     file = io.BytesIO()
     torch.save({"weights": model.state_dict(), "auxiliary": aux.state_dict()}, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    other = network()
+    other = make_network()
     other.load_state_dict(loaded["weights"])
-    restored = attached(other)
+    restored = attach(other)
     restored.load_state_dict(loaded["auxiliary"])
     assert same(restored.M, aux.M)
     assert same(restored.W, aux.W)
@@ -284,23 +286,23 @@ def test_state_is_restored_exactly_and_loads_with_weights_only(frozen):
     assert same(dict(other.state_dict()), dict(model.state_dict()))
 
 
-def test_state_of_other_layers_is_refused_by_name():
-    state = attached(network()).state_dict()
+def test_the_error_for_state_of_other_layers_names_the_differences():
+    state = attach(make_network()).state_dict()
     other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 9), nn.Linear(9, 3))
     message = (
         r"layer '5' of the checkpoint is missing; layer '4' is not in the checkpoint; layer '3' has shape \(9, 64\) and"
         r" \(8, 64\) in the checkpoint\. Build the same model"
     )
     with pytest.raises(AutoPruneError, match=message):
-        attached(other).load_state_dict(state)
+        attach(other).load_state_dict(state)
 
 
-@pytest.mark.parametrize(("saved", "now"), [("adaptive", "autoprune"), ("vanilla", "adaptive")])
-def test_a_state_of_a_rule_with_other_figures_is_refused_by_name(saved, now):
+@pytest.mark.parametrize(("saved_rule", "rule"), [("adaptive", "autoprune"), ("vanilla", "adaptive")])
+def test_state_of_a_rule_with_other_running_averages_is_refused(saved_rule, rule):
     layers = {"layer": torch.nn.Parameter(torch.randn(3, 4))}
-    state = AuxiliaryParameters(layers, update_rule=saved).state_dict()
-    with pytest.raises(AutoPruneError, match=f"state is of another update rule than '{now}': resume with the same"):
-        AuxiliaryParameters(layers, update_rule=now).load_state_dict(state)
+    state = AuxiliaryParameters(layers, update_rule=saved_rule).state_dict()
+    with pytest.raises(AutoPruneError, match=f"state is of another update rule than '{rule}': resume with the same"):
+        AuxiliaryParameters(layers, update_rule=rule).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +319,6 @@ def test_a_state_of_a_rule_with_other_figures_is_refused_by_name(saved, now):
         ({"layer_floor": 1.0}, r"`layer_floor` is 1.0; it must be a number in \[0, 1\)."),
     ],
 )
-def test_a_wrong_setting_is_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(AutoPruneError, match=message):
-        attached(network(), **options)
+        attach(make_network(), **options)

@@ -1,4 +1,4 @@
-"""How much memory goes with a weight, while pruning and once the masks are frozen."""
+"""How many bytes ``AuxiliaryParameters`` hold per weight, during pruning and once masks are final."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 
 
-def held(value, seen: set[int]) -> int:
-    """Bytes of all memory of tensors in the attributes of an object, but what has been seen."""
+def count_bytes(value, seen: set[int]) -> int:
+    """Return the bytes of tensor memory in the attributes of an object, without storages in ``seen``."""
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         new = storage.data_ptr() not in seen
         seen.add(storage.data_ptr())
         return storage.nbytes() if new else 0
     if isinstance(value, dict):
-        return sum(held(v, seen) for v in value.values())
+        return sum(count_bytes(v, seen) for v in value.values())
     if isinstance(value, (list, tuple)):
-        return sum(held(v, seen) for v in value)
-    return held(vars(value), seen) if hasattr(value, "__dict__") else 0
+        return sum(count_bytes(v, seen) for v in value)
+    return count_bytes(vars(value), seen) if hasattr(value, "__dict__") else 0
 
 
 @pytest.mark.parametrize(
@@ -31,22 +31,24 @@ def held(value, seen: set[int]) -> int:
         ("autoprune", torch.bfloat16, 8),
     ],
 )
-def test_so_many_bytes_go_with_a_weight(rule, dtype, expected):
-    """As ``docs/large_models.md`` says, which counts the gradient of the weight step besides."""
+def test_bytes_per_weight_are_as_documented(rule, dtype, expected):
+    """The table in ``docs/large_models.md`` also counts the gradient of the weight step."""
     weight = torch.randn(1000, 1000).to(dtype)
     aux = AuxiliaryParameters({"layer": weight}, update_rule=rule)
     aux.step([torch.randn_like(weight)], 0.1, 0.1)
     aux.update_masks()
-    assert held(aux, {weight.untyped_storage().data_ptr()}) == pytest.approx(expected * weight.numel(), rel=0.001)
+    assert count_bytes(aux, {weight.untyped_storage().data_ptr()}) == pytest.approx(
+        expected * weight.numel(), rel=0.001
+    )
 
 
-def test_frozen_masks_take_one_bit_a_weight():
+def test_final_masks_take_one_bit_per_weight():
     weight = torch.randn(1000, 1000)
     aux = AuxiliaryParameters({"layer": weight})
     aux.keep(100_000)
     kept = aux.masks()[0]
     aux.finalize_masks()
-    assert held(aux, {weight.untyped_storage().data_ptr()}) < weight.numel() / 8 + 2**14
+    assert count_bytes(aux, {weight.untyped_storage().data_ptr()}) < weight.numel() / 8 + 2**14
     weight.copy_(torch.randn(1000, 1000))
     aux.after_weight_step()
     assert torch.equal(weight != 0, kept)

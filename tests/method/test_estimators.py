@@ -1,3 +1,5 @@
+"""The derivative h'(m) of each straight-through estimator."""
+
 from __future__ import annotations
 
 import pytest
@@ -11,15 +13,15 @@ from lightning_autoprune.method.estimators import ESTIMATORS, straight_through
 M = torch.tensor([-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
 
 
-def test_linear_is_one_everywhere_and_costs_nothing():
+def test_linear_needs_no_factor():
     assert straight_through("linear", M) is None
 
 
-def test_hard_sigmoid_is_a_half_inside_one_and_zero_outside():
+def test_hard_sigmoid_is_one_half_between_minus_one_and_one():
     assert straight_through("hard_sigmoid", M).tolist() == [0, 0, 0.5, 0.5, 0.5, 0, 0]
 
 
-def test_leaky_relu_has_its_slope_where_pruned():
+def test_leaky_relu_is_its_slope_for_pruned_weights():
     expected = torch.tensor([0.2, 0.2, 0.2, 0.2, 1, 1, 1])
     assert torch.equal(straight_through("leaky_relu", M, leaky_slope=0.2), expected)
 
@@ -38,11 +40,11 @@ def test_every_estimator_is_between_zero_and_one(name, m):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", list(ESTIMATORS)[1:])
-def test_dtype_is_kept(name, dtype):
+def test_the_dtype_is_preserved(name, dtype):
     assert straight_through(name, M.to(dtype)).dtype == dtype
 
 
-def test_an_unknown_estimator_lists_those_there_are():
+def test_an_unknown_estimator_raises_an_error_that_lists_the_known_ones():
     message = (
         "`estimator` is 'relu'; allowed are 'linear', 'hard_sigmoid', 'leaky_relu', 'softplus', or a function of M."
     )

@@ -1,19 +1,24 @@
+"""The exact global top-k by bisection, compared with sorting."""
+
 from __future__ import annotations
+
+import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autoprune.method.exact_topk import keep_largest, lift_largest
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.exact_topk import check_count, keep_largest, lift_largest, minimum_counts
 
-# Few values, so that many are equal, and those that a comparison may get wrong.
+# Few distinct values, so that ties are common, and values that comparisons are likely to get wrong.
 values = st.sampled_from([-torch.inf, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-8, 0.5, 1.0, 3e38])
 
 
-def best(M: list[Tensor], floors: list[int], count: int) -> list[list[bool]]:
-    """By sorting: each layer's floor, then the largest of the rest; of equal ones the first."""
+def keep_by_sorting(M: list[Tensor], floors: list[int], count: int) -> list[list[bool]]:
+    """Return which entries sorting keeps: each layer's floor, then the largest of the rest; of equal ones the first."""
     entries = sorted((-value, i, j) for i, m in enumerate(M) for j, value in enumerate(m.flatten().tolist()))
     chosen = {entry for i, floor in enumerate(floors) for entry in [e for e in entries if e[1] == i][:floor]}
     chosen |= set([e for e in entries if e not in chosen][: count - len(chosen)])
@@ -21,27 +26,27 @@ def best(M: list[Tensor], floors: list[int], count: int) -> list[list[bool]]:
 
 
 @given(st.data(), st.sampled_from([torch.float32, torch.float64]))
-def test_the_largest_are_kept_as_by_sorting(data, dtype):
+def test_kept_entries_are_those_that_sorting_gives(data, dtype):
     layers = data.draw(st.lists(st.lists(values, min_size=1, max_size=8), min_size=1, max_size=4))
     floors = [data.draw(st.integers(0, len(layer))) for layer in layers]
     count = data.draw(st.integers(sum(floors), sum(map(len, layers))))
     M = [torch.tensor(layer, dtype=dtype) for layer in layers]
     before = [m.clone() for m in M]
     keep_largest(M, floors, count)
-    assert [(m > 0).tolist() for m in M] == best(before, floors, count)
-    for m, old in zip(M, before, strict=True):  # no sign that was right is moved
+    assert [(m > 0).tolist() for m in M] == keep_by_sorting(before, floors, count)
+    for m, old in zip(M, before, strict=True):  # an entry whose sign was right must not move
         right = (m > 0) == (old > 0)
         assert torch.equal(m[right & (old > 1e-8)], old[right & (old > 1e-8)])
         assert torch.equal(m[right & (old <= 0)], old[right & (old <= 0)])
 
 
-def test_lifting_moves_the_largest_above_zero_and_nothing_else():
+def test_lift_largest_raises_only_the_largest():
     m = torch.tensor([[-3.0, 2.0], [-1.0, -2.0]]).T
     lift_largest(m, 2)
     assert m.tolist() == [[-3.0, pytest.approx(1e-8)], [2.0, -2.0]]
 
 
-def test_what_is_not_a_number_is_the_last_to_be_kept():
+def test_nan_is_the_last_to_be_kept():
     nan = torch.nan
     M = [torch.tensor([nan, nan, nan]), torch.tensor([nan, -2.0, torch.inf, -torch.inf])]
     keep_largest(M, [2, 0], 4)
@@ -53,7 +58,7 @@ def test_what_is_not_a_number_is_the_last_to_be_kept():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_largest_of_many_are_kept(dtype):
+def test_the_largest_of_many_entries_are_kept(dtype):
     torch.manual_seed(0)
     M = [torch.randn(300, 100, dtype=dtype), torch.randn(40, 5, 3, dtype=dtype) - 3]
     expected = torch.cat([m.flatten() for m in M]).topk(5000).indices
@@ -62,7 +67,7 @@ def test_the_largest_of_many_are_kept(dtype):
 
 
 @given(st.integers(0, 2**32), st.integers(2, 30), st.integers(1, 40))
-def test_keep_best_keeps_exactly_so_many_and_never_empties_a_tensor(seed, count, size):
+def test_keep_largest_meets_the_exact_count_and_empties_no_tensor(seed, count, size):
     torch.manual_seed(seed)
     M = [torch.randn(size), torch.randn(4, 5) - 3]
     total = size + 20
@@ -72,27 +77,58 @@ def test_keep_best_keeps_exactly_so_many_and_never_empties_a_tensor(seed, count,
     assert all((m > 0).any() for m in M)
 
 
-def test_keep_best_prefers_the_largest_and_moves_no_sign_that_was_right():
+def test_keep_largest_leaves_entries_with_the_right_sign_unchanged():
     M = [torch.tensor([3.0, 2.0, -1.0, 1.0])]
     keep_largest(M, [1], 2)
     assert M[0].tolist() == [3.0, 2.0, -1.0, 0.0]
 
 
-def test_keep_best_breaks_ties_to_the_exact_count():
+def test_keep_largest_breaks_ties_to_meet_the_exact_count():
     M = [torch.full((10,), 0.1)]
     keep_largest(M, [1], 4)
     assert int((M[0] > 0).sum()) == 4
 
 
-def test_keep_best_can_leave_the_others_as_they_are():
+def test_keep_largest_can_leave_all_other_entries_unchanged():
     M = [torch.tensor([-3.0, -2.0, -1.0])]
     keep_largest(M, [1], 1, prune=False)
     assert M[0][:2].tolist() == [-3.0, -2.0]
     assert M[0][2] > 0
 
 
-def test_keep_best_works_on_memory_in_any_order():
+def test_keep_largest_works_in_any_memory_format():
     M = [torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
-    best = M[0].flatten().topk(5).indices
+    expected = M[0].flatten().topk(5).indices
     keep_largest(M, [1], 5)
-    assert set((M[0] > 0).flatten().nonzero().flatten().tolist()) == set(best.tolist())
+    assert set((M[0] > 0).flatten().nonzero().flatten().tolist()) == set(expected.tolist())
+
+
+# Floors
+
+
+def test_every_layer_keeps_at_least_one_weight():
+    assert minimum_counts([10, 5000, 1001], 0.001) == [1, 5, 2]
+
+
+def test_a_floor_is_exact_where_floating_point_rounds_the_product_up():
+    assert 0.07 * 100 > 7
+    assert minimum_counts([100, 101], 0.07) == [7, 8]
+
+
+def test_the_error_for_a_count_below_the_floors_says_what_to_change():
+    message = (
+        r"Keeping 3 of 20000 weights is not possible: with `layer_floor=0.001` the 2 layers keep at least 20. Ask for a"
+        r" `target_sparsity` of at most 0.999, or lower `layer_floor`."
+    )
+    with pytest.raises(AutoPruneError, match=message):
+        check_count(3, [10000, 10000], 0.001)
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=50), st.sampled_from([0.0, 0.001, 0.03, 0.5]))
+@example([2304 * 768, 768 * 768, 3072 * 768, 3072 * 768] * 12, 0.001)  # GPT-2 small
+def test_the_sparsity_that_the_error_suggests_is_possible(totals, layer_floor):
+    with pytest.raises(AutoPruneError) as error:
+        check_count(0, totals, layer_floor)
+    advised = float(re.search("at most (.*), or lower", str(error.value))[1])
+    assert 1 - sum(minimum_counts(totals, layer_floor)) / sum(totals) - advised < 1.1e-6
+    check_count(round((1 - advised) * sum(totals)), totals, layer_floor)

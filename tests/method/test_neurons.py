@@ -1,3 +1,5 @@
+"""Pruning whole channels: their costs, masks, gradients and targets."""
+
 from __future__ import annotations
 
 import copy
@@ -19,14 +21,15 @@ from lightning_autoprune.model.prunable_neurons import find_neurons
 CHANNELS = {name: EXACT[name] for name in ("lenet5", "resnet", "mobilenet", "dense", "signals", "volumes")}
 
 
-def neurons_of(name):
+def build_architecture(name):
+    """Return a network, its neurons and an example input."""
     make, shape = {**EXACT, **DIFFICULT}[name]
     network = make()
     return network, find_neurons(network, prunable_weights(network), torch.zeros(2, *shape)), torch.zeros(2, *shape)
 
 
-def some_alive(neurons, seed):
-    """A random choice that leaves one of each group."""
+def choose_alive(neurons, seed):
+    """Return a random choice of the channels to keep, with at least one of each group."""
     generator = torch.Generator().manual_seed(seed)
     alive = torch.rand(neurons.count, generator=generator) < torch.rand(1, generator=generator)
     for group in neurons.groups:
@@ -34,33 +37,37 @@ def some_alive(neurons, seed):
     return alive
 
 
-def auxiliary(network, neurons, **options):
+def weights_with_neurons(network, neurons):
     weights = prunable_weights(network)
-    chosen = {name: weights[name] for name in neurons.rows}
-    return AuxiliaryParameters(chosen, granularity=NeuronGranularity(neurons), **options)
+    return {name: weights[name] for name in neurons.rows}
 
 
-def test_the_channels_of_lenet_5_are_those_of_its_hidden_layers():
-    _, neurons, _ = neurons_of("lenet5")
+def make_auxiliary(network, neurons, **options):
+    weights = weights_with_neurons(network, neurons)
+    return AuxiliaryParameters(weights, granularity=NeuronGranularity(neurons), **options)
+
+
+def test_lenet5_has_the_channels_of_its_hidden_layers():
+    _, neurons, _ = build_architecture("lenet5")
     assert [len(group) for group in neurons.groups] == [20, 50, 500]
-    assert neurons.rows["9"].tolist() == [570] * 10  # outputs belong to no channel
+    assert neurons.rows["9"].tolist() == [570] * 10  # one past the last channel, since outputs belong to none
     assert neurons.columns["0"].tolist() == [570]
     assert neurons.columns["7"].tolist() == [20 + i // 16 for i in range(800)]
 
 
 @pytest.mark.parametrize("name", CHANNELS)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_density_is_that_of_the_model_that_shrink_gives(name, seed):
-    network, neurons, inputs = neurons_of(name)
+def test_density_equals_that_of_the_shrunk_model(name, seed):
+    network, neurons, inputs = build_architecture(name)
     dense = model_cost(network, inputs)
     size = sum(w.numel() for w in prunable_weights(network).values())
-    aux = auxiliary(network, neurons)
-    aux.M[0] = torch.where(some_alive(neurons, seed), 1.0, -1.0)
+    aux = make_auxiliary(network, neurons)
+    aux.M[0] = torch.where(choose_alive(neurons, seed), 1.0, -1.0)
     aux.update_masks()
     aux.finalize_masks()
     small = shrink(network, inputs)
     left = sum(w.numel() for w in prunable_weights(small).values())
-    assert left <= size * (1 - aux.sparsity) * (1 + 1e-6)  # less where a pruned channel makes others dead
+    assert left <= size * (1 - aux.sparsity) * (1 + 1e-6)  # less if a pruned channel makes others dead
     flops = neurons.remaining(aux.granularity.alive, {name: float(layer.flops) for name, layer in dense.layers.items()})
     assert model_cost(small, inputs).flops <= dense.flops * flops * (1 + 1e-6)
     if name != "dense":
@@ -69,11 +76,11 @@ def test_density_is_that_of_the_model_that_shrink_gives(name, seed):
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_what_is_pruned_is_zero_and_freezing_changes_no_output(name):
-    network, neurons, inputs = neurons_of(name)
+def test_pruned_channels_are_zero_and_final_masks_change_no_output(name):
+    network, neurons, inputs = build_architecture(name)
     inputs = torch.randn_like(inputs)
-    aux = auxiliary(network, neurons)
-    aux.M[0] = torch.where(some_alive(neurons, 3), 1.0, -1.0)
+    aux = make_auxiliary(network, neurons)
+    aux.M[0] = torch.where(choose_alive(neurons, 3), 1.0, -1.0)
     aux.update_masks()
     before = network.eval()(inputs)
     aux.finalize_masks()
@@ -87,31 +94,31 @@ def test_what_is_pruned_is_zero_and_freezing_changes_no_output(name):
 
 @given(st.integers(0, 2**16))
 @settings(max_examples=20, deadline=None)
-def test_the_marginal_cost_is_what_one_channel_more_costs(seed):
-    _, neurons, _ = neurons_of("lenet5")
-    alive = some_alive(neurons, seed)
-    some = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))[:6].tolist()
-    found, differences = neurons.marginal_costs(alive)[some], []
-    for i in some:
+def test_marginal_costs_are_proportional_to_the_cost_of_one_more_channel(seed):
+    _, neurons, _ = build_architecture("lenet5")
+    alive = choose_alive(neurons, seed)
+    channels = torch.randperm(neurons.count, generator=torch.Generator().manual_seed(seed))[:6].tolist()
+    marginal_costs, differences = neurons.marginal_costs(alive)[channels], []
+    for i in channels:
         with_it, without = alive.clone(), alive.clone()
         with_it[i], without[i] = True, False
         differences.append(neurons.density(with_it) - neurons.density(without))
-    ratio = torch.tensor(differences) / found
+    ratio = torch.tensor(differences) / marginal_costs
     assert torch.allclose(ratio, ratio.mean().expand(6), rtol=1e-3)
 
 
 def masked_forward(network, h, x):
-    """The slow way: each channel's activations times its own mask."""
+    """Run the network with the activations of each channel multiplied by its entry of the mask."""
     x = torch.relu(network[0](x)) * h[:6]
     x = torch.relu(network[2](x)) * h[6:11]
     return network[4](x)
 
 
-def test_the_gradient_is_that_of_masks_on_the_activations():
+def test_the_gradient_equals_that_of_masks_on_the_activations():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
     plain, x = copy.deepcopy(network), torch.randn(16, 4)
-    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x), update_rule="vanilla")
+    aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), x), update_rule="vanilla")
     aux.M[0] = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, 1, -1, 1, 1])
     aux.update_masks()
     h = (aux.M[0] > 0).float().requires_grad_()
@@ -119,16 +126,16 @@ def test_the_gradient_is_that_of_masks_on_the_activations():
     network(x).square().sum().backward()
     gradients = [weight.grad for weight in aux.weights.values()]
     [(g, *_)] = aux.granularity.sensitivities(aux, gradients, aux.rule)
-    torch.testing.assert_close(g * aux.granularity._root_sizes, h.grad)  # pruned ones too: they can come back
+    torch.testing.assert_close(g * aux.granularity._root_sizes, h.grad)  # also of pruned channels: they can come back
     assert h.grad[[1, 4]].abs().min() > 0
 
 
 @pytest.mark.parametrize("rule", ["autoprune", "vanilla", "adaptive"])
-def test_a_step_does_not_grow_with_the_number_of_weights_of_a_channel(rule):
-    """Sensitivity consistency over group size: channels of 8 and of 512 weights, gradients of equal size."""
+def test_the_step_of_a_channel_does_not_grow_with_its_number_of_weights(rule):
+    """Sensitivity consistency: channels of 8 and of 512 weights step alike if gradients are of equal size."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 8), nn.ReLU(), nn.Linear(8, 512))
-    aux = auxiliary(network, find_neurons(network, prunable_weights(network), torch.zeros(1, 4)), update_rule=rule)
+    aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), torch.zeros(1, 4)), update_rule=rule)
     for weight in aux.weights.values():
         weight.data.normal_()
     before = aux.M[0].clone()
@@ -139,7 +146,7 @@ def test_a_step_does_not_grow_with_the_number_of_weights_of_a_channel(rule):
     assert 0.4 < narrow / wide < 2.5
 
 
-def problem():
+def make_problem():
     torch.manual_seed(0)
     layers = nn.Linear(8, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 4)
     network = nn.Sequential(*layers)
@@ -148,10 +155,12 @@ def problem():
 
 
 @pytest.mark.parametrize("target", [{"target_sparsity": 0.8}, {"target_flops": 0.2}])
-def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
-    network, x, y = problem()
+def test_a_target_is_met_as_closely_as_whole_neurons_allow(target):
+    network, x, y = make_problem()
     neurons = find_neurons(network, prunable_weights(network), x)
-    pruner = Pruner(neurons_weights(network, neurons), Settings(granularity="neuron", **target), 300, neurons=neurons)
+    pruner = Pruner(
+        weights_with_neurons(network, neurons), Settings(granularity="neuron", **target), 300, neurons=neurons
+    )
     pruner.start()
     list(train(pruner, network, x, y, 300))
     assert pruner.masks_final
@@ -162,10 +171,10 @@ def test_a_target_is_met_as_closely_as_whole_neurons_can(target):
 
 @pytest.mark.parametrize("kept", range(1, 11))
 @pytest.mark.parametrize("as_target", [lambda d: {"target_sparsity": 1 - d}, lambda d: {"target_flops": d}])
-def test_a_target_that_whole_neurons_meet_is_met(kept, as_target):
+def test_a_target_that_whole_neurons_can_meet_is_met_exactly(kept, as_target):
     network = nn.Sequential(nn.Linear(8, 10, bias=False), nn.ReLU(), nn.Linear(10, 2, bias=False))
     neurons, weights = find_neurons(network, prunable_weights(network), torch.zeros(2, 8)), prunable_weights(network)
-    options = as_target(kept / 10)  # the floor too, which is one neuron
+    options = as_target(kept / 10)  # includes the floor, which is one neuron
     pruner = Pruner(weights, Settings(granularity="neuron", warmup=0, **options), 1, neurons=neurons)
     pruner.start()
     pruner.end_step()
@@ -173,16 +182,11 @@ def test_a_target_that_whole_neurons_meet_is_met(kept, as_target):
     assert pruner.sparsity == pytest.approx(1 - kept / 10, abs=1e-12)
 
 
-def neurons_weights(network, neurons):
-    weights = prunable_weights(network)
-    return {name: weights[name] for name in neurons.rows}
-
-
 def test_neurons_come_back_during_pruning():
-    network, x, y = problem()
+    network, x, y = make_problem()
     neurons = find_neurons(network, prunable_weights(network), x)
     settings_ = Settings(granularity="neuron", target_sparsity=0.8, warmup=0.1, finetune=0.1)
-    pruner = Pruner(neurons_weights(network, neurons), settings_, 400, neurons=neurons)
+    pruner = Pruner(weights_with_neurons(network, neurons), settings_, 400, neurons=neurons)
     pruner.start()
     came_back, before = 0, None
     for _ in train(pruner, network, x, y, 350):
@@ -193,20 +197,20 @@ def test_neurons_come_back_during_pruning():
     assert came_back > 3
 
 
-def test_each_layer_keeps_a_neuron_whatever_the_pressure():
-    network, x, _ = problem()
-    aux = auxiliary(network, find_neurons(network, prunable_weights(network), x))
+def test_every_layer_keeps_one_neuron_if_every_m_is_negative():
+    network, x, _ = make_problem()
+    aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), x))
     aux.M[0].fill_(-1.0)
     aux.update_masks()
     assert [int(aux.granularity.alive[group].sum()) for group in aux.granularity.neurons.groups] == [1, 1]
 
 
-def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
-    network, x, _ = problem()
+def test_a_target_below_the_floors_is_refused_with_the_lowest_possible_density():
+    network, x, _ = make_problem()
     neurons = find_neurons(network, prunable_weights(network), x)
     settings_ = Settings(granularity="neuron", target_flops=0.001)
     with pytest.raises(AutoPruneError) as error:
-        Pruner(neurons_weights(network, neurons), settings_, 10, neurons=neurons)
+        Pruner(weights_with_neurons(network, neurons), settings_, 10, neurons=neurons)
     assert str(error.value) == (
         "Keeping 0.001 of the model is not possible by pruning neurons: with `layer_floor=0.001`, 2 of 70 neurons must"
         " stay. With the weights that belong to no neuron, they make up 0.007927 of it. Keep more, or lower"
@@ -226,12 +230,12 @@ def test_a_target_out_of_reach_is_refused_with_the_least_there_can_be():
         ({"granularity": "neuron", "target_flops": 0.5, "target_sparsity": 0.5}, "are both given: only one target"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(options, message):
+def test_invalid_or_contradictory_settings_are_refused(options, message):
     with pytest.raises(AutoPruneError, match=message):
         Settings(**options)
 
 
-def test_a_model_without_a_free_channel_says_why():
+def test_the_error_for_a_model_without_prunable_channels_gives_the_reasons():
     network = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
     with pytest.raises(AutoPruneError) as error:
         find_neurons(network, prunable_weights(network), torch.zeros(2, 4))
@@ -241,13 +245,13 @@ def test_a_model_without_a_free_channel_says_why():
     )
 
 
-def test_layers_that_are_left_out_keep_their_channels():
+def test_channels_of_excluded_layers_are_not_pruned():
     network = lenet5()
     neurons = find_neurons(network, prunable_weights(network, exclude=["3"]), torch.zeros(1, 1, 28, 28))
-    assert [len(group) for group in neurons.groups] == [500]  # "3" makes the others, or reads them
+    assert [len(group) for group in neurons.groups] == [500]  # "3" produces or reads all others
 
 
-def test_the_operations_of_the_rest_of_the_model_count():
+def test_density_includes_the_cost_of_the_rest_of_the_model():
     network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 200))
     neurons = find_neurons(network, prunable_weights(network, exclude=["4"]), torch.zeros(2, 8))
     neurons.costs = {"0": 128.0, "2": 128.0}

@@ -1,3 +1,5 @@
+"""A whole pruning run in a plain torch loop."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -14,14 +16,14 @@ from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
 
-def problem(seed: int = 0):
+def make_problem(seed: int = 0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     x = torch.randn(64, 16)
     return model, x, x[:, :4].argmax(1)
 
 
-def started(model, steps: int, **settings) -> Pruner:
+def start_pruner(model, steps: int, **settings) -> Pruner:
     pruner = Pruner(prunable_weights(model), Settings(**settings), steps)
     pruner.start()
     return pruner
@@ -29,32 +31,32 @@ def started(model, steps: int, **settings) -> Pruner:
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.975])
 @pytest.mark.parametrize("every", [1, 7])
-def test_a_target_is_met_exactly_when_the_masks_freeze(target, every):
-    model, x, y = problem()
-    pruner = started(model, 300, target_sparsity=target, mask_every_n_steps=every, layer_floor=0)
+def test_a_target_is_met_exactly_when_masks_become_final(target, every):
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 300, target_sparsity=target, mask_every_n_steps=every, layer_floor=0)
     list(train(pruner, model, x, y, 300))
     kept = sum(int((weight != 0).sum()) for weight in pruner.weights.values())
     assert pruner.masks_final
     assert kept == round((1 - target) * 640)
 
 
-def test_the_controller_is_close_to_the_target_before_the_last_correction_along_a_smooth_path():
-    model, x, y = problem()
-    pruner = started(model, 2000, target_sparsity=0.9, warmup=0, finetune=0)
+def test_the_controller_follows_a_smooth_path_close_to_the_target():
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 2000, target_sparsity=0.9, warmup=0, finetune=0)
     curve = list(train(pruner, model, x, y, 1999))
     assert curve[-1] == pytest.approx(0.9, abs=0.01)
     assert max(abs(b - a) for a, b in pairwise(curve)) < 0.04
     path = [1 - target_path((i + 1) / 2000, 1, 0.1) for i in range(1999)]
     distance = [abs(a - b) for a, b in zip(curve, path, strict=True)]
-    assert max(distance) < 0.3  # the first steps prune at once what is smallest
+    assert max(distance) < 0.3  # the first steps prune the smallest weights at once
     assert sum(distance[200:]) / 1800 < 0.02
 
 
 def test_without_a_target_more_pressure_prunes_more():
     results = []
     for pressure in (0.01, 0.1, 1.0):
-        model, x, y = problem()
-        pruner = started(model, 300, pressure=pressure)
+        model, x, y = make_problem()
+        pruner = start_pruner(model, 300, pressure=pressure)
         *_, last = train(pruner, model, x, y, 300)
         assert pruner.mu == pressure
         results.append(last)
@@ -63,8 +65,8 @@ def test_without_a_target_more_pressure_prunes_more():
 
 
 def test_weights_come_back_during_pruning():
-    model, x, y = problem()
-    pruner = started(model, 400, target_sparsity=0.8)
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 400, target_sparsity=0.8)
     before, revived = None, 0
     for _ in train(pruner, model, x, y, 400):
         masks = pruner.masks()
@@ -74,9 +76,9 @@ def test_weights_come_back_during_pruning():
     assert revived > 0
 
 
-def test_masks_stay_in_the_dense_and_in_the_frozen_phase():
-    model, x, y = problem()
-    pruner = started(model, 100, target_sparsity=0.8, warmup=0.2, finetune=0.3)
+def test_masks_change_only_in_the_pruning_phase():
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 100, target_sparsity=0.8, warmup=0.2, finetune=0.3)
     curve = list(train(pruner, model, x, y, 100))
     assert curve[:19] == [0] * 19
     assert pruner.layer_sparsity().keys() == {"0", "2"}
@@ -84,27 +86,27 @@ def test_masks_stay_in_the_dense_and_in_the_frozen_phase():
 
 
 @pytest.mark.parametrize(("every", "remembered"), [(1, 100), (4, 25)])
-def test_the_running_squares_remember_auxiliary_steps_in_proportion_to_the_pruning_phase(every, remembered):
-    model, *_ = problem()
-    pruner = started(model, 10_000, warmup=0, finetune=0.6, mask_every_n_steps=every)
+def test_running_averages_remember_a_fortieth_of_the_auxiliary_steps(every, remembered):
+    model, *_ = make_problem()
+    pruner = start_pruner(model, 10_000, warmup=0, finetune=0.6, mask_every_n_steps=every)
     assert pruner.auxiliary.scale.decay == pytest.approx(1 - 1 / remembered)
 
 
-def test_no_layer_is_emptied_under_a_huge_pressure():
-    model, x, y = problem()
-    pruner = started(model, 100, pressure=1000, layer_floor=0.02)
+def test_no_layer_is_emptied_by_a_huge_pressure():
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 100, pressure=1000, layer_floor=0.02)
     list(train(pruner, model, x, y, 100))
     assert all(value <= 0.98 for value in pruner.layer_sparsity().values())
 
 
 @pytest.mark.parametrize("stop", [5, 20, 41, 69, 70, 85])
-def test_a_resumed_run_is_bit_equal_in_every_phase(stop):
-    def new():
-        model, x, y = problem()
+def test_resuming_is_bit_exact_in_every_phase(stop):
+    def make_run():
+        model, x, y = make_problem()
         return model, x, y, torch.optim.Adam(model.parameters(), 0.01)
 
     settings = Settings(target_sparsity=0.8, warmup=0.1, finetune=0.3, mask_every_n_steps=2)
-    model, x, y, optimizer = new()
+    model, x, y, optimizer = make_run()
     pruner = Pruner(prunable_weights(model), settings, 100)
     pruner.start()
     list(train(pruner, model, x, y, stop, optimizer))
@@ -112,7 +114,7 @@ def test_a_resumed_run_is_bit_equal_in_every_phase(stop):
     torch.save(saved, "state.pt")
     list(train(pruner, model, x, y, 100 - stop, optimizer))
 
-    other, x, y, optimizer = new()
+    other, x, y, optimizer = make_run()
     weights, optimizer_state, state = torch.load("state.pt", weights_only=True)
     other.load_state_dict(weights)
     optimizer.load_state_dict(optimizer_state)
@@ -143,29 +145,29 @@ def test_a_resumed_run_is_bit_equal_in_every_phase(stop):
         ({"finetune": 1.0}, r"`finetune` is 1.0; it must be a number in \[0, 1\)"),
     ],
 )
-def test_a_wrong_setting_is_refused(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(AutoPruneError, match=message):
         Settings(**settings)
 
 
 @pytest.mark.parametrize("rule", ["adaptive", "autoprune", "vanilla"])
-def test_floors_and_target_hold_where_a_layer_is_not_trained_and_the_others_can_not_follow_the_path(rule):
+def test_floors_and_target_hold_if_an_untrained_layer_keeps_the_density_off_its_path(rule):
     torch.manual_seed(0)
     weights = {"fixed": nn.Parameter(torch.randn(100, 100)), "trained": nn.Parameter(torch.randn(20, 100))}
     pruner = Pruner(weights, Settings(target_sparsity=0.9, update_rule=rule, warmup=0), 4000)
     pruner.start()
-    finite = []
+    m_is_finite = []
     for _ in range(4000):
         if pruner.due:
             assert pruner.auxiliary_step([None, torch.randn(20, 100)])
-        pruner.end_step(lambda M: finite.extend(bool(m.isfinite().all()) for m in M.values()))
+        pruner.end_step(lambda M: m_is_finite.extend(bool(m.isfinite().all()) for m in M.values()))
         assert pruner.layer_sparsity()["trained"] <= 0.999
-    assert finite == [True, True]
+    assert m_is_finite == [True, True]
     assert pruner.sparsity == 0.9
 
 
 @pytest.mark.parametrize("gradient", [None, torch.full((4, 3), torch.nan)], ids=["none", "not finite"])
-def test_the_pressure_stays_as_it_is_where_m_is_not_stepped(gradient):
+def test_the_pressure_does_not_change_while_m_takes_no_step(gradient):
     pruner = Pruner({"layer": nn.Parameter(torch.randn(4, 3))}, Settings(target_sparsity=0.5, warmup=0), 100)
     pruner.start()
     for _ in range(20):
@@ -178,13 +180,13 @@ def test_the_pressure_stays_as_it_is_where_m_is_not_stepped(gradient):
     assert pruner.mu != Settings().pressure
 
 
-def test_a_target_that_the_floors_can_not_meet_is_refused_at_once():
-    model, *_ = problem()
+def test_a_target_below_the_floors_is_refused_at_once():
+    model, *_ = make_problem()
     with pytest.raises(AutoPruneError, match=r"Keeping 6 of 640 weights is not possible: with `layer_floor=0.05`"):
         Pruner(prunable_weights(model), Settings(target_sparsity=0.99, layer_floor=0.05), 100)
 
 
-def test_the_last_look_at_m_has_as_many_above_zero_as_are_kept():
+def test_the_last_recorded_m_is_positive_for_exactly_the_kept_weights():
     layer, seen = torch.nn.Linear(30, 20), []
     pruner = Pruner({"layer": layer.weight}, Settings(target_sparsity=0.73), total_steps=40)
     pruner.start()

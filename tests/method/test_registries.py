@@ -1,4 +1,4 @@
-"""Each registry and the public type of its setting name the same things, and an unknown name raises."""
+"""Each registry has the names of its setting's public type, and unknown names raise errors."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ REGISTRIES = {
 
 
 def names_in(hint) -> set[str]:
-    """All strings in a type, however deep."""
+    """Return all strings in a type, at any depth."""
     return {hint} if isinstance(hint, str) else {name for part in get_args(hint) for name in names_in(part)}
 
 
 @pytest.mark.parametrize("setting", REGISTRIES)
-def test_the_registry_has_the_names_of_the_public_type(setting):
+def test_a_registry_has_the_names_of_its_public_type(setting):
     registry, names = REGISTRIES[setting]
     assert list(registry) == list(get_args(names))
     assert names_in(get_type_hints(AutoPruneCallback.__init__)[setting]) == set(registry)
@@ -47,7 +47,7 @@ def test_every_name_is_accepted_and_any_other_raises(setting):
 
 
 @pytest.mark.parametrize("setting", ["estimator", "initial_m", "update_rule"])
-def test_auxiliary_parameters_refuse_an_unknown_name_too(setting):
+def test_auxiliary_parameters_refuse_unknown_names(setting):
     with pytest.raises(AutoPruneError, match=f"`{setting}` is 'something else'; allowed are"):
         AuxiliaryParameters({"layer": torch.ones(2)}, **{setting: "something else"})
 
@@ -57,15 +57,15 @@ def test_a_granularity_is_registered_under_its_own_name(name):
     assert GRANULARITIES[name].name == name
 
 
-def test_an_object_is_returned_only_if_it_is_allowed():
+def test_only_allowed_objects_are_returned():
     assert look_up("power", 5, {"cubic": 3}, lambda value: isinstance(value, int)) == 5
     with pytest.raises(AutoPruneError, match=r"`power` is 0.5; allowed are 'cubic', or an integer"):
         look_up("power", 0.5, {"cubic": 3}, lambda value: isinstance(value, int), own="an integer")
 
 
-def test_own_objects_are_described_by_their_module_and_name():
-    class Own:
+def test_custom_objects_are_described_by_module_and_name():
+    class Custom:
         pass
 
-    assert describe(Own()).endswith("test_own_objects_are_described_by_their_module_and_name.<locals>.Own")
+    assert describe(Custom()).endswith("test_custom_objects_are_described_by_module_and_name.<locals>.Custom")
     assert [describe(value) for value in (None, "cubic", 3, 0.5, True)] == [None, "cubic", 3, 0.5, True]

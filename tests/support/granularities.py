@@ -1,4 +1,4 @@
-"""Granularities that the package does not have, one class each."""
+"""Two granularities that the package does not have, each in one class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Blocks(LayerUnits):
 
 
 class TwoOfFour(LayerUnits):
-    """One m per weight, and of every four consecutive weights of a row at most the two of largest m are kept."""
+    """One m per weight; of every four consecutive weights of a row, at most the two of largest m are kept."""
 
     name = "2:4"
 

@@ -1,6 +1,6 @@
-"""The method, slow and obvious: T = W ⊙ h(M) as an autograd function, and all steps elementwise or by autograd.
+"""The method in its slow and obvious form: an autograd function for T = W ⊙ h(M), and steps by autograd or elementwise.
 
-It shares no code with the package, only names.
+It shares names with the package, but no code.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def h_prime(name: str, m: Tensor, slope: float) -> Tensor:
     return 1 / (1 + torch.exp(-m))
 
 
-class Effective(torch.autograd.Function):
-    """Computes T = W ⊙ h(M); the backward pass gives W dL/dT ⊙ h(M), and M the rule's gradient without μ."""
+class EffectiveWeights(torch.autograd.Function):
+    """T = W ⊙ h(M), whose backward pass gives dL/dT ⊙ h(M) for W, and the rule's gradient without μ for M."""
 
     @staticmethod
     def forward(ctx: Any, W: Tensor, M: Tensor, rule: str, estimator: str, slope: float) -> Tensor:
@@ -41,7 +41,7 @@ class Effective(torch.autograd.Function):
 
 
 class Reference:
-    """Trains latent weights W with any optimizer and M with an update rule, through ``functional_call``."""
+    """A network whose latent weights W any optimizer trains, and whose M an update rule trains."""
 
     def __init__(self, network: torch.nn.Module, rule: str, estimator: str, slope: float = 0.1) -> None:
         self.network, self.rule, self.estimator, self.slope = network, rule, estimator, slope
@@ -51,12 +51,14 @@ class Reference:
             for name, w in self.W.items()
             if name.endswith("weight")
         }
-        self.squares: list[float] = []
-        self.entry_squares: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
+        self.mean_squares: list[float] = []
+        self.g0_squares: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         effective = {
-            name: Effective.apply(w, self.M[name], self.rule, self.estimator, self.slope) if name in self.M else w
+            name: EffectiveWeights.apply(w, self.M[name], self.rule, self.estimator, self.slope)
+            if name in self.M
+            else w
             for name, w in self.W.items()
         }
         return torch.nn.functional.cross_entropy(torch.func.functional_call(self.network, effective, (x,)), y)
@@ -66,7 +68,7 @@ class Reference:
         optimizer.zero_grad()
         self.loss(x, y).backward(inputs=list(self.W.values()))
         with torch.no_grad():
-            for name, m in self.M.items():  # the optimizer sees a pruned weight as 0, so there is nothing to decay
+            for name, m in self.M.items():  # the optimizer sees a pruned weight as 0, which weight decay leaves alone
                 self.W[name][m <= 0] = 0
         optimizer.step()
         with torch.no_grad():
@@ -77,16 +79,16 @@ class Reference:
         gradients = dict(
             zip(self.M, torch.autograd.grad(self.loss(x, y), list(self.M.values())), strict=True),
         )
-        # s² is the average of the mean squares so far, each with `decay` times the weight of the next;
-        # the factor h' is divided out again, since s is the scale of dL/dT · sgn(w) alone
+        # s² is the weighted average of the mean squares so far; each has `decay` times the weight of the next one.
+        # h' is divided out again, since s is the scale of the sensitivity alone.
         total, count = 0.0, 0
         for name, g in gradients.items():
             slope = h_prime(self.estimator, self.M[name], self.slope).detach()
             total += float((g[slope > 0] / slope[slope > 0]).square().sum())
             count += g.numel()
-        self.squares.append(total / count)
-        weights = [decay**age for age in reversed(range(len(self.squares)))]
-        s = math.sqrt(sum(w * q for w, q in zip(weights, self.squares, strict=True)) / sum(weights))
+        self.mean_squares.append(total / count)
+        weights = [decay**age for age in reversed(range(len(self.mean_squares)))]
+        s = math.sqrt(sum(w * q for w, q in zip(weights, self.mean_squares, strict=True)) / sum(weights))
         with torch.no_grad():
             for name, g in gradients.items():
                 slope = h_prime(self.estimator, self.M[name], self.slope)
@@ -94,6 +96,6 @@ class Reference:
                     self.M[name] -= lr * (g / s + mu * slope)
                     continue
                 g0 = torch.where(slope > 0, g / slope, 0.0) / s + mu
-                self.entry_squares[name].append(g0**2)
-                v = sum(w * q for w, q in zip(weights, self.entry_squares[name], strict=True)) / sum(weights)
+                self.g0_squares[name].append(g0**2)
+                v = sum(w * q for w, q in zip(weights, self.g0_squares[name], strict=True)) / sum(weights)
                 self.M[name] -= lr * slope * g0 / v.sqrt()

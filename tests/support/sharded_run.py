@@ -1,4 +1,4 @@
-"""Each granularity on weights that are sharded over two ranks and on whole ones: ``python sharded_run.py FOLDER``."""
+"""Prune sharded and whole weights with each granularity, on two ranks: ``python sharded_run.py FOLDER``."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lightning_autoprune.model.prunable_neurons import find_neurons
 from lightning_autoprune.tensors.sharding import gather_whole, local_shard
 
 SHAPES = {"0": (13, 12), "2": (1, 13), "4": (8, 1), "6": (20, 8), "8": (4, 20)}
-"""A layer of thirteen rows, and one of a single row, of which one rank has none."""
+"""Shapes that do not divide evenly: a layer of thirteen rows, and one of a single row, which only one rank has."""
 
 
-def network() -> nn.Module:
+def make_network() -> nn.Module:
     torch.manual_seed(0)
     layers = [module for rows, columns in SHAPES.values() for module in (nn.Linear(columns, rows).double(), nn.Tanh())]
     return nn.Sequential(*layers[:-1])
 
 
-def neurons() -> NeuronGranularity:
-    model = network()
+def make_neuron_granularity() -> NeuronGranularity:
+    model = make_network()
     return NeuronGranularity(find_neurons(model, prunable_weights(model), torch.zeros(2, 12, dtype=torch.float64)))
 
 
@@ -40,13 +40,15 @@ def train(aux: AuxiliaryParameters, weights: dict[str, Tensor], steps: range) ->
     for step in steps:
         torch.manual_seed(step)
         gradients = [torch.randn(tuple(weight.shape), dtype=torch.float64) for weight in weights.values()]
-        own = [aux.placement.shard(g, weight) for g, weight in zip(gradients, weights.values(), strict=True)]
-        assert aux.step(own, lr=0.05, mu=0.5)
+        local_gradients = [
+            aux.placement.shard(g, weight) for g, weight in zip(gradients, weights.values(), strict=True)
+        ]
+        assert aux.step(local_gradients, lr=0.05, mu=0.5)
         aux.update_masks()
 
 
-def outcome(aux: AuxiliaryParameters, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """All figures of a run, of whole layers."""
+def collect_results(aux: AuxiliaryParameters, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return M, weights, masks and counts of a run, for whole layers."""
     masks = zip(aux.masks(), weights.values(), strict=True)
     return {
         "M": aux.granularity.whole(aux, aux.M) if aux.M else [],
@@ -57,27 +59,28 @@ def outcome(aux: AuxiliaryParameters, weights: dict[str, Tensor]) -> dict[str, A
 
 
 def compare(make: Callable[[], Granularity], rule: str, chosen: tuple[str, ...]) -> dict[str, bool]:
-    """Whether a sharded run equals a whole one: while pruning, after resuming, at a target, and with final masks."""
-    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), network()
+    """Return whether sharded weights equal whole ones: in pruning, after resuming, at a target and with final masks."""
+    mesh, model = init_device_mesh("cpu", (dist.get_world_size(),)), make_network()
     whole = {name: prunable_weights(model)[name].detach().clone() for name in chosen}
     sharded = {name: distribute_tensor(weight.clone(), mesh, [Shard(0)]) for name, weight in whole.items()}
-    found: dict[str, bool] = {}
+    equal: dict[str, bool] = {}
     runs = []
     for weights in (whole, sharded):
         aux = AuxiliaryParameters(weights, granularity=make(), update_rule=rule, layer_floor=0.1)
         train(aux, weights, range(6))
         runs.append(aux)
 
-    def record(name: str) -> None:
-        one, two = outcome(runs[0], whole), outcome(runs[1], sharded)
-        close = all(torch.allclose(a, b, rtol=TOLERANCE[a.dtype]) for a, b in zip(one["M"], two["M"], strict=True))
-        found[name] = close and same({**one, "M": 0}, {**two, "M": 0})
+    def record(moment: str) -> None:
+        expected, actual = collect_results(runs[0], whole), collect_results(runs[1], sharded)
+        pairs = zip(expected["M"], actual["M"], strict=True)
+        close = all(torch.allclose(a, b, rtol=TOLERANCE[a.dtype]) for a, b in pairs)
+        equal[moment] = close and same({**expected, "M": 0}, {**actual, "M": 0})
 
     record("pruning")
-    state = runs[0].state_dict()  # of the whole weights, which the sharded ones go on from
+    state = runs[0].state_dict()  # the sharded weights resume from the state of the whole ones
     runs[1] = AuxiliaryParameters(sharded, granularity=make(), update_rule=rule, layer_floor=0.1, initial_m=None)
     runs[1].load_state_dict(state)
-    found["state"] = same(runs[1].state_dict(), state)
+    equal["state"] = same(runs[1].state_dict(), state)
     for aux, weights in zip(runs, (whole, sharded), strict=True):
         train(aux, weights, range(6, 9))
     record("resumed")
@@ -87,20 +90,20 @@ def compare(make: Callable[[], Granularity], rule: str, chosen: tuple[str, ...])
     for aux in runs:
         aux.finalize_masks()
     record("final")
-    return found
+    return equal
 
 
 GRANULARITIES: dict[str, tuple[Callable[[], Granularity], tuple[str, ...]]] = {
     "weight": (WeightGranularity, tuple(SHAPES)),
     "block": (Blocks, tuple(SHAPES)),
     "2:4": (TwoOfFour, ("0", "6", "8")),
-    "neuron": (neurons, tuple(SHAPES)),
+    "neuron": (make_neuron_granularity, tuple(SHAPES)),
 }
 RULES = ("adaptive", "autoprune")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-def all_granularities(folder: Path) -> dict[str, dict[str, bool]]:
+def compare_all() -> dict[str, dict[str, bool]]:
     return {
         f"{name}, {rule}": compare(make, rule, chosen)
         for name, (make, chosen) in GRANULARITIES.items()
@@ -110,7 +113,7 @@ def all_granularities(folder: Path) -> dict[str, dict[str, bool]]:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]))
-    torch.save(all_granularities(folder), folder / f"rank{dist.get_rank()}.pt")
+    torch.save(compare_all(), folder / f"rank{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -1,26 +1,28 @@
-"""The callback in a real Trainer: what it prunes, and what it refuses."""
+"""The callback in a real Trainer: what it prunes and when, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import fields
 from itertools import chain, pairwise
-from typing import Any
 
 import pytest
 import torch
-import torch.utils.checkpoint
-from helpers import Net, data, fit, loader, trainer
-from torch import nn
+from helpers import Net, data, fit, held_out_loss, loader, trainer
+from manual_models import ManualNet, TwoOptimizersNet
 
 from lightning_autoprune import AutoPruneCallback, Settings, sparsity
 
-FRACTION, FIXED, LOADER = {"held_out": 0.5}, {"held_out": 0.25, "redraw_held_out": False}, {"held_out": loader(seed=5)}
-SOURCES = [FRACTION, FIXED, LOADER, {"held_out": "val"}, {"held_out": "train"}]
+SOURCES = {
+    "redrawn": {"held_out": 0.5},
+    "fixed": {"held_out": 0.25, "redraw_held_out": False},
+    "loader": {"held_out": loader(seed=5)},
+    "val": {"held_out": "val"},
+    "train": {"held_out": "train"},
+}
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=["redrawn", "fixed", "loader", "val", "train"])
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_every_source_of_held_out_data_prunes_to_the_target(source, shuffle):
     callback = AutoPruneCallback(target_sparsity=0.8, **source)
@@ -30,7 +32,7 @@ def test_every_source_of_held_out_data_prunes_to_the_target(source, shuffle):
     assert callback.layer_sparsity().keys() == {"first", "last"}
 
 
-def test_defaults_prune_by_themselves_and_the_model_still_learns():
+def test_the_defaults_prune_and_the_model_still_learns():
     callback = AutoPruneCallback()
     model, _ = fit(callback, model=Net(hidden=64), train=loader(rows=512), epochs=40)
     x, y = data(512)[:]
@@ -39,14 +41,14 @@ def test_defaults_prune_by_themselves_and_the_model_still_learns():
     assert error < 0.15
 
 
-def test_the_defaults_are_those_of_the_settings():
+def test_the_callback_has_the_defaults_of_the_settings():
     arguments = inspect.signature(AutoPruneCallback).parameters
     assert {f.name: f.default for f in fields(Settings)} == {
         f.name: arguments[f.name].default for f in fields(Settings)
     }
 
 
-def test_include_and_exclude_choose_layers():
+def test_excluded_layers_stay_dense():
     callback = AutoPruneCallback(target_sparsity=0.8, exclude=["last"])
     model, _ = fit(callback, epochs=4)
     assert (model.last.weight != 0).all()
@@ -55,59 +57,73 @@ def test_include_and_exclude_choose_layers():
 
 @pytest.mark.parametrize("every", [2, 5])
 def test_masks_change_only_every_n_steps(every):
-    seen = []
+    masks = []
 
-    class Watch(AutoPruneCallback):
+    class MaskRecorder(AutoPruneCallback):
         def on_train_batch_end(self, *args):
             super().on_train_batch_end(*args)
-            seen.append(torch.cat([mask.flatten() for mask in self._run.pruner.masks()]))
+            masks.append(torch.cat([mask.flatten() for mask in self._run.pruner.masks()]))
 
-    fit(Watch(target_sparsity=0.8, mask_every_n_steps=every, warmup=0.0, finetune=0.45), epochs=4)
-    changes = [i + 1 for i, (a, b) in enumerate(pairwise(seen)) if not torch.equal(a, b)]
+    fit(MaskRecorder(target_sparsity=0.8, mask_every_n_steps=every, warmup=0.0, finetune=0.45), epochs=4)
+    changes = [i + 1 for i, (a, b) in enumerate(pairwise(masks)) if not torch.equal(a, b)]
     assert len(changes) > 3
-    end = 32 - round(0.45 * 32) - 1  # the exact correction at the freeze
-    assert all((i + 1) % every == 0 or i == end for i in changes)
+    last = 32 - round(0.45 * 32) - 1  # the step that makes the masks final may correct them
+    assert all((i + 1) % every == 0 or i == last for i in changes)
 
 
-def test_rows_held_out_are_not_trained_on_in_the_same_step_and_none_is_lost():
-    steps = []
+def test_held_out_samples_are_not_trained_on_in_the_same_step_and_none_is_lost():
+    batches = []
 
-    class Record(Net):
+    class SampleRecorder(Net):
         def training_step(self, batch):
-            steps.append((self.trainer.global_step, batch[0][:, 0].tolist()))
+            batches.append(batch[0][:, 0].tolist())
             return super().training_step(batch)
 
-    fit(AutoPruneCallback(warmup=0.0, finetune=0.0), model=Record(), epochs=1)
-    by_rows = [rows for _, rows in steps]
-    assert [len(rows) for rows in by_rows] == [12, 4] * 8  # each batch of 16 rows: a quarter is held out
-    assert sorted(chain(*by_rows)) == sorted(data()[:][0][:, 0].tolist())
+    fit(AutoPruneCallback(warmup=0.0, finetune=0.0), model=SampleRecorder(), epochs=1)
+    assert [len(samples) for samples in batches] == [12, 4] * 8  # a quarter of each batch of 16 samples is held out
+    assert sorted(chain(*batches)) == sorted(data()[:][0][:, 0].tolist())
 
 
-def test_a_fixed_part_is_never_trained_on_until_the_masks_are_frozen():
+def test_a_fixed_held_out_split_is_trained_on_only_once_masks_are_final():
     trained = {}
 
-    class Record(Net):
+    class SampleRecorder(Net):
         def training_step(self, batch):
-            if "log" not in vars(self):  # not in the shield
+            if "log" not in vars(self):  # the held-out pass replaces `log`
                 trained.setdefault(self.trainer.current_epoch, set()).update(batch[0][:, 0].tolist())
             return super().training_step(batch)
 
     callback = AutoPruneCallback(held_out=0.25, redraw_held_out=False, warmup=0.25, finetune=0.5)
-    fit(callback, model=Record(), epochs=12)
-    before = set().union(*(rows for epoch, rows in trained.items() if epoch < 6))
-    after = set().union(*(rows for epoch, rows in trained.items() if epoch >= 6))
+    fit(callback, model=SampleRecorder(), epochs=12)
+    before = set().union(*(samples for epoch, samples in trained.items() if epoch < 6))
+    after = set().union(*(samples for epoch, samples in trained.items() if epoch >= 6))
     assert len(before) == 96
     assert len(after) == 128
 
 
-def test_the_last_rows_of_an_epoch_may_be_too_few_to_split():
-    """Two rows are enough for BatchNorm, one is not."""
+def test_the_last_batch_of_an_epoch_may_be_too_small_to_split():
+    """It has two samples, the fewest that BatchNorm can train on."""
     callback = AutoPruneCallback(target_sparsity=0.5)
     fit(callback, train=loader(rows=34, batch=16), epochs=6)
     assert callback.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("source", [FRACTION, {"held_out": "train"}], ids=str)
+def test_batches_of_different_sizes_are_split():
+    class MixedSizes:
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            sizes = [64, 8, 8, 8, 8, 2]
+            return (tuple(x[:n] for x in data()[:]) for n in sizes)
+
+    for train_gradients, updates in ((None, 18), (False, 15)):  # nothing is held out of the batches of two samples
+        callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, train_gradients=train_gradients)
+        fit(callback, train=MixedSizes(), epochs=3)
+        assert callback._run.pruner.auxiliary.scale.updates == updates
+
+
+@pytest.mark.parametrize("source", [SOURCES["redrawn"], SOURCES["train"]], ids=["redrawn", "train"])
 def test_gradient_accumulation_counts_optimizer_steps(source):
     callback = AutoPruneCallback(target_sparsity=0.8, **source)
     _, t = fit(callback, epochs=6, accumulate_grad_batches=3, gradient_clip_val=0.1)
@@ -115,57 +131,38 @@ def test_gradient_accumulation_counts_optimizer_steps(source):
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_norm_for_clipping_is_of_masked_gradients():
-    norms = []
+@pytest.mark.parametrize(("samples", "accumulate"), [(48, 4), (80, 4)])
+def test_the_last_step_of_an_epoch_is_followed_by_an_auxiliary_step(samples, accumulate):
+    """Lightning steps on the last batch, even if fewer batches than usual have been accumulated."""
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0)
+    _, t = fit(callback, train=loader(rows=samples), epochs=6, accumulate_grad_batches=accumulate)
+    assert callback._run.pruner.auxiliary.scale.updates == t.global_step
 
-    class Watch(Net):
+
+def test_gradients_are_masked_before_they_are_clipped():
+    counts = []
+
+    class NonzeroCounter(Net):
         def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            norms.append([float(((p.grad != 0) & (p == 0)).sum()) for p in (self.first.weight, self.last.weight)])
+            counts.append([float(((p.grad != 0) & (p == 0)).sum()) for p in (self.first.weight, self.last.weight)])
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    fit(AutoPruneCallback(target_sparsity=0.9), model=Watch(), gradient_clip_val=1.0)
-    assert norms[-1] == [0, 0]
-    assert all(norm == [0, 0] for norm in norms)
+    fit(AutoPruneCallback(target_sparsity=0.9), model=NonzeroCounter(), gradient_clip_val=1.0)
+    assert counts[-1] == [0, 0]
+    assert all(count == [0, 0] for count in counts)
 
 
-class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch):
-        opt = self.optimizers()
-        opt.zero_grad()
-        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
-        self.manual_backward(loss)
-        opt.step()
-
-
-def test_layers_that_no_loss_depends_on_are_named_when_pruning_begins():
-    class Averaged(Net):
-        def __init__(self):
-            super().__init__()
-            self.average = nn.Linear(12, 16)
-
-    with pytest.warns(
-        UserWarning, match="No loss so far depends on 'average', so the pressure prunes nearly all of their"
-    ):
-        fit(AutoPruneCallback(target_sparsity=0.6), model=Averaged())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(AutoPruneCallback(target_sparsity=0.6, exclude=["average"]), model=Averaged())
-    assert not any("No loss" in str(w.message) for w in caught)
-
-
-def cross_entropy(module: Any, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(module(batch[0]), batch[1])
-
-
-@pytest.mark.parametrize("options", [{"loss_fn": cross_entropy}, {"held_out": "train"}], ids=["loss_fn", "train"])
+@pytest.mark.parametrize("options", [{"loss_fn": held_out_loss}, {"held_out": "train"}], ids=["loss_fn", "train"])
 def test_manual_optimization_works_with_a_loss_function_or_without_held_out_data(options):
     callback = AutoPruneCallback(target_sparsity=0.8, **options)
-    model, _ = fit(callback, model=Manual(), epochs=4)
+    model, _ = fit(callback, model=ManualNet(), epochs=4)
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
+
+
+def test_m_steps_once_per_training_step_with_the_optimizer_of_the_weights():
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
+    fit(callback, model=TwoOptimizersNet(), epochs=2)
+    assert callback._run.pruner.auxiliary.scale.updates == callback._run.pruner.step == 16
 
 
 def test_a_pruned_model_can_be_pruned_further():
@@ -174,31 +171,8 @@ def test_a_pruned_model_can_be_pruned_further():
     assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
-@pytest.mark.parametrize(("rows", "accumulate"), [(48, 4), (80, 4)])
-def test_the_step_at_the_end_of_an_epoch_has_its_auxiliary_step_too(rows, accumulate):
-    """Lightning steps on the last batch, whatever is left to accumulate."""
-    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0)
-    _, t = fit(callback, train=loader(rows=rows), epochs=6, accumulate_grad_batches=accumulate)
-    assert callback._run.pruner.auxiliary.scale.updates == t.global_step
-
-
-def test_batches_of_any_size_are_split():
-    class Sizes:
-        def __len__(self):
-            return 6
-
-        def __iter__(self):
-            rows = [64, 8, 8, 8, 8, 2]
-            return (tuple(x[:n] for x in data()[:]) for n in rows)
-
-    for train_gradients, updates in ((None, 18), (False, 15)):  # nothing is held out of the batches of two rows
-        callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, train_gradients=train_gradients)
-        fit(callback, train=Sizes(), epochs=3)
-        assert callback._run.pruner.auxiliary.scale.updates == updates
-
-
 def test_weights_that_the_user_clips_stay_clipped():
-    class Clipped(Net):
+    class ClippedNet(Net):
         def optimizer_step(self, *args, **kwargs):
             super().optimizer_step(*args, **kwargs)
             for weight in (self.first.weight, self.last.weight):
@@ -207,78 +181,30 @@ def test_weights_that_the_user_clips_stay_clipped():
         def on_train_batch_end(self, *_):
             assert max(w.abs().max() for w in (self.first.weight, self.last.weight)) <= 0.05
 
-    fit(AutoPruneCallback(target_sparsity=0.8), model=Clipped())
+    fit(AutoPruneCallback(target_sparsity=0.8), model=ClippedNet())
 
 
-def test_a_layer_that_is_frozen_on_the_way_is_no_trouble():
-    class Freezing(Net):
+def test_the_target_is_met_if_a_layer_is_frozen_during_training():
+    class FreezingNet(Net):
         def on_train_epoch_start(self):
             self.first.requires_grad_(self.current_epoch < 2)
 
     callback = AutoPruneCallback(target_sparsity=0.8)
-    fit(callback, model=Freezing(), epochs=6)
+    fit(callback, model=FreezingNet(), epochs=6)
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
 
 
-def test_layers_that_are_not_trained_are_named():
-    model = Net()
-    model.last.weight.requires_grad_(False)
-    with pytest.warns(
-        UserWarning, match=r"Layers that are not trained \(frozen, or in no optimizer\) stay dense until they are: last"
-    ):
-        fit(AutoPruneCallback(target_sparsity=0.8), model=model)
-    assert (model.last.weight != 0).all()
-
-
-def test_weights_that_no_optimizer_trains_stay_dense_and_are_named():
-    """A teacher, a target network, a backbone under a new head."""
-
-    class Student(Net):
-        def __init__(self):
-            super().__init__()
-            self.teacher = Net()
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.last.parameters(), 0.01)
-
-    callback = AutoPruneCallback(target_sparsity=0.8)
-    with pytest.warns(UserWarning, match=r"stay dense until they are: first, teacher\.first, teacher\.last"):
-        model, _ = fit(callback, model=Student())
-    assert sparsity(model.last.weight) == pytest.approx(0.8, abs=0.01)
-    assert all((w != 0).all() for w in (model.first.weight, model.teacher.first.weight, model.teacher.last.weight))
-
-
-def test_a_weight_without_a_held_out_gradient_is_warned_about():
-    class Checkpointed(Net):
-        def forward(self, x):
-            hidden = torch.utils.checkpoint.checkpoint(self.first, x.requires_grad_(), use_reentrant=True)
-            return self.last(torch.relu(hidden))
-
-    with pytest.warns(UserWarning, match=r"gave no gradient for a weight .* use `use_reentrant=False`"):
-        fit(AutoPruneCallback(target_sparsity=0.5), model=Checkpointed())
-
-
-def test_hooks_on_gradients_do_not_fire_in_the_held_out_pass():
-    def calls(callback):
-        model, count = Net(), []
-        model.first.weight.register_hook(lambda gradient: count.append(1))
+def test_gradient_hooks_do_not_fire_in_the_held_out_pass():
+    def count_calls(callback):
+        model, calls = Net(), []
+        model.first.weight.register_hook(lambda gradient: calls.append(1))
         fit(callback, model=model)
-        return len(count)
+        return len(calls)
 
-    assert calls(AutoPruneCallback()) == calls(None) == 32
-
-
-def test_fitting_masks_on_the_validation_data_is_warned_about():
-    with pytest.warns(UserWarning, match=r"fits the masks on the data that is reported"):
-        fit(AutoPruneCallback(held_out="val"), val=loader(seed=3))
+    assert count_calls(AutoPruneCallback()) == count_calls(None) == 32
 
 
-def test_a_pruning_phase_without_auxiliary_steps_is_warned_about():
-    with pytest.warns(UserWarning, match="No auxiliary step was taken, so the masks follow the weights' magnitude"):
-        fit(AutoPruneCallback(target_sparsity=0.5, mask_every_n_steps=100))
-
-
-def test_the_same_callback_can_be_used_for_another_fit():
+def test_a_callback_can_be_used_for_a_second_fit():
     callback = AutoPruneCallback(target_sparsity=0.8, held_out=0.25, redraw_held_out=False)
     for _ in range(2):
         model, _t = fit(callback)
@@ -286,7 +212,7 @@ def test_the_same_callback_can_be_used_for_another_fit():
         assert callback._run.pruner.step == 24
 
 
-def test_nothing_of_the_callback_is_left_in_trainer_or_optimizer():
+def test_the_callback_leaves_nothing_in_trainer_or_optimizer():
     _, t = fit(AutoPruneCallback(held_out=0.25, redraw_held_out=False))
     assert "dataloader" not in vars(t.fit_loop._data_source)
     _, t = fit(AutoPruneCallback())
@@ -294,45 +220,15 @@ def test_nothing_of_the_callback_is_left_in_trainer_or_optimizer():
     assert not t.optimizers[0]._optimizer_step_post_hooks
 
 
-def test_nothing_is_left_after_an_error_in_training():
-    class Failing(Net):
+def test_the_callback_leaves_nothing_after_an_error_in_training():
+    class FailingNet(Net):
         def training_step(self, batch):
             if self.trainer.global_step == 5:
-                raise RuntimeError("the user's own")
+                raise RuntimeError("the user's own error")
             return super().training_step(batch)
 
     t = trainer(callbacks=[AutoPruneCallback()])
-    with pytest.raises(RuntimeError, match="the user's own"):
-        t.fit(Failing(), loader())
+    with pytest.raises(RuntimeError, match="the user's own error"):
+        t.fit(FailingNet(), loader())
     assert "batch_to_device" not in vars(t.strategy)
     assert not t.optimizers[0]._optimizer_step_post_hooks
-
-
-def test_training_that_ends_early_says_so():
-    class Stop(Net):
-        def on_train_batch_end(self, *_):
-            self.trainer.should_stop = self.trainer.global_step == 12
-
-    with pytest.warns(UserWarning, match=r"ended after 12 of 32 steps, before the masks were final: sparsity is \d"):
-        fit(AutoPruneCallback(target_sparsity=0.9), model=Stop())
-
-
-class TwoOptimizers(Manual):
-    """The second one trains biases only."""
-
-    def training_step(self, batch):
-        for opt in self.optimizers():
-            opt.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            opt.step()
-
-    def configure_optimizers(self):
-        weights = [p for p in self.parameters() if p.dim() > 1]
-        biases = [p for p in self.parameters() if p.dim() == 1]
-        return [torch.optim.SGD(weights, 0.05), torch.optim.SGD(biases, 0.05)]
-
-
-def test_only_the_optimizer_of_the_weights_drives_m_and_once_a_step():
-    callback = AutoPruneCallback(target_sparsity=0.8, held_out="train", warmup=0.0, finetune=0.0)
-    fit(callback, model=TwoOptimizers(), epochs=2)
-    assert callback._run.pruner.auxiliary.scale.updates == callback._run.pruner.step == 16

@@ -1,4 +1,4 @@
-"""``AutoPruneCallback`` with ``granularity="neuron"`` and with an ``example_input_array``."""
+"""The callback with ``granularity="neuron"``, and with an ``example_input_array``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import nn
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, model_cost, prunable_weights, shrink
 
 
-class Example(Net):
+class ExampleNet(Net):
     def __init__(self, **options):
         super().__init__(hidden=32, **options)
         self.example_input_array = torch.zeros(2, FEATURES)
 
 
-def neurons(**options):
+def neuron_callback(**options):
     return AutoPruneCallback(granularity="neuron", **options)
 
 
 @pytest.mark.parametrize("target", [{"target_sparsity": 0.75}, {"target_flops": 0.25}])
-def test_a_target_is_met_by_the_model_that_shrink_gives(target):
-    callback = neurons(**target)
-    model = Example()
+def test_the_shrunk_model_meets_the_target(target):
+    callback = neuron_callback(**target)
+    model = ExampleNet()
     fit(callback, model=model, epochs=6)
     small = shrink(model, model.example_input_array)
     dense, left = (model_cost(m, torch.zeros(1, FEATURES)) for m in (model, small))
@@ -39,18 +39,18 @@ def test_a_target_is_met_by_the_model_that_shrink_gives(target):
 
 
 def test_flops_are_logged_for_weights_and_for_neurons(tmp_path):
-    for name, callback in (("w", AutoPruneCallback(target_sparsity=0.75)), ("n", neurons(target_flops=0.25))):
-        fit(callback, model=Example(), logger=csv_logger(tmp_path / name))
+    for name, callback in (("w", AutoPruneCallback(target_sparsity=0.75)), ("n", neuron_callback(target_flops=0.25))):
+        fit(callback, model=ExampleNet(), logger=csv_logger(tmp_path / name))
         curve = [row["autoprune/flops"] for row in rows(tmp_path / name) if "autoprune/flops" in row]
         assert curve[0] == 1
-        assert curve[-1] == pytest.approx(1 - callback.sparsity)  # each weight does its work once a row
+        assert curve[-1] == pytest.approx(1 - callback.sparsity)  # every weight is used once per sample
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_an_example_runs_in_the_precision_of_the_weights(precision, tmp_path):
     options = {"logger": csv_logger(tmp_path), "precision": precision}
-    callback = neurons(target_sparsity=0.5)
-    fit(callback, model=Example(), **options)
+    callback = neuron_callback(target_sparsity=0.5)
+    fit(callback, model=ExampleNet(), **options)
     assert callback.sparsity >= 0.5
     assert 0 < rows(tmp_path)[-1]["autoprune/flops"] < 0.7
 
@@ -59,75 +59,78 @@ def test_without_an_example_no_flops_are_logged_and_neurons_are_refused(tmp_path
     fit(AutoPruneCallback(target_sparsity=0.75), logger=csv_logger(tmp_path))
     assert not any("autoprune/flops" in row for row in rows(tmp_path))
     with pytest.raises(AutoPruneError) as error:
-        fit(neurons(target_flops=0.5))
+        fit(neuron_callback(target_flops=0.5))
     assert str(error.value) == (
         '`granularity="neuron"` needs to see how Net runs: set `self.example_input_array` in it to a batch of inputs'
         " of its `forward`."
     )
 
 
-def test_an_example_that_does_not_run_is_a_warning_for_weights_and_an_error_for_neurons():
-    class Wrong(Net):
+def test_an_example_that_fails_warns_for_weights_and_raises_for_neurons():
+    class WrongExampleNet(Net):
         example_input_array = torch.zeros(2, 3)
 
     with pytest.warns(
         UserWarning, match="`example_input_array` does not run, so `autoprune/flops` is not logged: mat1"
     ):
-        fit(AutoPruneCallback(), model=Wrong())
+        fit(AutoPruneCallback(), model=WrongExampleNet())
     with pytest.raises(
-        AutoPruneError, match=r"Wrong could not be run on an example of shapes \[\(2, 3\)\]: layer 'first'"
+        AutoPruneError, match=r"WrongExampleNet could not be run on an example of shapes \[\(2, 3\)\]: layer 'first'"
     ):
-        fit(neurons(target_flops=0.5), model=Wrong())
+        fit(neuron_callback(target_flops=0.5), model=WrongExampleNet())
 
 
 @pytest.mark.parametrize("granularity", ["weight", "neuron"])
-def test_looking_at_the_example_leaves_the_run_as_it_is(granularity):
-    def weights(callbacks):
+def test_running_the_example_does_not_change_training(granularity):
+    def fit_weights(callbacks):
         torch.manual_seed(0)
-        model = Example(noisy=True)
+        model = ExampleNet(noisy=True)
         fit(callbacks, model=model, epochs=2)
         return model.state_dict()
 
-    # no m gets below 0 in so few steps: what is left is what the callback does besides
+    # no m falls below 0 in so few steps, so any difference would come from the example
     quiet = AutoPruneCallback(granularity=granularity, held_out="train", auxiliary_lr=1e-9, warmup=0.0, finetune=0.0)
-    plain, watched = weights([]), weights([quiet])
+    plain, pruned = fit_weights([]), fit_weights([quiet])
     assert quiet.sparsity == 0
-    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
+    assert all(torch.equal(value, pruned[name]) for name, value in plain.items())
 
 
-@pytest.mark.parametrize("at", [5, 12, 28])  # dense, pruning, frozen
-def test_a_resumed_run_is_bit_equal_to_one_that_was_not_stopped(at, tmp_path):
+@pytest.mark.parametrize("step", [5, 12, 28])  # in the dense, the pruning and the fine-tuning phase
+def test_resuming_is_bit_exact(step, tmp_path):
     def run(steps, **options):
         torch.manual_seed(0)
-        model, callback = Example(), neurons(target_flops=0.3, auxiliary_lr=100.0)
+        model, callback = ExampleNet(), neuron_callback(target_flops=0.3, auxiliary_lr=100.0)
         keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         fit([callback, keep], model=model, train=Resumable(), epochs=4, enable_checkpointing=True, **options)
         return copy.deepcopy(model.state_dict()), callback
 
-    whole, one = run(32)
-    resumed, two = run(32, ckpt_path=tmp_path / f"step={at}.ckpt")
-    assert one.sparsity == two.sparsity > 0.5
-    assert torch.equal(one._run.pruner.auxiliary.granularity.alive, two._run.pruner.auxiliary.granularity.alive)
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+    uninterrupted, uninterrupted_callback = run(32)
+    resumed, resumed_callback = run(32, ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert uninterrupted_callback.sparsity == resumed_callback.sparsity > 0.5
+    assert torch.equal(
+        uninterrupted_callback._run.pruner.auxiliary.granularity.alive,
+        resumed_callback._run.pruner.auxiliary.granularity.alive,
+    )
+    assert all(torch.equal(value, resumed[name]) for name, value in uninterrupted.items())
 
 
 def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
     def fit_with(callback, **options):
         keep = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=12, enable_version_counter=False)
-        fit([callback, keep], model=Example(), epochs=4, enable_checkpointing=True, **options)
+        fit([callback, keep], model=ExampleNet(), epochs=4, enable_checkpointing=True, **options)
 
-    both = {"weights": AutoPruneCallback, "neurons": neurons}
-    for there, here in (("weights", "neurons"), ("neurons", "weights")):
-        fit_with(both[there](target_sparsity=0.5))
+    both = {"weights": AutoPruneCallback, "neurons": neuron_callback}
+    for saved, resumed in (("weights", "neurons"), ("neurons", "weights")):
+        fit_with(both[saved](target_sparsity=0.5))
         message = (
-            f'The checkpoint\'s run pruned {there}, and this callback has `granularity="{here[:-1]}"`: resume with'
+            f'The checkpoint\'s run pruned {saved}, and this callback has `granularity="{resumed[:-1]}"`: resume with'
         )
         with pytest.raises(AutoPruneError, match=message):
-            fit_with(both[here](target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
+            fit_with(both[resumed](target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
 
 
-def test_pruned_neurons_are_not_read_in_any_checkpoint():
-    callback, model = neurons(target_flops=0.3), Example()
+def test_rows_and_columns_of_pruned_neurons_are_zero():
+    callback, model = neuron_callback(target_flops=0.3), ExampleNet()
     fit(callback, model=model)
     dead = ~callback._run.pruner.auxiliary.granularity.alive
     assert dead.any()
@@ -136,8 +139,8 @@ def test_pruned_neurons_are_not_read_in_any_checkpoint():
     assert not weights["first"][dead].any()
 
 
-def test_a_layer_that_has_no_neurons_is_not_taken_for_one_that_was_thawed(recwarn):
-    class Recurrent(Example):
+def test_a_layer_without_neurons_is_not_reported_as_unfrozen(recwarn):
+    class RecurrentNet(ExampleNet):
         def __init__(self):
             super().__init__()
             self.lstm = torch.nn.LSTM(12, 12)
@@ -145,14 +148,14 @@ def test_a_layer_that_has_no_neurons_is_not_taken_for_one_that_was_thawed(recwar
         def forward(self, x):
             return super().forward(self.lstm(x)[0])
 
-    callback = neurons(target_sparsity=0.5)
-    fit(callback, model=Recurrent())
+    callback = neuron_callback(target_sparsity=0.5)
+    fit(callback, model=RecurrentNet())
     assert set(callback.layer_sparsity()) == {"first", "last"}
     assert not [w for w in recwarn if "unfrozen" in str(w.message)]
 
 
-def test_a_layer_whose_weight_is_computed_may_be_left_out(tmp_path):
-    class Normed(Example):
+def test_a_parametrized_layer_can_be_excluded(tmp_path):
+    class SpectralNormNet(ExampleNet):
         def __init__(self):
             super().__init__()
             self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32))
@@ -164,15 +167,15 @@ def test_a_layer_whose_weight_is_computed_may_be_left_out(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*example_input_array")
         callback = AutoPruneCallback(target_sparsity=0.5, exclude=["last"])
-        fit(callback, model=Normed(), logger=csv_logger(tmp_path))
+        fit(callback, model=SpectralNormNet(), logger=csv_logger(tmp_path))
     assert 0.5 < rows(tmp_path)[-1]["autoprune/flops"] < 1
-    callback = neurons(target_sparsity=0.1, exclude=["last"])
-    fit(callback, model=Normed())
+    callback = neuron_callback(target_sparsity=0.1, exclude=["last"])
+    fit(callback, model=SpectralNormNet())
     assert callback.sparsity >= 0.1
 
 
-def test_neurons_beside_a_concatenated_input_are_pruned():
-    class Dense(Example):
+def test_neurons_concatenated_with_the_input_are_pruned():
+    class ConcatenatingNet(ExampleNet):
         def __init__(self):
             super().__init__()
             self.last = nn.Linear(FEATURES + 32, 4)
@@ -180,5 +183,5 @@ def test_neurons_beside_a_concatenated_input_are_pruned():
         def forward(self, x):
             return self.last(torch.cat([x, torch.relu(self.norm(self.first(x)))], -1))
 
-    model, _ = fit(neurons(target_sparsity=0.5), model=Dense())
+    model, _ = fit(neuron_callback(target_sparsity=0.5), model=ConcatenatingNet())
     assert shrink(model, model.example_input_array).first.out_features < 16

@@ -1,10 +1,10 @@
-"""Pruned weights stay zero whatever steps them."""
+"""Pruned weights stay zero, whichever optimizer or hook writes to them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, fit, loader, same
+from helpers import Net, fit, held_out_loss, loader, same
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -13,7 +13,7 @@ from lightning_autoprune import AutoPruneCallback, sparsity
 
 
 class Hookless(torch.optim.SGD):
-    """Calls no hooks, as a wrapper of another optimizer may; moves all weights."""
+    """An optimizer that calls no hooks, as wrappers of other optimizers may, and moves all weights."""
 
     @torch.no_grad()
     def step(self, closure):
@@ -26,8 +26,8 @@ class Hookless(torch.optim.SGD):
     step.hooked = True
 
 
-class Renewed(Callback):
-    """Makes new optimizers in the middle of training."""
+class OptimizerReplacer(Callback):
+    """A callback that creates new optimizers in the middle of training."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == 1:
@@ -35,28 +35,28 @@ class Renewed(Callback):
 
 
 @pytest.mark.parametrize("held_out", [0.25, "train"])
-@pytest.mark.parametrize("how", ["hookless", "renewed"])
-def test_pruned_weights_are_zero_in_each_validation_whatever_steps_them(how, held_out):
-    found = []
+@pytest.mark.parametrize("kind", ["hookless", "replaced"])
+def test_pruned_weights_are_zero_in_every_validation(kind, held_out):
+    sparsities = []
 
-    class Checked(Net):
+    class SparsityRecorder(Net):
         def validation_step(self, batch):
-            found.append((sparsity(self), callback.sparsity))
+            sparsities.append((sparsity(self), callback.sparsity))
 
         def configure_optimizers(self):
-            return (Hookless if how == "hookless" else torch.optim.AdamW)(self.parameters(), 0.01)
+            return (Hookless if kind == "hookless" else torch.optim.AdamW)(self.parameters(), 0.01)
 
     callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out)
     options = {"val": loader(8), "epochs": 6, "num_sanity_val_steps": 0}
-    fit([callback, Renewed()] if how == "renewed" else callback, model=Checked(), **options)
-    assert len(found) == 6
-    assert all(real == claimed for real, claimed in found)
-    assert found[-1][0] == pytest.approx(0.8, abs=0.01)
+    fit([callback, OptimizerReplacer()] if kind == "replaced" else callback, model=SparsityRecorder(), **options)
+    assert len(sparsities) == 6
+    assert all(actual == reported for actual, reported in sparsities)
+    assert sparsities[-1][0] == pytest.approx(0.8, abs=0.01)
     assert callback._run.gradients.last == callback._run.pruner.phases.end - 1
 
 
-class Manual(Net):
-    """Two optimizers that step after one backward: one of the pruned weights, one of the rest."""
+class SharedBackwardNet(Net):
+    """A model with two optimizers that step after one backward pass: of prunable weights, and of other parameters."""
 
     def __init__(self, order=(0, 1), wrapped=True):
         super().__init__()
@@ -75,37 +75,34 @@ class Manual(Net):
             optimizers[i].step()
 
 
-def trained(model, **options):
+def fit_and_get_state(model, **options):
     callback = AutoPruneCallback(target_sparsity=0.8, log_every_n_steps=1, **options)
     fit(callback, model=model, epochs=10)
     return callback, dict(model.state_dict())
 
 
-LOSS = {"loss_fn": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])}
-
-
-@pytest.mark.parametrize("options", [{"held_out": "train"}, LOSS], ids=["train", "loss_fn"])
-def test_the_order_in_which_optimizers_step_does_not_matter(options):
+@pytest.mark.parametrize("options", [{"held_out": "train"}, {"loss_fn": held_out_loss}], ids=["train", "loss_fn"])
+def test_the_order_of_the_optimizers_steps_does_not_matter(options):
     torch.manual_seed(0)
-    callback, first = trained(Manual(), **options)
+    callback, first = fit_and_get_state(SharedBackwardNet(), **options)
     torch.manual_seed(0)
-    _, last = trained(Manual(order=(1, 0)), **options)
+    _, last = fit_and_get_state(SharedBackwardNet(order=(1, 0)), **options)
     assert same(first, last)
     assert sum(layer.revived for layer in callback.layers()) > 20
 
 
-@pytest.mark.parametrize("options", [{"held_out": "train"}, LOSS], ids=["train", "loss_fn"])
-def test_optimizers_that_are_stepped_past_lightning_are_followed(options, recwarn):
+@pytest.mark.parametrize("options", [{"held_out": "train"}, {"loss_fn": held_out_loss}], ids=["train", "loss_fn"])
+def test_optimizers_stepped_without_lightnings_wrapper_are_followed(options, recwarn):
     torch.manual_seed(0)
-    _, wrapped = trained(Manual(), **options)
+    _, wrapped = fit_and_get_state(SharedBackwardNet(), **options)
     torch.manual_seed(0)
-    _, bare = trained(Manual(wrapped=False), **options)
+    _, bare = fit_and_get_state(SharedBackwardNet(wrapped=False), **options)
     assert same(wrapped, bare)
     assert not [w for w in recwarn if "No loss so far depends" in str(w.message)]
 
 
-class Centred(Net):
-    """Writes to its weights in hooks of its own, which come after the callbacks'."""
+class CenteredNet(Net):
+    """A model that writes to its weights in its own hooks, which run after those of callbacks."""
 
     def __init__(self):
         super().__init__()
@@ -123,9 +120,10 @@ class Centred(Net):
         self.seen.append(sparsity(self.first.weight))
 
 
-def test_what_hooks_of_the_module_write_to_pruned_weights_is_zeroed_before_it_is_used_or_saved(tmp_path):
-    callback, model, path = AutoPruneCallback(target_sparsity=0.8), Centred(), ModelCheckpoint(tmp_path, save_last=True)
-    fit([callback, path], model=model, val=loader(), enable_checkpointing=True)
+def test_pruned_weights_that_module_hooks_change_are_zeroed_before_use_and_saving(tmp_path):
+    callback, model = AutoPruneCallback(target_sparsity=0.8), CenteredNet()
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    fit([callback, checkpoint], model=model, val=loader(), enable_checkpointing=True)
     assert model.seen[-1] == callback.layer_sparsity()["first"] > 0.5
-    saved = torch.load(path.last_model_path, weights_only=True)["state_dict"]
+    saved = torch.load(checkpoint.last_model_path, weights_only=True)["state_dict"]
     assert sparsity({name: saved[f"{name}.weight"] for name in ("first", "last")}) == callback.sparsity

@@ -12,39 +12,39 @@ import pytest
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, AuxiliaryParameters, Settings
 from lightning_autoprune.training.callback_settings import CallbackSettings
 
-DEFINED = {entry.name: entry for entry in fields(CallbackSettings)}
+SETTINGS = {entry.name: entry for entry in fields(CallbackSettings)}
 
 
-def documented(kind: type) -> dict[str, str]:
-    """The text of each argument in a Google-style docstring, in one line."""
+def parse_arguments(kind: type) -> dict[str, str]:
+    """Return the text of each argument in a Google-style docstring, joined into one line."""
     section = inspect.getdoc(kind).split("Args:\n")[1].split("\n\n")[0]
     entries = re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)[1:]
-    found = dict(entry.split(": ", 1) for entry in entries)
-    return {name: " ".join(text.split()) for name, text in found.items()}
+    texts = dict(entry.split(": ", 1) for entry in entries)
+    return {name: " ".join(text.split()) for name, text in texts.items()}
 
 
-def test_the_callbacks_arguments_are_the_settings_with_their_types_and_defaults():
+def test_the_callback_takes_every_setting_with_its_type_and_default():
     parameters = dict(list(inspect.signature(AutoPruneCallback.__init__).parameters.items())[1:])
-    assert parameters.keys() == DEFINED.keys()
+    assert parameters.keys() == SETTINGS.keys()
     hints, defined = get_type_hints(AutoPruneCallback.__init__), get_type_hints(CallbackSettings)
     for name, parameter in parameters.items():
-        assert parameter.default == DEFINED[name].default, name
+        assert parameter.default == SETTINGS[name].default, name
         assert hints[name] == defined[name], name
 
 
 def test_the_callbacks_docstring_has_the_help_of_every_setting():
-    assert documented(AutoPruneCallback) == {name: entry.metadata["help"] for name, entry in DEFINED.items()}
+    assert parse_arguments(AutoPruneCallback) == {name: entry.metadata["help"] for name, entry in SETTINGS.items()}
 
 
 def test_auxiliary_parameters_use_the_same_names_and_defaults():
     parameters = inspect.signature(AuxiliaryParameters.__init__).parameters
-    shared = parameters.keys() & DEFINED.keys() - {"granularity"}
+    shared = parameters.keys() & SETTINGS.keys() - {"granularity"}
     assert shared == {"estimator", "initial_m", "initial_scale", "layer_floor", "leaky_slope", "update_rule"}
     for name in shared:
-        assert parameters[name].default == DEFINED[name].default, name
+        assert parameters[name].default == SETTINGS[name].default, name
 
 
-def test_the_settings_reach_the_run_as_they_were_given():
+def test_the_callbacks_settings_are_its_arguments():
     callback = AutoPruneCallback(0.9, pressure=0.2, include=["a*"], seed=3)
     given = {"target_sparsity": 0.9, "pressure": 0.2, "include": ["a*"], "seed": 3}
     assert {name: getattr(callback.settings, name) for name in given} == given
@@ -52,7 +52,7 @@ def test_the_settings_reach_the_run_as_they_were_given():
 
 
 @pytest.mark.parametrize("kind", [Settings, CallbackSettings])
-def test_every_setting_has_help_and_a_default_that_is_allowed(kind):
+def test_every_setting_has_help_and_an_allowed_default(kind):
     kind()
     for entry in fields(kind):
         assert len(entry.metadata["help"]) > 15, entry.name
@@ -65,10 +65,32 @@ def test_every_setting_has_help_and_a_default_that_is_allowed(kind):
         ({"figures_every_n_epochs": -1}, r"`figures_every_n_epochs` is -1; it must be an integer in \[0, inf\)"),
     ],
 )
-def test_a_wrong_setting_is_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(AutoPruneError, match=message):
         CallbackSettings(**options)
 
 
-def test_figures_can_be_switched_off():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"held_out": 0.0},
+            r'`held_out` is 0.0; it must be a number in \(0, 1\). `held_out` may also be "val", ',
+        ),
+        ({"held_out": 1.0}, r"`held_out` is 1.0; it must be a number in \(0, 1\)"),
+        ({"held_out": 1}, r"`held_out` is 1; it must be a number in \(0, 1\)"),
+        ({"held_out": "test"}, "`held_out` is 'test'; allowed are 'val', 'train'"),
+        ({"held_out": [1]}, r"`held_out` is \[1\]; it must be a number"),
+        ({"log_every_n_steps": 0}, r"`log_every_n_steps` is 0; it must be an integer in \[1, inf\)"),
+        ({"log_every_n_steps": 2.5}, r"`log_every_n_steps` is 2.5; it must be an integer in \[1, inf\)"),
+        ({"target_sparsity": 1}, r"`target_sparsity` is 1; it must be a number in \[0, 1\)"),
+        ({"warmup": 0.5, "finetune": 0.5}, "leave no time to prune"),
+    ],
+)
+def test_invalid_arguments_are_refused_at_once(options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        AutoPruneCallback(**options)
+
+
+def test_figures_can_be_turned_off():
     assert CallbackSettings(figures_every_n_epochs=None).figures_every_n_epochs is None

@@ -1,7 +1,10 @@
+"""The held-out pass: the gradients that it gives, and that it leaves no trace in the training around it."""
+
 from __future__ import annotations
 
 import copy
 import random
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.held_out_pass import held_out_gradients, shielded
 
 
-def state(model: Net) -> dict:
+def take_snapshot(model: Net) -> dict:
     accuracy = model.accuracy
     return {
         "weights": {k: v.clone() for k, v in model.state_dict().items()},
@@ -29,8 +32,8 @@ def state(model: Net) -> dict:
     }
 
 
-class InTraining(Callback):
-    """Runs a function in the middle of training."""
+class CallInTraining(Callback):
+    """A callback that calls a function in the middle of training."""
 
     def __init__(self, function) -> None:
         self.function, self.result = function, None
@@ -40,12 +43,12 @@ class InTraining(Callback):
             self.result = self.function(trainer, pl_module)
 
 
-def batch():
+def make_batch():
     return data(16, seed=7)[:]
 
 
-def in_training(function, **options):
-    callback = InTraining(function)
+def call_in_training(function, **options):
+    callback = CallInTraining(function)
     fit(callback, epochs=1, model_options=options)
     return callback.result
 
@@ -53,59 +56,59 @@ def in_training(function, **options):
 def test_a_held_out_pass_leaves_no_trace():
     def check(trainer, model):
         gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
-        before, logged = state(model), copy.deepcopy(trainer.callback_metrics)
+        before, logged = take_snapshot(model), copy.deepcopy(trainer.callback_metrics)
         identities = [id(b) for b in model.buffers()]
-        loss, _ = held_out_gradients(trainer, batch(), [model.first.weight], None, 1)
+        loss, _ = held_out_gradients(trainer, make_batch(), [model.first.weight], None, 1)
         assert loss > 0
-        assert same(before, state(model))
+        assert same(before, take_snapshot(model))
         assert same(logged, trainer.callback_metrics)
         assert identities == [id(b) for b in model.buffers()]
         return same(gradients, [None if p.grad is None else p.grad for p in model.parameters()])
 
-    assert in_training(check, noisy=True)
+    assert call_in_training(check, noisy=True)
 
 
 def test_without_the_shield_the_same_pass_leaves_traces():
-    """So that the test above can fail."""
+    """Shows that the snapshots can reveal a trace."""
 
     def check(trainer, model):
-        before = state(model)
-        model.training_step(batch())
-        after = state(model)
+        before = take_snapshot(model)
+        model.training_step(make_batch())
+        after = take_snapshot(model)
         return [key for key in before if not same(before[key], after[key])]
 
-    assert in_training(check, noisy=True) == ["weights", "metric", "updates", "torch"]
+    assert call_in_training(check, noisy=True) == ["weights", "metric", "updates", "torch"]
 
 
-def test_gradients_are_those_of_the_loss_with_batch_statistics_and_no_dropout():
+def test_gradients_are_taken_with_batch_statistics_and_without_dropout():
     def check(trainer, model):
         model.dropout.p = 0.5
         weights = [model.first.weight, model.last.weight]
-        loss, gradients = held_out_gradients(trainer, batch(), weights, None, 1)
+        loss, gradients = held_out_gradients(trainer, make_batch(), weights, None, 1)
         twin = copy.deepcopy(model)
         twin.dropout.p = 0.0
-        x, y = batch()
+        x, y = make_batch()
         expected = nn.functional.cross_entropy(twin(x), y)
         assert loss == pytest.approx(expected.item())
         return same(gradients, list(torch.autograd.grad(expected, [twin.first.weight, twin.last.weight])))
 
-    assert in_training(check)
+    assert call_in_training(check)
 
 
-def test_a_loss_function_of_the_users_takes_the_place_of_training_step():
+def test_a_custom_loss_function_replaces_training_step():
     def check(trainer, model):
-        return held_out_gradients(trainer, batch(), [model.last.weight], lambda m, b: 3 * m.last.weight.sum(), 1)
+        return held_out_gradients(trainer, make_batch(), [model.last.weight], lambda m, b: 3 * m.last.weight.sum(), 1)
 
-    _, gradients = in_training(check)
+    _, gradients = call_in_training(check)
     assert torch.equal(gradients[0], torch.full_like(gradients[0], 3))
 
 
-def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zero():
+def test_a_weight_that_the_loss_does_not_depend_on_has_zero_gradient():
     def check(trainer, model):
         weights = [model.first.weight, model.last.weight]
-        return held_out_gradients(trainer, batch(), weights, lambda m, b: m.last.weight.sum(), 1)[1]
+        return held_out_gradients(trainer, make_batch(), weights, lambda m, b: m.last.weight.sum(), 1)[1]
 
-    assert (in_training(check)[0] == 0).all()
+    assert (call_in_training(check)[0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -118,24 +121,23 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_a_gradient_of_zero():
         (torch.tensor(float("inf"), requires_grad=True), "inf, not finite"),
         (torch.tensor(1.0), "without a gradient"),
     ],
+    ids=["None", "float", "vector", "nan", "inf", "no gradient"],
 )
-def test_a_loss_that_is_no_finite_scalar_is_described(loss, text):
-    import re
-
-    result = in_training(lambda t, m: held_out_gradients(t, batch(), [m.last.weight], lambda *_: loss, 1))
+def test_a_loss_that_is_not_a_finite_scalar_is_described(loss, text):
+    result = call_in_training(lambda t, m: held_out_gradients(t, make_batch(), [m.last.weight], lambda *_: loss, 1))
     assert re.match(text, result)
 
 
-def test_a_dict_with_a_loss_is_a_loss():
+def test_a_dict_with_a_loss_is_accepted():
     def check(trainer, model):
         weights = [model.last.weight]
-        return held_out_gradients(trainer, batch(), weights, lambda m, b: {"loss": m.last.weight.sum()}, 1)
+        return held_out_gradients(trainer, make_batch(), weights, lambda m, b: {"loss": m.last.weight.sum()}, 1)
 
-    assert isinstance(in_training(check), tuple)
+    assert isinstance(call_in_training(check), tuple)
 
 
-class Odd(Net):
-    """Changes buffers in every way there is."""
+class BuffersNet(Net):
+    """A model with buffers that can be replaced or changed, or that are absent or inside a metric."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,8 +147,8 @@ class Odd(Net):
         self.metrics = nn.ModuleList([copy.deepcopy(self.accuracy)])
 
 
-def test_buffers_that_are_changed_or_replaced_are_put_back():
-    model = Odd()
+def test_changed_and_replaced_buffers_are_restored():
+    model = BuffersNet()
     replaced = model.replaced
     with shielded(model, 0):
         model.replaced = torch.ones(3)
@@ -158,8 +160,8 @@ def test_buffers_that_are_changed_or_replaced_are_put_back():
     assert model.metrics[0]._update_count == 0
 
 
-def test_buffers_that_can_not_be_written_to_do_not_stop_it():
-    class Counts(nn.Module):
+def test_buffers_that_cannot_be_written_to_cause_no_error():
+    class Counter(nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("seen", torch.zeros(1))
@@ -172,52 +174,52 @@ def test_buffers_that_can_not_be_written_to_do_not_stop_it():
     model.register_buffer("expanded", torch.ones(1).expand(12))
     with torch.inference_mode():
         model.register_buffer("inferred", torch.ones(3))
-    model.scripted = torch.jit.script(Counts())
+    model.scripted = torch.jit.script(Counter())
     with shielded(model, 0):
         model.scripted(torch.ones(2))
     assert model.scripted.seen == 0
     assert model.expanded.stride() == (0,)
 
 
-def test_everything_is_put_back_after_an_error_inside():
+def test_everything_is_restored_after_an_error():
     model = Net(noisy=True)
-    before = state(model)
+    before = take_snapshot(model)
     with pytest.raises(RuntimeError, match="mat1 and mat2"), shielded(model, 0):
         model.training_step((torch.randn(4, 12), torch.arange(4)))[model(torch.randn(4, 99))]
-    assert same(before, state(model))
+    assert same(before, take_snapshot(model))
 
 
-def test_other_tensors_are_put_back_where_asked():
+def test_additional_tensors_are_restored_on_request():
     model = Net()
     model.last.requires_grad_(False)
     detector = WriteDetector(model.parameters())
     with torch.no_grad():
         model.last.weight += 1
-    (kept,) = detector.modified()
-    assert kept is model.last.weight
-    value = kept.clone()
-    with shielded(model, 0, preserved=[kept]), torch.no_grad():
+    (modified,) = detector.modified()
+    assert modified is model.last.weight
+    value = modified.clone()
+    with shielded(model, 0, preserved=[modified]), torch.no_grad():
         model.last.weight.zero_()
     assert torch.equal(model.last.weight, value)
 
 
 def test_a_training_step_that_writes_to_trained_weights_is_warned_about():
-    class Clamped(Net):
+    class ClampingNet(Net):
         def training_step(self, batch):
             with torch.no_grad():
                 self.last.weight.clamp_(-1, 1)
             return super().training_step(batch)
 
     with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
-        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)
+        fit(AutoPruneCallback(target_sparsity=0.5), model=ClampingNet(), epochs=1)
 
 
 def test_a_training_step_that_writes_to_trained_weights_through_data_is_warned_about():
-    class Clamped(Net):
+    class ClampingNet(Net):
         def training_step(self, batch):
             self.last.weight.data.clamp_(-0.1, 0.1)
             self.last.weight.data.mul_(0.99)
             return super().training_step(batch)
 
     with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
-        fit(AutoPruneCallback(target_sparsity=0.5), model=Clamped(), epochs=1)
+        fit(AutoPruneCallback(target_sparsity=0.5), model=ClampingNet(), epochs=1)

@@ -1,4 +1,4 @@
-"""Averages of the weights that other callbacks keep are pruned like the model."""
+"""Averages of the weights that other callbacks maintain are pruned like the model."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ AVERAGES = {
 }
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_an_average_is_pruned_to_the_target(tmp_path, kind, first):
-    class LastEpoch(Callback):
+def test_an_average_is_pruned_to_the_target(tmp_path, kind, pruning_first):
+    class SparsityRecorder(Callback):
         def on_train_epoch_end(self, *_):
             self.sparsity = sparsity(average._average_model)
 
-    callback, average, last_epoch = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), LastEpoch()
-    save = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
-    order = [callback, average, last_epoch, save] if first else [average, callback, last_epoch, save]
+    callback, average, recorder = AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), SparsityRecorder()
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_last=True)
+    order = [callback, average, recorder, checkpoint] if pruning_first else [average, callback, recorder, checkpoint]
     model, _ = fit(order, epochs=8, val=loader(32), enable_checkpointing=True)
     assert sparsity(model) == pytest.approx(0.8, abs=0.005)
-    assert last_epoch.sparsity == pytest.approx(0.8, abs=0.005)
-    if kind != "swa":  # SWA saves the weights that it averages, and the average beside them
+    assert recorder.sparsity == pytest.approx(0.8, abs=0.005)
+    if kind != "swa":  # SWA saves the trained weights, and their average separately
         state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
         other = Net()
         other.load_state_dict(state)
@@ -39,19 +39,19 @@ def test_an_average_is_pruned_to_the_target(tmp_path, kind, first):
 
 
 @pytest.mark.parametrize("kind", ["ema", "mean"])
-def test_the_model_ends_with_the_average_and_not_with_the_last_weights(kind):
-    class Last(Callback):
+def test_the_model_ends_with_the_average_instead_of_the_last_weights(kind):
+    class WeightRecorder(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             self.weight = pl_module.first.weight.detach().clone()
 
-    last = Last()
-    model, _ = fit([AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), last], epochs=8)
+    recorder = WeightRecorder()
+    model, _ = fit([AutoPruneCallback(target_sparsity=0.8), AVERAGES[kind](), recorder], epochs=8)
     kept = model.first.weight != 0
-    assert not same(model.first.weight[kept], last.weight[kept])
+    assert not same(model.first.weight[kept], recorder.weight[kept])
 
 
-@pytest.mark.parametrize("epoch", [2, 6])  # while pruning, and with final masks
-def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
+@pytest.mark.parametrize("epoch", [2, 6])  # during pruning, and with final masks
+def test_resuming_with_an_average_is_bit_exact(tmp_path, epoch):
     def run(ckpt_path=None):
         callbacks = [
             AutoPruneCallback(target_sparsity=0.8),
@@ -65,12 +65,12 @@ def test_a_run_with_an_average_resumes_bit_equal(tmp_path, epoch):
 
 
 def test_the_average_of_a_run_that_ends_early_is_pruned_like_the_model():
-    class Stop(Callback):
+    class EarlyStop(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.should_stop = trainer.current_epoch == 4
 
     callback = AutoPruneCallback(target_sparsity=0.8)
-    model, _ = fit([callback, EMAWeightAveraging(decay=0.9), Stop()], epochs=8)
+    model, _ = fit([callback, EMAWeightAveraging(decay=0.9), EarlyStop()], epochs=8)
     assert callback.sparsity > 0.5
     assert sparsity(model) == callback.sparsity
 
@@ -82,7 +82,7 @@ def test_the_epoch_that_swa_adds_for_batchnorm_does_not_count_as_training():
     assert callback._run.pruner.masks_final
 
 
-def test_an_average_is_pruned_if_a_run_resumes_with_final_masks(tmp_path):
+def test_an_average_is_pruned_after_resuming_with_final_masks(tmp_path):
     def callbacks(folder):
         return [
             AutoPruneCallback(target_sparsity=0.8),
@@ -99,7 +99,7 @@ def test_an_average_is_pruned_if_a_run_resumes_with_final_masks(tmp_path):
     assert sparsity(other) == pytest.approx(0.8, abs=0.005)
 
 
-def test_weights_on_another_device_than_their_masks_are_pruned():
+def test_zero_pruned_weights_applies_the_mask():
     weight, mask = torch.ones(3), torch.tensor([True, False, True])
     zero_pruned_weights(weight, mask)
     assert weight.tolist() == [1, 0, 1]

@@ -1,4 +1,4 @@
-"""Estimators, update rules and schedules of the user's own, in a real run."""
+"""Custom estimators, update rules and schedules in a real run."""
 
 from __future__ import annotations
 
@@ -28,44 +28,46 @@ def bell(M: Tensor) -> Tensor:
     return torch.exp(-M.square())
 
 
-def stairs(progress: float, start: float, target: float) -> float:
+def drop_early(progress: float, start: float, target: float) -> float:
     return start if progress < 0.3 else target
 
 
-OWN = {"update_rule": Momentum(), "estimator": bell, "schedule": stairs}
+CUSTOM_OBJECTS = {"update_rule": Momentum(), "estimator": bell, "schedule": drop_early}
 
 
-@pytest.mark.parametrize("setting", OWN)
-def test_an_object_of_the_users_own_changes_the_run_and_meets_the_target(setting):
+@pytest.mark.parametrize("setting", CUSTOM_OBJECTS)
+def test_a_custom_object_changes_the_run_and_meets_the_target(setting):
     runs = {}
-    for name, options in (("own", {setting: OWN[setting]}), ("default", {})):
+    for name, options in (("custom", {setting: CUSTOM_OBJECTS[setting]}), ("default", {})):
         callback = AutoPruneCallback(target_sparsity=0.8, **options)
         model, _ = fit(callback)
         assert callback.sparsity == pytest.approx(0.8, abs=0.01)
         runs[name] = {key: value.clone() for key, value in model.state_dict().items()}
-    assert not same(runs["own"], runs["default"])
+    assert not same(runs["custom"], runs["default"])
 
 
 @pytest.mark.parametrize("step", [12, 20])
-def test_a_run_with_own_objects_resumes_bit_for_bit(step, recwarn):
+def test_resuming_with_custom_objects_is_bit_exact(step, recwarn):
     def run(**options):
-        callback = AutoPruneCallback(target_sparsity=0.8, **OWN)
-        keep = saving(every_n_train_steps=1, save_on_train_epoch_end=False)
-        return fit([callback, keep], train=Resumable(), enable_checkpointing=True, **options)[0]
+        callback = AutoPruneCallback(target_sparsity=0.8, **CUSTOM_OBJECTS)
+        checkpoint = saving(every_n_train_steps=1, save_on_train_epoch_end=False)
+        return fit([callback, checkpoint], train=Resumable(), enable_checkpointing=True, **options)[0]
 
-    whole = {key: value.clone() for key, value in run().state_dict().items()}
+    uninterrupted = {key: value.clone() for key, value in run().state_dict().items()}
     resumed = run(ckpt_path=f"checkpoints/step={step}.ckpt")
-    assert same(whole, dict(resumed.state_dict()))
+    assert same(uninterrupted, dict(resumed.state_dict()))
     assert not [w for w in recwarn if "other settings" in str(w.message)]
 
 
-def test_resuming_with_another_rule_of_the_users_own_is_refused():
-    class Other(Momentum):
+def test_resuming_with_another_custom_rule_is_refused():
+    class OtherRule(Momentum):
         state_names = ("slow", "fast")
 
     fit([AutoPruneCallback(update_rule=Momentum()), saving(every_n_train_steps=12)], enable_checkpointing=True)
-    with pytest.raises(AutoPruneError, match=r"of another update rule than '.*Other': resume with the same `update"):
-        fit(AutoPruneCallback(update_rule=Other()), ckpt_path="checkpoints/step=12.ckpt")
+    with pytest.raises(
+        AutoPruneError, match=r"of another update rule than '.*OtherRule': resume with the same `update"
+    ):
+        fit(AutoPruneCallback(update_rule=OtherRule()), ckpt_path="checkpoints/step=12.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -76,27 +78,28 @@ def test_resuming_with_another_rule_of_the_users_own_is_refused():
         ({"update_rule": Momentum}, r"`update_rule` is <class .*Momentum'>; allowed are 'adaptive', .* or an instance"),
         ({"estimator": 3}, "`estimator` is 3; allowed are 'linear', .* or a function of M"),
     ],
+    ids=["estimator of wrong shape", "estimator without tensor", "class of a rule", "no estimator"],
 )
-def test_an_object_that_can_not_work_is_refused_at_once(options, message):
+def test_invalid_custom_objects_are_refused_at_once(options, message):
     with pytest.raises(AutoPruneError, match=message):
         AutoPruneCallback(**options)
 
 
-def test_own_objects_can_be_named_in_the_configuration_of_the_lightning_cli():
+def test_custom_objects_can_be_named_in_a_lightning_cli_configuration():
     arguments = {
         "trainer": {
             "callbacks": {
                 "class_path": "lightning_autoprune.AutoPruneCallback",
                 "init_args": {
-                    "schedule": "test_own_objects.stairs",
-                    "estimator": "test_own_objects.bell",
-                    "update_rule": {"class_path": "test_own_objects.Momentum"},
+                    "schedule": "test_custom_objects.drop_early",
+                    "estimator": "test_custom_objects.bell",
+                    "update_rule": {"class_path": "test_custom_objects.Momentum"},
                 },
             }
         }
     }
     cli = LightningCLI(Net, run=False, args=arguments, save_config_callback=None)
     (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, AutoPruneCallback)]
-    assert callback.settings.schedule is stairs
+    assert callback.settings.schedule is drop_early
     assert callback.settings.estimator is bell
     assert isinstance(callback.settings.update_rule, Momentum)

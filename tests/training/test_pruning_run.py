@@ -1,4 +1,4 @@
-"""What is told of a run that goes on under other settings."""
+"""Warnings about settings that differ between a checkpoint's run and the run that resumes it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from helpers import fit, saving
 from lightning_autoprune import AutoPruneCallback
 
 
-def test_settings_that_come_too_late_for_final_masks_are_warned_about():
+def test_new_settings_are_warned_about_if_masks_are_already_final():
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("done.ckpt")
-    more = AutoPruneCallback(target_sparsity=0.95, pressure=1.0)
+    sparser = AutoPruneCallback(target_sparsity=0.95, pressure=1.0)
     message = (
         "The checkpoint's run had other settings: target_sparsity 0.8 (here 0.95), pressure 0.05 (here 1.0). Its masks"
         " are final, so they stay: to prune anew, start a new fit from its weights alone."
     )
     with pytest.warns(UserWarning, match=re.escape(message)):
-        fit(more, epochs=8, ckpt_path="done.ckpt")
-    assert more.sparsity == pytest.approx(0.8, abs=0.01)
+        fit(sparser, epochs=8, ckpt_path="done.ckpt")
+    assert sparser.sparsity == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_run_goes_on_with_new_settings_and_says_so():
+def test_a_resumed_run_uses_new_settings_and_warns():
     fit([AutoPruneCallback(), saving(every_n_train_steps=20)], epochs=6, enable_checkpointing=True)
     message = (
         "other settings: pressure 0.05 (here 5.0), steps 48 (here 64). The run goes on with the new ones, as far as"
@@ -35,7 +35,7 @@ def test_a_run_goes_on_with_new_settings_and_says_so():
     assert strong.sparsity > weak.sparsity + 0.1
 
 
-def test_the_same_settings_are_not_warned_about(recwarn):
+def test_unchanged_settings_are_not_warned_about(recwarn):
     _, t = fit(AutoPruneCallback(target_sparsity=0.8))
     t.save_checkpoint("done.ckpt")
     fit(AutoPruneCallback(target_sparsity=0.8), epochs=8, ckpt_path="done.ckpt")
