@@ -126,6 +126,7 @@ class AuxiliaryParameters(MaskedWeights):
         self.estimator, self.leaky_slope = estimator, leaky_slope
         self.scale = GradientScale(decay)
         self._layer_floor = layer_floor
+        self.granularity.check_sharding(weights)
         super().__init__(weights)
         self.floors = self.granularity.floors(self.weights, layer_floor)
         self._make_M()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from granularities import Blocks, TwoOfFour
 from helpers import same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
 
 from lightning_autoprune import AutoPruneError, AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, WeightGranularity
@@ -171,3 +173,14 @@ def test_a_registered_granularity_can_be_chosen_in_the_settings(monkeypatch):
     assert pruner.masks_final
     assert pruner.sparsity == 0.75
     assert torch.equal((layer.weight.view(-1, 4) != 0).all(1), (layer.weight.view(-1, 4) != 0).any(1))
+
+
+def test_rows_that_are_cut_by_sharding_are_refused_by_name():
+    weight = SimpleNamespace(device_mesh="mesh", placements=(Shard(1),))
+    with pytest.raises(
+        AutoPruneError, match=r"Layer 'a' is sharded as S.1., and the granularity 'block' needs whole rows: shard it"
+    ):
+        Blocks().check_sharding({"a": weight})
+    weight.placements = (Shard(0),)
+    Blocks().check_sharding({"a": weight, "b": torch.ones(2, 2)})
+    WeightGranularity().check_sharding({"a": SimpleNamespace(device_mesh="mesh", placements=(Shard(1),))})

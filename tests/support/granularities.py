@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_autoprune.method.granularity.base import LayerUnits
+from lightning_autoprune.method.granularity.layer_units import LayerUnits
 
 
 class Blocks(LayerUnits):
