@@ -27,7 +27,7 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     Raises:
         AutoPruneError: names the argument, the value and all allowed values.
     """
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise AutoPruneError(f"`{name}` is {value!r}; allowed are {quote_names(allowed)}.")
 
 

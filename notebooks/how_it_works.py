@@ -368,7 +368,7 @@ for rule in ("autoprune", "adaptive"):
     path = take_auxiliary_steps(aux, rule, A, 500, mu=0.5, update_masks=False)
     fall = (path[0] - path[-1]).flatten() / 0.01 / 500
     ax.semilogx(magnitude, fall, LOOKS[rule][1], color=LOOKS[rule][0], ms=4, label=rule)
-v = aux.state["v"][0].flatten() / (1 - aux.scale.decay ** aux.updates[0])
+v = aux.averages["v"][0].flatten() / (1 - aux.scale.decay ** aux.updates[0])
 ax.semilogx(magnitude[by_magnitude], 0.5 / v[by_magnitude].sqrt(), color="black", lw=1, label="μ / √v")
 ax.set_ylim(0, 1.25)
 ax.legend(frameon=False, ncols=3, loc="upper right")

@@ -64,7 +64,7 @@ class AuxiliaryParameters(MaskedWeights):
         update_rule: a name in ``update_rules.UPDATE_RULES``, or an instance of an ``UpdateRule``.
         estimator: the straight-through estimator h'(m): a name in ``estimators.ESTIMATORS``, or a function of M.
         leaky_slope: slope of ``"leaky_relu"`` at m <= 0, in [0, 1].
-        layer_floor: fraction of its weights that each layer always keeps, in [0, 1); at least one weight.
+        layer_floor: fraction of its weights, or other units, that each layer always keeps, in [0, 1); at least one.
         decay: weight of the past in the running mean squares, in [0, 1); see ``UpdateRule.decay``.
 
     Attributes:
@@ -73,11 +73,11 @@ class AuxiliaryParameters(MaskedWeights):
             final).
         M: auxiliary parameters in at least float32 (empty once masks are final).
         kept: number of weights kept in each layer.
-        floors: number of weights that each layer always keeps.
+        floors: number of weights, or other units, that each layer always keeps.
         scale: the running root mean square of the sensitivities.
         rule: the update rule.
         rule_name: its name, or that of the user's own class.
-        state: the rule's running averages, by name, in the shapes of ``M``.
+        averages: the rule's running averages, by name, in the shapes of ``M``.
         updates: number of auxiliary steps of each bucket of layers.
         masks_final: True once the masks do not change any more.
 
@@ -97,9 +97,9 @@ class AuxiliaryParameters(MaskedWeights):
 
     M: list[Tensor]
     flat_M: list[Tensor]
-    state: dict[str, list[Tensor]]
+    averages: dict[str, list[Tensor]]
     updates: list[int]
-    _flat_state: dict[str, list[Tensor]]
+    _flat_averages: dict[str, list[Tensor]]
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class AuxiliaryParameters(MaskedWeights):
 
     @property
     def density(self) -> float:
-        """Fraction that a target is for, in (0, 1]: of the weights kept, or of the cost that remains."""
+        """Fraction that a target refers to, in (0, 1]: of kept weights, or of the cost that remains."""
         return self.granularity.density(self)
 
     @property
@@ -166,22 +166,27 @@ class AuxiliaryParameters(MaskedWeights):
         pieces = list(self.granularity.sensitivities(self, dL_dT, self.rule))
         if not pieces:
             return True
-        norms = fetch_numbers([torch.linalg.vector_norm(piece.G) for piece in pieces])
-        sums = [math.fsum(n * n for n in norms), float(sum(piece.G.numel() for piece in pieces))]
-        square, entries = sums if self.granularity.replicated else self.placement.sum(sums)
-        if not math.isfinite(square):
+        mean_square = self._mean_square([piece.G for piece in pieces])
+        if not math.isfinite(mean_square):
             return False
-        s = self.scale.update(square / entries) or 1.0
-        for k in {piece.group for piece in pieces}:
+        s = self.scale.update(mean_square) or 1.0
+        for k in {piece.bucket for piece in pieces}:
             self.updates[k] += 1
         for G, k, span in pieces:
             M = self.flat_M[k][span]
-            state = {name: flat[k][span] for name, flat in self._flat_state.items()}
+            state = {name: flat[k][span] for name, flat in self._flat_averages.items()}
             g0 = self.granularity.add_pressure(G.div_(s), mu)
             g = self.rule.direction(g0, state, self.updates[k], self.scale.decay)
             slope = straight_through(self.estimator, M, self.leaky_slope)
             M.sub_(g if slope is None else g * slope, alpha=lr)
         return True
+
+    def _mean_square(self, sensitivities: Sequence[Tensor]) -> float:
+        """Return the mean square of sensitivities over all entries of M, those of other ranks included."""
+        norms = fetch_numbers([torch.linalg.vector_norm(G) for G in sensitivities])
+        sums = [math.fsum(n * n for n in norms), float(sum(G.numel() for G in sensitivities))]
+        square, entries = sums if self.granularity.replicated else self.placement.sum(sums)
+        return square / entries
 
     def update_masks(self) -> None:
         """Decide anew which weights are kept, and write T = W ⊙ h(M) into them.
@@ -196,8 +201,6 @@ class AuxiliaryParameters(MaskedWeights):
 
     def keep(self, count: int) -> None:
         """Move M so that exactly ``count`` weights are kept: those of largest m, each layer's floor first.
-
-        Equal to one auxiliary step with the pressure that the target asks for.
 
         Raises:
             AutoPruneError: if ``count`` is less than the layers' floors together, or more than all weights; for another
@@ -221,7 +224,7 @@ class AuxiliaryParameters(MaskedWeights):
     def forget(self) -> None:
         """Keep the masks as they are, and forget M and dormant values."""
         self._finalize()
-        self.M, self.flat_M, self.state, self._flat_state, self.updates = [], [], {}, {}, []
+        self.M, self.flat_M, self.averages, self._flat_averages, self.updates = [], [], {}, {}, []
 
     def detach(self) -> None:
         """Leave plain weights T, and no trace of this object in them."""
@@ -247,10 +250,10 @@ class AuxiliaryParameters(MaskedWeights):
 
     def _make_M(self) -> None:  # noqa: N802
         self.flat_M = self.granularity.make_M(self)
-        self._flat_state = {name: [torch.zeros_like(M) for M in self.flat_M] for name in self.rule.state_names}
+        self._flat_averages = {name: [torch.zeros_like(M) for M in self.flat_M] for name in self.rule.state_names}
         self.updates = [0] * len(self.flat_M)
         self.M = self.granularity.views(self, self.flat_M)
-        self.state = {name: self.granularity.views(self, flat) for name, flat in self._flat_state.items()}
+        self.averages = {name: self.granularity.views(self, flat) for name, flat in self._flat_averages.items()}
 
     def lay_out(self, groups: Sequence[Sequence[int]], updates: Sequence[int]) -> None:
         """Make a new state in buckets: all weights are kept, and M and the running averages are 0.
@@ -299,7 +302,7 @@ class AuxiliaryParameters(MaskedWeights):
 
     def _entries(self) -> list[list[Tensor]]:
         """Return the state that is laid out in buckets: lists of one tensor per layer."""
-        return [self.dormant, self.bits, self.M, *self.state.values()]
+        return [self.dormant, self.bits, self.M, *self.averages.values()]
 
     def _lay_out_again(
         self, groups: Sequence[Sequence[int]], updates: Sequence[int], entries: Sequence[Sequence[Tensor]]

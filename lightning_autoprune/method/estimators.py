@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.registry import describe, look_up
+from lightning_autoprune.method.registry import describe, describe_result, look_up
 
 __all__ = ["ESTIMATORS", "Estimator", "EstimatorName", "check_estimator", "straight_through"]
 
 EstimatorName = Literal["linear", "hard_sigmoid", "leaky_relu", "softplus"]
 
 Estimator: TypeAlias = Callable[[Tensor], Tensor | None]
-"""A user's own h'(m): takes M, returns a tensor of the same shape, or None for 1 everywhere."""
+"""A user's own h'(m), elementwise: takes entries of M, returns a tensor of that shape, or None for 1 everywhere."""
 
 
 def _linear(M: Tensor, leaky_slope: float) -> None:
@@ -87,22 +87,31 @@ def straight_through(estimator: EstimatorName | Estimator, M: Tensor, leaky_slop
     """
     if callable(estimator):
         return estimator(M)
-    return look_up("estimator", estimator, ESTIMATORS, own="a function of M")(M, leaky_slope)
+    return look_up("estimator", estimator, ESTIMATORS, objects="a function of M")(M, leaky_slope)
 
 
 def check_estimator(estimator: EstimatorName | Estimator) -> None:
-    """Raise unless an estimator gives a finite h'(m) in the shape of M, or None.
+    """Raise unless an estimator returns finite numbers in the shape of M, or None, and leaves M unchanged.
 
     Raises:
-        AutoPruneError: for an unknown name, and for a function that returns anything else.
+        AutoPruneError: for an unknown name, or a function that does anything else.
     """
     M = torch.linspace(-2, 2, 6).view(2, 3)
-    slope = straight_through(estimator, M)
+    given = M.clone()
+    try:
+        slope = straight_through(estimator, given)
+    except AutoPruneError:
+        raise
+    except Exception as error:
+        raise AutoPruneError(
+            f"`estimator` {describe(estimator)} could not be called with M: {type(error).__name__}: {error}"
+        ) from error
+    if not torch.equal(given, M):
+        raise AutoPruneError(f"`estimator` {describe(estimator)} writes to M; it must return a new tensor.")
     if slope is None:
         return
-    if not isinstance(slope, Tensor) or slope.shape != M.shape or not slope.isfinite().all():
-        found = f"shape {tuple(slope.shape)}" if isinstance(slope, Tensor) else type(slope).__name__
+    if not isinstance(slope, Tensor) or slope.shape != M.shape or slope.is_complex() or not slope.isfinite().all():
         raise AutoPruneError(
-            f"`estimator` {describe(estimator)} returned {found} for an M of shape {tuple(M.shape)}; it must return"
-            " finite numbers in the shape of M, or None for 1 everywhere."
+            f"`estimator` {describe(estimator)} returned {describe_result(slope)} for an M of shape"
+            f" {tuple(M.shape)}; it must return finite numbers in the shape of M, or None for 1 everywhere."
         )

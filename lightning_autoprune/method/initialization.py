@@ -18,7 +18,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.registry import look_up
 from lightning_autoprune.tensors.dtypes import at_least_float32
 
-__all__ = ["INITIAL_M", "InitialM", "check_weights", "initial_m", "starting_values"]
+__all__ = ["INITIAL_M", "InitialM", "check_finite", "check_weights", "initial_m", "starting_values"]
 
 InitialM = Literal["magnitude", "constant"]
 
@@ -76,6 +76,16 @@ def initial_m(T: Tensor, name: InitialM, scale: float) -> Tensor:
     return starting_values(name, wide.abs(), unit, scale)
 
 
+def check_finite(layer: str, T: Tensor) -> None:
+    """Raise if a layer has weights that are not finite.
+
+    Raises:
+        AutoPruneError: naming the layer.
+    """
+    if not T.isfinite().all():
+        raise AutoPruneError(f"Layer {layer!r} has weights that are not finite: the training has diverged.")
+
+
 def check_weights(layer: str, T: Tensor, name: InitialM) -> None:
     """Raise if a layer's weights give no M to start with.
 
@@ -87,8 +97,7 @@ def check_weights(layer: str, T: Tensor, name: InitialM) -> None:
     Raises:
         AutoPruneError: naming the layer, where weights are not finite, or where all are 0 and would all start pruned.
     """
-    if not T.isfinite().all():
-        raise AutoPruneError(f"Layer {layer!r} has weights that are not finite: the training has diverged.")
+    check_finite(layer, T)
     zero_starts_pruned = starting_values(name, torch.zeros(1), torch.ones(()), 1.0).item() <= 0
     if zero_starts_pruned and T.count_nonzero() == 0:
         raise AutoPruneError(

@@ -25,8 +25,8 @@ class Neurons:
     Attributes:
         count: number of channels.
         groups: the channels that the same layers produce together, as index tensors.
-        rows: for each weight, by layer name, the channel that each row produces; ``count`` where it is none of these.
-        columns: the channel that each column reads; ``count`` where it is none of these.
+        rows: for each weight, by layer name, the channel that each row produces; ``count`` if it is no prunable one.
+        columns: the channel that each column reads; ``count`` if it is no prunable one.
         dims: the dimensions of each weight in which its rows and its columns lie.
         sizes: number of weights of each layer.
         costs: what each layer costs with all its channels: its size, or its operations.

@@ -26,27 +26,27 @@ __all__ = ["Placement", "ShardedPlacement", "placement_of"]
 
 
 class Placement:
-    """Weights that are whole on this device, and what a placement offers; subclasses are for weights that are not."""
+    """Weights that are whole on this device, so that nothing is sent. Subclasses handle sharded weights."""
 
     def sum(self, numbers: list[float]) -> list[float]:
-        """Return the sums of some numbers over all ranks."""
+        """Return the sums of some numbers over the ranks that have shards: here the numbers themselves."""
         return numbers
 
     def sum_tensor(self, x: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks; each rank gets the same bits."""
+        """Return the sum of a tensor over the ranks that have shards: here the tensor itself."""
         return x
 
-    def whole(self, own: Tensor, weight: Tensor) -> Tensor:
-        """Return the whole of a tensor of which this rank has the shard that it has of a weight."""
-        return own
+    def whole(self, shard: Tensor, weight: Tensor) -> Tensor:
+        """Gather a whole tensor from shards that are laid out as those of a weight."""
+        return shard
 
     def shard(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return this rank's shard of a tensor that all ranks have, sharded as a weight is."""
         return x
 
-    def whole_for_saving(self, own: Tensor, weight: Tensor) -> Tensor:
+    def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
         """Return a copy of the whole tensor that goes into a checkpoint."""
-        return own.clone()
+        return shard.clone()
 
     def shard_along(self, x: Tensor, weight: Tensor, dim: int) -> Tensor:
         """Return the entries of a vector along one dimension of a weight that belong to this rank's shard."""
@@ -79,17 +79,17 @@ class ShardedPlacement(Placement):
         """Return the sum of a tensor over all ranks, in place; each rank gets the same bits."""
         return sum_over_ranks(x)
 
-    def whole(self, own: Tensor, weight: Tensor) -> Tensor:
-        """Return the whole of a tensor of which this rank has the shard that it has of a weight."""
-        return gather_whole(own, weight)
+    def whole(self, shard: Tensor, weight: Tensor) -> Tensor:
+        """Gather a whole tensor from shards that are laid out as those of a weight."""
+        return gather_whole(shard, weight)
 
     def shard(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return this rank's shard of a tensor that all ranks have, sharded as a weight is."""
         return shard_like(x, weight)
 
-    def whole_for_saving(self, own: Tensor, weight: Tensor) -> Tensor:
-        """Return the whole tensor on the CPU: a device may have no room for the whole of all of them."""
-        return gather_whole(own, weight).cpu()
+    def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
+        """Gather a whole tensor on the CPU: a device may not have room for all whole tensors at once."""
+        return gather_whole(shard, weight).cpu()
 
     def shard_along(self, x: Tensor, weight: Tensor, dim: int) -> Tensor:
         """Return the entries of a vector along one dimension of a weight that belong to this rank's shard."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
-from lightning_autoprune.method.granularity import GRANULARITIES, Granularity, NeuronGranularity
+from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
@@ -114,7 +114,7 @@ class Pruner:
     @property
     def can_extend(self) -> bool:
         """True if weights that are trained later can be pruned too."""
-        return self._make_granularity().can_extend
+        return GRANULARITIES[self.settings.granularity].can_extend
 
     @property
     def sparsity(self) -> float:
@@ -171,21 +171,21 @@ class Pruner:
         A weight without a gradient (None), because it is not trained now, keeps its M.
         """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
-        taken = self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._auxiliary_steps, self.mu)
+        taken = self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._number_of_auxiliary_steps, self.mu)
         self._m_was_stepped = taken and any(gradient is not None for gradient in dL_dT)
         return taken
 
     @property
-    def _auxiliary_steps(self) -> float:
+    def _number_of_auxiliary_steps(self) -> float:
         return max(self.phases.end - self.phases.start, 1) / self.settings.mask_every_n_steps
 
-    def end_step(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
+    def end_step(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         """End a training step: update masks and pressure; return True if the masks became final.
 
         If M was not stepped, the pressure stays, because it had no effect.
 
         Args:
-            look: called with M once, when M is final and before it is forgotten.
+            before_forgetting: called with M once, when M is final and before it is forgotten.
         """
         if self.due:
             assert self.auxiliary is not None
@@ -195,24 +195,22 @@ class Pruner:
                 self._controller.update(self.auxiliary.density, path)
         self._m_was_stepped = False
         self.step += 1
-        return self._enter_phase(look)
+        return self._enter_phase(before_forgetting)
 
-    def _enter_phase(self, look: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
+    def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False
         if self._target is not None:
             self.auxiliary.meet(self._target)
-        if look:
-            look(self.M)
+        if before_forgetting:
+            before_forgetting(self.M)
         self.auxiliary.finalize_masks()
         return True
 
     def _make_granularity(self) -> Granularity:
-        if self.neurons is not None:
-            return NeuronGranularity(self.neurons)
-        return GRANULARITIES[self.settings.granularity]()
+        return GRANULARITIES[self.settings.granularity].make(self.neurons)
 
     def _attach(self, weights: Mapping[str, Tensor], initial_m: InitialM | None) -> AuxiliaryParameters:
         s = self.settings
@@ -225,7 +223,7 @@ class Pruner:
             estimator=s.estimator,
             leaky_slope=s.leaky_slope,
             layer_floor=s.layer_floor,
-            decay=make_rule(s.update_rule).decay(self._auxiliary_steps),
+            decay=make_rule(s.update_rule).decay(self._number_of_auxiliary_steps),
         )
 
     def described(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Look up what a setting names: an entry of a registry, or an object of the user's own. Pure Python.
+"""Look up what a setting names: an entry of a registry, or an object of the user's own. Torch only.
 
 A registry maps each allowed name to what it stands for. A name that is in no registry raises an error, so that a typing
 mistake never becomes some other choice.
@@ -7,22 +7,25 @@ mistake never becomes some other choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 
-__all__ = ["describe", "look_up"]
+__all__ = ["describe", "describe_result", "look_up", "plain_number"]
 
-T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 def look_up(
     setting: str,
-    value: str | T,
-    registry: Mapping[str, T],
+    value: str | Entry,
+    registry: Mapping[str, Entry],
     is_allowed: Callable[[Any], bool] = lambda value: False,
-    own: str = "",
-) -> T:
+    objects: str = "",
+) -> Entry:
     """Return the entry that a name stands for, or the user's own object unchanged.
 
     Args:
@@ -30,7 +33,7 @@ def look_up(
         value: a name in ``registry``, or an object.
         registry: what each allowed name stands for.
         is_allowed: returns True for an object that may be used in place of a name.
-        own: what such an object is, for the message.
+        objects: what such objects are, for the message.
 
     Raises:
         AutoPruneError: for a name that is not in the registry and an object that is not allowed.
@@ -44,7 +47,7 @@ def look_up(
     if isinstance(value, str) and value in registry:
         return registry[value]
     if isinstance(value, str) or not is_allowed(value):
-        also = f", or {own}" if own else ""
+        also = f", or {objects}" if objects else ""
         raise AutoPruneError(f"`{setting}` is {value!r}; allowed are {quote_names(registry)}{also}.")
     return value
 
@@ -60,3 +63,21 @@ def describe(value: object) -> object:
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def describe_result(value: object) -> str:
+    """Return what a function of the user's returned, for a message: a tensor's dtype and shape, or the type."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of another library, such as NumPy's, as an int or a float; anything else unchanged.
+
+    Example:
+        >>> from fractions import Fraction
+        >>> plain_number(Fraction(1, 2)), plain_number(3), plain_number("cubic")
+        (0.5, 3, 'cubic')
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.initialization import check_finite
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
     masks = [aux.placement.whole_for_saving(m, w) for m, w in zip(aux.masks(), layers, strict=True)]
     state: dict[str, Any] = {
         "granularity": aux.granularity.name,
-        "units": aux.granularity.state_dict(),
+        "granularity_state": aux.granularity.state_dict(),
         "shapes": {name: tuple(weight.shape) for name, weight in aux.weights.items()},
         "frozen": aux.masks_final,
         "scale": (aux.scale.mean_square, aux.scale.updates),
@@ -33,7 +34,7 @@ def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
         dormant = [aux.placement.whole_for_saving(d, w) for d, w in zip(aux.dormant, layers, strict=True)]
         state["buckets"] = [list(bucket.numbers) for bucket in aux.buckets]
         state["M"] = aux.granularity.whole(aux, aux.M)
-        state["state"] = {name: aux.granularity.whole(aux, views) for name, views in aux.state.items()}
+        state["averages"] = {name: aux.granularity.whole(aux, views) for name, views in aux.averages.items()}
         state["updates"] = list(aux.updates)
         state["dormant"] = [d[~mask] for d, mask in zip(dormant, masks, strict=True)]
     return state
@@ -47,7 +48,9 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
             by a rule with other running averages.
     """
     _check_state(aux, state)
-    aux.granularity.load_state_dict(state["units"])
+    for layer, T in zip(aux.weights, aux.effective(), strict=True):
+        check_finite(layer, T)
+    aux.granularity.load_state_dict(state["granularity_state"])
     aux.scale.mean_square, aux.scale.updates = state["scale"]
     layers, shapes = list(aux.weights.values()), state["shapes"].values()
     whole_masks = [unpack(packed, shape) for packed, shape in zip(state["masks"], shapes, strict=True)]
@@ -66,7 +69,8 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
 
 def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     """Restore M and the rule's running averages."""
-    for views, saved in [(aux.M, state["M"]), *((aux.state[name], saved) for name, saved in state["state"].items())]:
+    pairs = [(aux.M, state["M"]), *((aux.averages[name], saved) for name, saved in state["averages"].items())]
+    for views, saved in pairs:
         for tensor, value in zip(views, aux.granularity.shard(aux, saved), strict=True):
             tensor.copy_(value)
 
@@ -80,7 +84,12 @@ def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: 
 
 
 def _check_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
-    """Raise if a state is of another granularity, of other layers, or of a rule with other running averages."""
+    """Raise if a state is of another version, granularity or model, or of a rule with other running averages."""
+    if "granularity" not in state:
+        raise AutoPruneError(
+            "The checkpoint's pruning state was written by an earlier version and can't be resumed: start from the"
+            " checkpoint's weights alone."
+        )
     if state["granularity"] != aux.granularity.name:
         raise AutoPruneError(
             f"The checkpoint's run pruned {state['granularity']}s, and this callback has"
@@ -88,7 +97,7 @@ def _check_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
             " checkpoint's weights alone."
         )
     _check_shapes(state["shapes"], {name: tuple(weight.shape) for name, weight in aux.weights.items()})
-    if not state["frozen"] and set(state["state"]) != set(aux.rule.state_names):
+    if not state["frozen"] and set(state["averages"]) != set(aux.rule.state_names):
         raise AutoPruneError(
             f"The checkpoint's pruning state is of another update rule than {aux.rule_name!r}: resume with"
             " the same `update_rule`, or start from the checkpoint's weights alone."

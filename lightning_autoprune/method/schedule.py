@@ -65,25 +65,31 @@ def make_schedule(schedule: ScheduleName | Schedule) -> Schedule:
     """Return the path that a name or the user's own function stands for.
 
     Raises:
-        AutoPruneError: for an unknown name, and for what is no function.
+        AutoPruneError: for an unknown name, or an object that is not callable.
     """
-    own = "a function of progress, first density and target density"
-    return look_up("schedule", schedule, SCHEDULES, callable, own)
+    functions = "a function of progress, first density and target density"
+    return look_up("schedule", schedule, SCHEDULES, callable, functions)
 
 
 def check_schedule(schedule: ScheduleName | Schedule, target: float) -> None:
-    """Raise unless a path consists of densities.
+    """Raise unless a schedule returns densities.
 
     Args:
         schedule: a name in :data:`SCHEDULES`, or a function.
         target: density to reach, in (0, 1].
 
     Raises:
-        AutoPruneError: naming the progress at which the path is no density.
+        AutoPruneError: naming the progress at which it returns no density, or raises.
     """
     path = make_schedule(schedule)
     for percent in range(101):
-        density = path(percent / 100, 1.0, target)
+        try:
+            density = path(percent / 100, 1.0, target)
+        except Exception as error:
+            raise AutoPruneError(
+                f"`schedule` {describe(schedule)} could not be called with progress, first density and target density"
+                f" ({percent / 100:g}, 1.0, {target:g}): {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(density, Real) or not 0 < density <= 1:
             raise AutoPruneError(
                 f"`schedule` {describe(schedule)} returned {density!r} at progress {percent / 100:g} for a target"

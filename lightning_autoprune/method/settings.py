@@ -15,9 +15,9 @@ from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.method.estimators import Estimator, EstimatorName, check_estimator
 from lightning_autoprune.method.granularity import GRANULARITIES, GranularityName
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM
-from lightning_autoprune.method.registry import describe, look_up
+from lightning_autoprune.method.registry import describe, look_up, plain_number
 from lightning_autoprune.method.schedule import Schedule, ScheduleName, check_schedule, make_schedule
-from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName, make_rule
+from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName, check_rule
 
 __all__ = ["Cost", "Settings", "in_range", "setting"]
 
@@ -101,7 +101,7 @@ class Settings:
         "polynomial",
         """the path of the density to the target. ``"polynomial"``: a power of the time left that depends on the target;
         ``"cubic"``, ``"linear"``: a fixed power; or a function of progress in [0, 1], first density and target density
-        that returns a density in (0, 1].""",
+        that returns a density in (0, 1]. Without a target it has no effect.""",
         lambda name, value: _ignore(make_schedule(value)),
     )
     auxiliary_lr: float = setting(
@@ -124,7 +124,7 @@ class Settings:
         """``"adaptive"`` (dL/dT · w and μ, divided by each weight's running root mean square of their sum),
         ``"autoprune"`` (the paper's, dL/dT · sgn(w)), ``"vanilla"`` (dL/dT · w, the plain chain rule), or an instance
         of an ``UpdateRule``.""",
-        lambda name, value: _ignore(make_rule(value)),
+        lambda name, value: check_rule(value),
     )
     initial_m: InitialM = setting(
         "magnitude",
@@ -157,9 +157,9 @@ class Settings:
             value = getattr(self, entry.name)
             if value is not None or entry.default is not None:
                 entry.metadata["check"](entry.name, value)
+            object.__setattr__(self, entry.name, plain_number(value))
         self._check_targets()
-        if self.target_density is not None:
-            check_schedule(self.schedule, self.target_density)
+        check_schedule(self.schedule, 0.1 if self.target_density is None else self.target_density)
         if self.warmup < 1 <= self.warmup + self.finetune:
             raise AutoPruneError(
                 f"`warmup` {self.warmup:g} and `finetune` {self.finetune:g} leave no time to prune: together they must"
@@ -172,7 +172,7 @@ class Settings:
         for name, value in (("target_flops", self.target_flops), ("cost", self.cost)):
             if value is not None and not GRANULARITIES[self.granularity].prunes_channels:
                 raise AutoPruneError(
-                    f"`{name}` is {value!r}, and single weights are pruned, which makes no layer smaller: use"
+                    f'`{name}` is {value!r}, and `granularity="{self.granularity}"` makes no layer smaller: use'
                     ' `granularity="neuron"`.'
                 )
         if self.target_flops is not None and self.cost == "parameters":

@@ -28,13 +28,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from numbers import Real
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from lightning_autoprune.method.registry import look_up
+from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.registry import describe, describe_result, look_up
 
 __all__ = [
     "UPDATE_RULES",
@@ -44,6 +47,7 @@ __all__ = [
     "UpdateRule",
     "UpdateRuleName",
     "VanillaRule",
+    "check_rule",
     "make_rule",
 ]
 
@@ -51,10 +55,12 @@ UpdateRuleName = Literal["adaptive", "autoprune", "vanilla"]
 
 
 class UpdateRule(ABC):
-    """What drives m: a subclass gives the loss's part of dL/dm, and may change g₀ and keep running averages.
+    """Base class of the rules that turn gradients into steps of M.
 
-    An instance holds settings only. Its running averages are tensors of the shape of M, which are passed to
-    :meth:`direction` by name, start at 0, and are saved, resumed and sharded together with M.
+    A subclass gives the loss's part of dL/dm, and may change g₀ and keep running averages. All methods work entry by
+    entry: they get flat pieces of M, which may hold several layers. An instance holds settings only. Its running
+    averages are tensors of the shape of M, which are passed to :meth:`direction` by name, start at 0, and are saved,
+    resumed and sharded together with M.
 
     Attributes:
         state_names: names of the running averages.
@@ -185,11 +191,49 @@ def make_rule(rule: UpdateRuleName | UpdateRule) -> UpdateRule:
     """Return the rule that a name stands for, or the user's own.
 
     Raises:
-        AutoPruneError: for an unknown name, and for what is no :class:`UpdateRule`.
+        AutoPruneError: for an unknown name, or an object that is not an :class:`UpdateRule`.
     """
     if isinstance(rule, UpdateRule):
         return rule
-    return look_up("update_rule", rule, UPDATE_RULES, own="an instance of an `UpdateRule`")()
+    return look_up("update_rule", rule, UPDATE_RULES, objects="an instance of an `UpdateRule`")()
+
+
+def check_rule(rule: UpdateRuleName | UpdateRule) -> None:
+    """Raise unless a rule works on a small M.
+
+    Raises:
+        AutoPruneError: for an unknown name, or a rule that raises or returns anything but finite numbers in the shape
+            of M; names the method.
+    """
+    made, name = make_rule(rule), describe(rule)
+    if not isinstance(made.state_names, tuple) or not all(isinstance(key, str) for key in made.state_names):
+        raise AutoPruneError(
+            f"`state_names` of the `update_rule` {name} is {made.state_names!r}; it must be a tuple of names."
+        )
+    W, state = torch.linspace(-1, 1, 6), {key: torch.zeros(6) for key in made.state_names}
+    calls: dict[str, Callable[[], Any]] = {
+        "sensitivity": lambda: made.sensitivity(torch.linspace(1, 2, 6), W),
+        "direction": lambda: made.direction(torch.linspace(1, 2, 6), state, 1, 0.9),
+    }
+    for method, call in calls.items():
+        try:
+            result = call()
+        except Exception as error:
+            raise AutoPruneError(
+                f"`{method}` of the `update_rule` {name} failed: {type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(result, Tensor) or result.shape != W.shape or not _are_finite_floats(result):
+            raise AutoPruneError(
+                f"`{method}` of the `update_rule` {name} returned {describe_result(result)} for entries of shape"
+                f" {tuple(W.shape)}; it must return finite floats in that shape."
+            )
+    decay = made.decay(1000)
+    if not isinstance(decay, Real) or not 0 <= decay < 1:
+        raise AutoPruneError(f"`decay` of the `update_rule` {name} returned {decay!r}; it must be a number in [0, 1).")
+
+
+def _are_finite_floats(x: Tensor) -> bool:
+    return x.is_floating_point() and bool(x.isfinite().all())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,10 @@ _NAME = "_autoprune_mark"
 
 
 class _Mark:
-    """An attribute of one module: neither a copy of the module nor a pickle of it carries the mark."""
+    """An attribute that marks one module. A copy of the module, or a pickle, is not marked."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = weakref.ref(owner)
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -35,7 +39,7 @@ def mark_as_being_pruned(model: nn.Module) -> None:
         False
     """
     for module in model.modules():
-        vars(module)[_NAME] = _Mark()
+        vars(module)[_NAME] = _Mark(module)
 
 
 def remove_mark(model: nn.Module) -> None:
@@ -46,4 +50,5 @@ def remove_mark(model: nn.Module) -> None:
 
 def is_being_pruned(model: nn.Module) -> bool:
     """Return True if any module of a model is marked."""
-    return any(isinstance(vars(module).get(_NAME), _Mark) for module in model.modules())
+    marks = ((module, vars(module).get(_NAME)) for module in model.modules())
+    return any(isinstance(mark, _Mark) and mark.owner() is module for module, mark in marks)

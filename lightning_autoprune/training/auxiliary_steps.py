@@ -108,7 +108,7 @@ class AuxiliarySteps:
             self._count_bad_loss(f"the held-out loss is {result}")
             return
         held_out = self._average_over_ranks(result)
-        self._report.held_out_loss(float(held_out.loss))
+        self._report.record_held_out_loss(float(held_out.loss))
         gradients = dict(zip(weights, held_out.gradients, strict=True))
         self._step(self._join(train_gradients, gradients))
 

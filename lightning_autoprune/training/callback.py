@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,7 +27,7 @@ from lightning_autoprune.training.lightning_internals import has_stepped
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
-from lightning_autoprune.training.trainer_checks import check_trainer, trained_weights
+from lightning_autoprune.training.trainer_checks import check_trainer, select_trained_weights
 
 __all__ = ["AutoPruneCallback"]
 
@@ -53,7 +54,7 @@ class AutoPruneCallback(Callback):
             a target it is constant; with one it is where the controller starts.
         schedule: the path of the density to the target. ``"polynomial"``: a power of the time left that depends on the
             target; ``"cubic"``, ``"linear"``: a fixed power; or a function of progress in [0, 1], first density and
-            target density that returns a density in (0, 1].
+            target density that returns a density in (0, 1]. Without a target it has no effect.
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
             typical size. Each step takes an equal share, so the setting does not depend on the length of the run.
         estimator: straight-through estimator h'(m), which stands in for the mask's derivative: ``"linear"``,
@@ -145,8 +146,8 @@ class AutoPruneCallback(Callback):
         seed: int = 0,
         enabled: bool = True,
     ) -> None:
-        values = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        self.settings = CallbackSettings(**values)
+        given = dict(locals())  # first of all, while these are the arguments
+        self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
         self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
@@ -227,7 +228,7 @@ class AutoPruneCallback(Callback):
             needs_train_gradients = 'held_out="train"'
         elif self.settings.train_gradients:
             needs_train_gradients = "train_gradients=True"
-        return trained_weights(trainer, weights, needs_train_gradients)
+        return select_trained_weights(trainer, weights, needs_train_gradients)
 
     def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
         return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)

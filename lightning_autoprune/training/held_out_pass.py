@@ -29,8 +29,8 @@ class HeldOutGradients(NamedTuple):
 
     Attributes:
         loss: a scalar, in at least float32.
-        gradients: dL/dT, one per weight: zeros where the loss does not depend on it; of sharded weights, this rank's
-            shard of the mean over the ranks.
+        gradients: dL/dT, one per weight: zeros where the loss does not depend on it. For a sharded weight it is this
+            rank's shard, averaged over the ranks.
     """
 
     loss: Tensor
@@ -139,8 +139,11 @@ def held_out_gradients(
     shield = shielded(module, *seeds, preserved=preserved, check_values=check_values)
     with shield, isolated_pass(module, weights), torch.enable_grad():
         with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
-            arguments = training_step_arguments(trainer, batch)
-            output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*arguments)
+            output: Any
+            if loss_fn:
+                output = loss_fn(module, batch)
+            else:
+                output = module.training_step(*training_step_arguments(trainer, batch))
         loss = output.get("loss") if isinstance(output, Mapping) else output
         problem = _problem(loss)
         if not agree(not problem):

@@ -59,7 +59,7 @@ class MetricsReporter:
             ]
         self.history.add_layers(list(weights))
 
-    def held_out_loss(self, loss: float) -> None:
+    def record_held_out_loss(self, loss: float) -> None:
         """Record the loss of a held-out batch."""
         self._loss_sum += loss
         self._losses += 1

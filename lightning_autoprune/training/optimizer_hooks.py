@@ -16,7 +16,7 @@ class OptimizerHooks:
 
     With automatic optimization, Lightning's hook calls :meth:`on_before_step` before gradients are clipped. With manual
     optimization, an optimizer may also be stepped without Lightning (``optimizers(use_pl_optimizer=False)``), and only
-    a hook of torch's tells of it.
+    torch's own hooks report that.
 
     Args:
         optimizers: those that train prunable weights.
@@ -60,6 +60,7 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles, self.optimizers = [], []
+        self._before_step, self._after_step = _do_nothing, _do_nothing  # they refer to the run
 
     def follow(self, weights: Iterable[Tensor], owners: Mapping[int, Optimizer]) -> None:
         """Hook into the optimizers that train the weights now, if the user has made new ones.
@@ -97,3 +98,7 @@ class OptimizerHooks:
         self._stepped.clear()
         self._prepared.clear()
         self._stepping.clear()
+
+
+def _do_nothing(*_: Any) -> None:
+    """Take the place of the functions once the hooks are removed."""

@@ -50,7 +50,7 @@ class PruningRun:
         module: the module that is trained.
         pruner: the course of the run.
         report: what is logged.
-        gradients: takes the auxiliary steps.
+        auxiliary_steps: takes the auxiliary steps.
 
     Raises:
         AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
@@ -72,10 +72,8 @@ class PruningRun:
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
         self.report = MetricsReporter(list(chosen))
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
-        wanted = settings.train_gradients
-        by_default = source.default_train_gradients and len(optimizers) == 1
-        follows_training = by_default if wanted is None or not source.has_batches else wanted
-        self.gradients = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
+        follows_training = _follows_training(settings, source, len(optimizers))
+        self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
         without_channels = [name for name in weights if name not in chosen]
@@ -118,7 +116,7 @@ class PruningRun:
     # Each step
 
     def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Prune layers too that have been unfrozen, given all weights that may be pruned, by layer name."""
+        """Also prune layers that have been unfrozen, given all weights that may be pruned, by layer name."""
         self._unfrozen.take_in(candidates)
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
@@ -127,17 +125,17 @@ class PruningRun:
 
     def _prepare_weight_step(self, optimizer: Optimizer) -> None:
         trains_weights = any(optimizer is followed for followed in self._hooks.optimizers)
-        self.gradients.before_weight_step(optimizer, trains_weights)
+        self.auxiliary_steps.before_weight_step(optimizer, trains_weights)
         self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
-        self.gradients.after_weight_step()
+        self.auxiliary_steps.after_weight_step()
         was_dense = self.pruner.auxiliary is None
         became_final = self.pruner.end_step(self.report.history.record_histograms)
         if was_dense and self.pruner.auxiliary is not None:
-            self.gradients.warn_of_unused_layers()
+            self.auxiliary_steps.warn_of_unused_layers()
         if became_final:
             self._finish_pruning()
         self._report_step(became_final)
@@ -159,7 +157,7 @@ class PruningRun:
         self._source.on_masks_final()
         self.report.history.masks_final_at = steps_done(self._trainer)
         prune_averages(self._trainer, self.pruner)
-        if self.gradients.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
+        if self.auxiliary_steps.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
     # What is reported
@@ -226,7 +224,7 @@ class PruningRun:
             "settings": self.pruner.described(),
             "left_dense": list(self._unfrozen.left_dense),
             "source": self._source.description,
-            "gradients": self.gradients.state_dict(),
+            "gradients": self.auxiliary_steps.state_dict(),
             "pruner": self.pruner.state_dict(),
             "report": self.report.state_dict(),
             "held_out": self._source.state_dict(),
@@ -250,7 +248,7 @@ class PruningRun:
         if self.pruner.auxiliary:
             _warn_of_changed_settings(state["settings"], self.pruner.described(), self.pruner.masks_final)
         self.report.load_state_dict(state["report"])
-        self.gradients.load_state_dict(state["gradients"])
+        self.auxiliary_steps.load_state_dict(state["gradients"])
         if self.pruner.masks_final:
             return
         if self._source.description != state["source"]:
@@ -276,6 +274,15 @@ class PruningRun:
         self.load_state_dict(state)
 
 
+def _follows_training(settings: CallbackSettings, source: HeldOutSource, optimizers: int) -> bool:
+    """Return whether M follows the gradients of the weight steps."""
+    if not source.has_batches:
+        return True
+    if settings.train_gradients is not None:
+        return settings.train_gradients
+    return source.default_train_gradients and optimizers == 1
+
+
 def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:
     """Warn of settings that differ from those of the checkpoint's run.
 
@@ -284,7 +291,8 @@ def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any],
         here: those of this run.
         masks_final: whether the masks are final; the length of the run does not matter then.
     """
-    changed = [name for name in here if saved[name] != here[name] and not (masks_final and name == "steps")]
+    common = [name for name in here if name in saved]
+    changed = [name for name in common if saved[name] != here[name] and not (masks_final and name == "steps")]
     if not changed:
         return
     if masks_final:

@@ -66,7 +66,7 @@ class DDPSupport(StrategySupport):
 
 
 class FSDP2Support(StrategySupport):
-    """Weights are sharded over all ranks, by data-parallel FSDP2 alone."""
+    """Weights are sharded over all ranks by FSDP2, without tensor parallelism."""
 
     def check_run(self, trainer: Trainer, settings: CallbackSettings) -> None:
         """Raise for tensor parallelism, pruning of channels, an artifact, and averages of the weights."""

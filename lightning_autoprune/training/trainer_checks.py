@@ -16,7 +16,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS
 from lightning_autoprune.training.lightning_internals import callbacks_of, optimizer_by_parameter
 
-__all__ = ["check_trainer", "trained_weights"]
+__all__ = ["check_trainer", "select_trained_weights"]
 
 _Weight = TypeVar("_Weight", bound=Tensor)
 
@@ -78,7 +78,7 @@ def _check_monitor(callback: ModelCheckpoint | EarlyStopping, holds_out: bool) -
         )
 
 
-def trained_weights(
+def select_trained_weights(
     trainer: Trainer, weights: Mapping[str, _Weight], needs_train_gradients: str | None
 ) -> tuple[dict[str, _Weight], list[Optimizer]]:
     """Return the weights that an optimizer trains, and the optimizers that train them.

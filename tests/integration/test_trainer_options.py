@@ -37,7 +37,7 @@ class Counting(Callback):
     def on_train_batch_end(self, trainer, pl_module, *_):
         pruner = self.callback._run.pruner
         self.step, self.total = pruner.step, pruner.phases.total
-        self.auxiliary += self.callback._run.gradients.last == pruner.step - 1
+        self.auxiliary += self.callback._run.auxiliary_steps.last == pruner.step - 1
 
 
 def pruned(options=None, **more):

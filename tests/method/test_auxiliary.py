@@ -322,3 +322,16 @@ def test_state_of_a_rule_with_other_running_averages_is_refused(saved_rule, rule
 def test_invalid_settings_are_refused(options, message):
     with pytest.raises(AutoPruneError, match=message):
         attach(make_network(), **options)
+
+
+def test_a_state_of_an_earlier_version_is_refused():
+    with pytest.raises(AutoPruneError, match="was written by an earlier version and can't be resumed: start from the"):
+        attach(make_network()).load_state_dict({"shapes": {}, "frozen": False, "squares": []})
+
+
+def test_resuming_with_weights_that_are_not_finite_is_refused_by_name():
+    model = make_network()
+    state = attach(model).state_dict()
+    model[3].weight.data[0, 0] = torch.nan
+    with pytest.raises(AutoPruneError, match="Layer '3' has weights that are not finite: the training has diverged"):
+        attach(model, initial_m=None).load_state_dict(state)

@@ -184,3 +184,39 @@ def test_rows_that_are_cut_by_sharding_are_refused_by_name():
     weight.placements = (Shard(0),)
     Blocks().check_sharding({"a": weight, "b": torch.ones(2, 2)})
     WeightGranularity().check_sharding({"a": SimpleNamespace(device_mesh="mesh", placements=(Shard(1),))})
+
+
+def test_a_density_below_what_the_largest_units_need_is_refused():
+    class Rows(Blocks):
+        name = "row"
+
+        def unit_shape(self, shape):
+            return (shape[0], 1)
+
+        def sum_units(self, x):
+            return x.reshape(len(x), 1, -1).sum(-1)
+
+        def spread(self, units, shape):
+            return units.expand(tuple(shape))
+
+    layers = {"wide": torch.randn(2, 50), "narrow": torch.randn(20, 1)}
+    message = (
+        "Keeping 0.2 of the weights is not possible with the granularity 'row': with `layer_floor=0.001` the 2 layers"
+    )
+    with pytest.raises(AutoPruneError, match=message + " keep 2 units, up to 0.425 of the weights"):
+        Rows().check_density(layers, 0.2, 0.001)
+    Rows().check_density(layers, 0.425, 0.001)
+    aux = AuxiliaryParameters(layers, granularity=Rows())
+    aux.meet(0.425)
+    assert aux.density <= 0.425
+
+
+def test_a_rule_may_return_sensitivities_of_another_precision():
+    class Double(UPDATE_RULES["adaptive"]):
+        def sensitivity(self, dL_dT, W):
+            return super().sensitivity(dL_dT.double(), W.double())
+
+    for granularity in (Blocks(), WeightGranularity()):
+        aux = AuxiliaryParameters(make_weights(), granularity=granularity, update_rule=Double())
+        take_steps(aux, range(3))
+        assert all(M.dtype == torch.float32 for M in aux.M)

@@ -221,8 +221,8 @@ def test_a_target_below_the_floors_is_refused_with_the_lowest_possible_density()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_flops": 0.5}, '`target_flops` is 0.5, and single weights are pruned, .* use `granularity="neuron"`'),
-        ({"cost": "flops"}, "`cost` is 'flops', and single weights are pruned"),
+        ({"target_flops": 0.5}, '`target_flops` is 0.5, and `granularity="weight"` makes no layer smaller: use `gran'),
+        ({"cost": "flops"}, "`cost` is 'flops', and `granularity=\"weight\"` makes no layer smaller"),
         ({"granularity": "filter"}, "`granularity` is 'filter'; allowed are 'weight', 'neuron'"),
         ({"granularity": "neuron", "cost": "time"}, "`cost` is 'time'; allowed are 'parameters', 'flops'"),
         ({"granularity": "neuron", "target_flops": 0.0}, r"`target_flops` is 0.0; it must be a number in \(0, 1\]"),

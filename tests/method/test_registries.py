@@ -60,7 +60,7 @@ def test_a_granularity_is_registered_under_its_own_name(name):
 def test_only_allowed_objects_are_returned():
     assert look_up("power", 5, {"cubic": 3}, lambda value: isinstance(value, int)) == 5
     with pytest.raises(AutoPruneError, match=r"`power` is 0.5; allowed are 'cubic', or an integer"):
-        look_up("power", 0.5, {"cubic": 3}, lambda value: isinstance(value, int), own="an integer")
+        look_up("power", 0.5, {"cubic": 3}, lambda value: isinstance(value, int), objects="an integer")
 
 
 def test_custom_objects_are_described_by_module_and_name():

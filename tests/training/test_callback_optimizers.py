@@ -52,7 +52,7 @@ def test_pruned_weights_are_zero_in_every_validation(kind, held_out):
     assert len(sparsities) == 6
     assert all(actual == reported for actual, reported in sparsities)
     assert sparsities[-1][0] == pytest.approx(0.8, abs=0.01)
-    assert callback._run.gradients.last == callback._run.pruner.phases.end - 1
+    assert callback._run.auxiliary_steps.last == callback._run.pruner.phases.end - 1
 
 
 class SharedBackwardNet(Net):

@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, AuxiliaryParameters, Settings
@@ -94,3 +95,18 @@ def test_invalid_arguments_are_refused_at_once(options, message):
 
 def test_figures_can_be_turned_off():
     assert CallbackSettings(figures_every_n_epochs=None).figures_every_n_epochs is None
+
+
+def test_numbers_of_numpy_are_stored_as_plain_numbers():
+    settings = CallbackSettings(
+        target_sparsity=np.float32(0.5), mask_every_n_steps=np.int64(2), pressure=np.float64(0.1)
+    )
+    assert settings == CallbackSettings(target_sparsity=0.5, mask_every_n_steps=2, pressure=0.1)
+    assert [type(value) for value in (settings.target_sparsity, settings.mask_every_n_steps)] == [float, int]
+    assert settings.described()["target_sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("value", [["weight"], None, 3])
+def test_a_granularity_that_is_no_name_is_refused(value):
+    with pytest.raises(AutoPruneError, match=r"`granularity` is .*; allowed are 'weight', 'neuron'"):
+        CallbackSettings(granularity=value)

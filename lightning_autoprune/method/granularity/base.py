@@ -1,6 +1,6 @@
-"""What has an auxiliary parameter m: the part of the method in which weights, blocks and channels differ. Torch only.
+"""A granularity decides which units have an auxiliary parameter m: weights, blocks or channels. Torch only.
 
-A granularity says how the sensitivities of the weights are summed up for each m, how M is spread to a mask of the
+It says how the sensitivities of the weights are summed up for each m, how M is spread to a mask of the
 weights, and how a target is met. Everything else (the update rule, dormant values, saving, sharding) is shared.
 
 To add one, write a subclass and give it a name in ``GRANULARITIES``. If its units lie within a layer, such as a block
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from lightning_autoprune.method.initialization import InitialM, check_weights
+from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
 
@@ -30,17 +31,17 @@ class StepPiece(NamedTuple):
 
     Attributes:
         G: their sensitivities, the loss's part of dL/dm without h'(m); a new flat tensor.
-        group: the number of the flat tensor of M that they lie in.
+        bucket: the number of the flat tensor of M that they lie in.
         span: where they lie in it.
     """
 
     G: Tensor
-    group: int
+    bucket: int
     span: slice
 
 
 class Granularity(ABC):
-    """What has an m.
+    """Base class of the granularities.
 
     Methods that take ``aux`` work on the state of an ``AuxiliaryParameters``. Its tensors are shards where the weights
     are sharded.
@@ -66,7 +67,7 @@ class Granularity(ABC):
 
     @abstractmethod
     def views(self, aux: AuxiliaryParameters, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return flat tensors as of :meth:`make_M` in the shapes in which M is shown and saved."""
+        """Return views of flat tensors (see :meth:`make_M`), in the shapes that users and checkpoints see."""
 
     @abstractmethod
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
@@ -126,7 +127,7 @@ class Granularity(ABC):
 
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
-        """Move M so that the density is met as closely as the units allow, from below."""
+        """Move M so that a density is met: exactly with single weights, else as closely as possible from below."""
 
     @abstractmethod
     def floors(self, weights: Mapping[str, Tensor], layer_floor: float) -> list[int]:
@@ -152,6 +153,11 @@ class Granularity(ABC):
         """Return the fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
         return {name: (n - k) / n for name, k, n in zip(aux.weights, aux.kept, aux.totals, strict=True)}
 
+    @classmethod
+    def make(cls, neurons: Neurons | None) -> Granularity:
+        """Return an instance for a run; ``neurons`` are the model's channels if the granularity prunes channels."""
+        return cls()
+
     def before_final(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
         """Write what else can be zeroed without changing the network's function, before the masks become final."""
 
@@ -172,5 +178,5 @@ class Granularity(ABC):
 def sensitivity(rule: UpdateRule, dL_dT: Tensor, W: Tensor) -> Tensor:
     """Return a rule's sensitivities in at least float32, as a tensor that may be changed."""
     wide = at_least_float32(dL_dT)
-    G = rule.sensitivity(wide, at_least_float32(W))
+    G = rule.sensitivity(wide, at_least_float32(W)).to(wide.dtype)
     return G.clone() if G.data_ptr() in (dL_dT.data_ptr(), wide.data_ptr()) else G

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.exact_topk import check_count, largest_count, minimum_counts
+from lightning_autoprune.method.exact_topk import largest_count, minimum_counts
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
 from lightning_autoprune.method.initialization import InitialM, starting_values
 from lightning_autoprune.method.masked_weights import latent_weights
@@ -162,9 +162,17 @@ class LayerUnits(Granularity):
         self.update_masks(aux)
 
     def check_density(self, weights: Mapping[str, Tensor], density: float, layer_floor: float) -> None:
-        """Raise unless a density can be met with the units that the layers always keep."""
-        totals = [math.prod(self.unit_shape(weight.shape)) for weight in weights.values()]
-        check_count(round(density * sum(totals)), totals, layer_floor)
+        """Raise unless a density can be met with the units that the layers always keep, however large these are."""
+        sizes = [self.sum_units(torch.ones(tuple(weight.shape))).flatten() for weight in weights.values()]
+        floors = self.floors(weights, layer_floor)
+        least = sum(float(size.topk(floor).values.sum()) for size, floor in zip(sizes, floors, strict=True))
+        total = sum(weight.numel() for weight in weights.values())
+        if least > density * total * (1 + 1e-9):
+            raise AutoPruneError(
+                f"Keeping {density:.4g} of the weights is not possible with the granularity {self.name!r}: with"
+                f" `layer_floor={layer_floor:g}` the {len(sizes)} layers keep {sum(floors)} units, up to"
+                f" {least / total:.4g} of the weights. Ask for a lower `target_sparsity`, or lower `layer_floor`."
+            )
 
     def _sizes(self, aux: AuxiliaryParameters) -> list[int]:
         return [math.prod(self.unit_shape(T.shape)) for T in aux.effective()]

@@ -61,6 +61,17 @@ class NeuronGranularity(Granularity):
         self.alive = torch.ones(neurons.count, dtype=torch.bool, device=neurons.groups[0].device)
         self._root_sizes: Tensor | None = None  # of the numbers of weights that read each channel
 
+    @classmethod
+    def make(cls, neurons: Neurons | None) -> NeuronGranularity:
+        """Return an instance that prunes the given channels.
+
+        Raises:
+            AutoPruneError: if none are given.
+        """
+        if neurons is None:
+            raise AutoPruneError('`granularity="neuron"` prunes channels: pass them as `neurons`.')
+        return cls(neurons)
+
     def make_M(self, aux: AuxiliaryParameters) -> list[Tensor]:  # noqa: N802
         """Return one tensor of zeros, shape (number of channels,)."""
         return [torch.zeros(self.neurons.count, device=self.alive.device)]
@@ -71,8 +82,8 @@ class NeuronGranularity(Granularity):
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · relative norm of the weights that read each channel, or a constant."""
-        for _ in self.whole_weights(aux, name):
-            pass  # they are checked on the way
+        for _weight, _whole in self.whole_weights(aux, name):
+            pass  # only checks them
         norms = self._sum_over_channels(aux, [T.float().square() for T in aux.effective()]).sqrt()
         for group in self.neurons.groups:
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
@@ -111,22 +122,23 @@ class NeuronGranularity(Granularity):
                 lift_largest(part, floor)
                 m[group] = part
         self.alive = m > 0
-        self._write(aux, rows=False)
+        self._write(aux, include_rows=False)
 
     def before_final(self, aux: AuxiliaryParameters) -> None:
         """Zero the rows that produce pruned channels too."""
-        self._write(aux, rows=True)
+        self._write(aux, include_rows=True)
 
-    def _write(self, aux: AuxiliaryParameters, rows: bool) -> None:
+    def _write(self, aux: AuxiliaryParameters, include_rows: bool) -> None:
+        """Write masks of the columns that read pruned channels, and of the rows that produce them if asked for."""
         h = torch.cat([self.alive, self.alive.new_ones(1)])
         masks = []
         for (name, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
             row_dim, column_dim = self.neurons.dims[name]
             columns = aux.placement.shard_along(self.neurons.columns[name], weight, column_dim)
             mask = _along(h[columns], T, column_dim)
-            if rows:
-                own_rows = aux.placement.shard_along(self.neurons.rows[name], weight, row_dim)
-                mask = mask & _along(h[own_rows], T, row_dim)
+            if include_rows:
+                shard_rows = aux.placement.shard_along(self.neurons.rows[name], weight, row_dim)
+                mask = mask & _along(h[shard_rows], T, row_dim)
             masks.append(torch.empty_like(T, dtype=torch.bool).copy_(mask))
         aux.write_masks(range(len(aux.buckets)), [bucket.flatten(masks) for bucket in aux.buckets])
 
