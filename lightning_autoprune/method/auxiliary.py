@@ -6,7 +6,7 @@ symbol   shape            meaning
 W        as the weight    latent weights; what the user's optimizer trains
 M        as the weight    auxiliary parameters; m > 0 keeps a weight, m <= 0 prunes it
 h(M)     as the weight    the mask: 1 where m > 0, else 0; a hard step forward and backward
-T        as the weight    W ⊙ h(M): all that the network ever computes with
+T        as the weight    W ⊙ h(M): the only weights that the network computes with
 ======== ================ ===========================================================================
 
 Weight step:      dL/dW = dL/dT ⊙ h(M), so that a pruned weight keeps its value and can come back.
@@ -42,7 +42,7 @@ __all__ = ["AuxiliaryParameters"]
 class AuxiliaryParameters(MaskedWeights):
     """Auxiliary parameters M for a set of weights, trained to decide which weights to keep.
 
-    Creating it attaches: from then on each weight's storage holds T = W ⊙ h(M), in place. The network, its
+    Creating an instance attaches it: from then on each weight's storage holds T = W ⊙ h(M), in place. The network, its
     ``state_dict`` and its optimizer see plain parameters. Each training step is then::
 
         aux.mask_gradients()          # after backward, before clipping
@@ -52,11 +52,11 @@ class AuxiliaryParameters(MaskedWeights):
         aux.update_masks()
 
     Under FSDP2, weights are sharded. Then ``M``, ``W``, ``dormant`` and ``masks()`` are this rank's shards, and all
-    methods are called on all ranks; numbers and ``state_dict()`` are those of whole layers.
+    methods are called on all ranks; numbers and ``state_dict()`` refer to whole layers.
 
     Args:
         weights: parameters by layer name; floating point, any shapes.
-        granularity: what has an m. None: each weight.
+        granularity: which units have an m. None: each weight.
         initial_m: ``"magnitude"``: m = ``initial_scale`` · abs(w) / std(w) of its layer, so that small weights are the
             first to be pruned; ``"constant"``: m = ``initial_scale``. With the former, a weight of exactly 0 starts
             pruned. None: no weight is written until ``load_state_dict`` restores a state.
@@ -76,7 +76,7 @@ class AuxiliaryParameters(MaskedWeights):
         floors: number of weights, or other units, that each layer always keeps.
         scale: the running root mean square of the sensitivities.
         rule: the update rule.
-        rule_name: its name, or that of the user's own class.
+        rule_name: its name, or the name of the user's own class.
         averages: the rule's running averages, by name, in the shapes of ``M``.
         updates: number of auxiliary steps of each bucket of layers.
         masks_final: True once the masks do not change any more.
@@ -191,7 +191,7 @@ class AuxiliaryParameters(MaskedWeights):
     def update_masks(self) -> None:
         """Decide anew which weights are kept, and write T = W ⊙ h(M) into them.
 
-        A layer that would keep fewer than its floor keeps those of largest m, which are raised just above 0.
+        A layer that would keep fewer than its floor keeps those with the largest m, which are raised just above 0.
         """
         self.granularity.update_masks(self)
 
@@ -200,11 +200,11 @@ class AuxiliaryParameters(MaskedWeights):
         self.granularity.meet(self, density)
 
     def keep(self, count: int) -> None:
-        """Move M so that exactly ``count`` weights are kept: those of largest m, each layer's floor first.
+        """Move M so that exactly ``count`` weights are kept: those with the largest m, each layer's floor first.
 
         Raises:
-            AutoPruneError: if ``count`` is less than the layers' floors together, or more than all weights; for another
-                granularity than single weights.
+            AutoPruneError: if ``count`` is below the sum of the layers' floors or above the number of weights, or if
+                the granularity is not single weights.
         """
         if not isinstance(self.granularity, WeightGranularity):
             raise AutoPruneError(
@@ -234,15 +234,15 @@ class AuxiliaryParameters(MaskedWeights):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that resuming needs beside the weights T: packed masks, M, dormant weights, running averages."""
+        """Return all that resuming needs besides the weights T: packed masks, M, dormant weights, running averages."""
         return save_state(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on weights that hold the T of the same moment.
+        """Restore what :meth:`state_dict` gave, on weights that hold the T of the same step.
 
         Raises:
-            AutoPruneError: if the state was made for other layers or shapes, which are named, by another granularity or
-                by a rule with other running averages.
+            AutoPruneError: if the state was made for other layers or shapes (which are named), by another granularity,
+                or by a rule with other running averages.
         """
         restore_state(self, state)
 
@@ -291,7 +291,7 @@ class AuxiliaryParameters(MaskedWeights):
         self._lay_out_again(groups, updates, entries)
 
     def trained_buckets(self, dL_dT: Sequence[Tensor | None]) -> list[int]:
-        """Return the numbers of the buckets whose weights all have gradients, after splitting those with only some."""
+        """Return the numbers of the buckets whose weights all have gradients, after splitting mixed buckets."""
         has = [gradient is not None for gradient in dL_dT]
         groups = [[i for i in b.numbers if has[i] is trained] for b in self.buckets for trained in (True, False)]
         if sum(map(bool, groups)) > len(self.buckets):
@@ -312,7 +312,7 @@ class AuxiliaryParameters(MaskedWeights):
         Args:
             groups: the numbers of the layers of each bucket.
             updates: the number of auxiliary steps of each bucket.
-            entries: the state, as of :meth:`_entries`.
+            entries: the state, as :meth:`_entries` returns it.
         """
         self.lay_out(groups, updates)
         for new, old in zip(self._entries(), entries, strict=True):

@@ -27,7 +27,7 @@ Estimator: TypeAlias = Callable[[Tensor], Tensor | None]
 
 
 def _linear(M: Tensor, leaky_slope: float) -> None:
-    """h'(m) = 1. None, because multiplying by 1 would only cost time."""
+    """h'(m) = 1. Returns None, because multiplying by 1 would only cost time."""
 
 
 def _hard_sigmoid(M: Tensor, leaky_slope: float) -> Tensor:
@@ -74,7 +74,7 @@ def straight_through(estimator: EstimatorName | Estimator, M: Tensor, leaky_slop
         h'(M) in the shape of ``M``; None where it is 1 everywhere.
 
     Raises:
-        AutoPruneError: for an unknown name; lists the names there are.
+        AutoPruneError: for an unknown name; lists the allowed names.
 
     Source:
         Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, section 3.

@@ -1,9 +1,9 @@
 """Which entries of M are the largest, exactly, without gathering all of them in one place. Torch only.
 
-For a threshold t, layer i keeps max(floorᵢ, nᵢ(t)) entries, where nᵢ(t) is the number of its m >= t: both its floor and
-the entries above the threshold are its largest ones. The sum over the layers falls as t grows. The largest t for which
-the sum is not below the wanted count is found by bisection over the numbers that the dtype can represent, one step per
-bit. Each step needs the counts nᵢ only, which are summed over the ranks where M is sharded.
+For a threshold t, layer i keeps its largest max(floorᵢ, nᵢ(t)) entries, where nᵢ(t) is the number of its m >= t. The
+sum over the layers falls as t grows. The largest t for which the sum is not below the wanted count is found by
+bisection over the numbers that the dtype can represent, one step per bit. Each step needs only the counts nᵢ, which are
+summed over the ranks where M is sharded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def minimum_counts(totals: Sequence[int], layer_floor: float) -> list[int]:
         >>> minimum_counts([10, 5000], layer_floor=0.001)
         [1, 5]
     """
-    return [max(1, math.ceil(layer_floor * total * (1 - 1e-12))) for total in totals]  # 0.07 · 100 is above 7
+    return [max(1, math.ceil(layer_floor * total * (1 - 1e-12))) for total in totals]  # 0.07 * 100 is above 7
 
 
 def check_count(count: int, totals: Sequence[int], layer_floor: float) -> None:
@@ -67,7 +67,7 @@ def keep_largest(
         count: number of entries to keep, at least the sum of ``floors``.
         prune: whether all other entries are pruned; otherwise they stay unchanged.
         sum_over_ranks: turns counts in this rank's shards into counts in whole layers.
-        sum_over_lower_ranks: turns a count of this rank into the sum of it over the ranks before this one.
+        sum_over_lower_ranks: turns this rank's count into the sum of the counts of the ranks before it.
 
     Example:
         >>> M = [torch.tensor([0.3, 0.2]), torch.tensor([-5.0, -4.0])]
@@ -88,7 +88,7 @@ def keep_largest(
         _replace_nan_(m)
     double = any(m.dtype == torch.float64 for m in M)
     t = _largest_number(lambda threshold: total_kept(threshold) >= count, double=double)
-    surplus = total_kept(t) - count  # so many entries equal to t must go
+    surplus = total_kept(t) - count  # this many entries equal to t must go
     at_least, above = counts(torch.ge, t), counts(torch.gt, t)
     for m, floor, n, n_above in reversed(list(zip(M, floors, at_least, above, strict=True))):
         if n < floor:
@@ -113,7 +113,7 @@ def keep_largest(
 
 
 def lift_largest(m: Tensor, count: int) -> None:
-    """Raise the ``count`` largest entries of a tensor just above 0, in place, where they are not above it.
+    """Raise the ``count`` largest entries of a tensor just above 0, in place, unless they are above 0 already.
 
     NaN becomes -inf.
 
@@ -152,11 +152,11 @@ def _replace_nan_(m: Tensor) -> Tensor:
 
 
 def _largest_number(holds: Callable[[float], bool], *, double: bool) -> float:
-    """Return the largest number of single or double precision for which a falling condition holds."""
+    """Return the largest number of single or double precision for which a condition holds; it fails for larger ones."""
     real, whole, bits = ("<d", "<q", 63) if double else ("<f", "<i", 31)
 
     def place(x: float) -> int:
-        """Return the place of a number among all there are: its bits, with those of negative numbers reversed."""
+        """Return a number's place in the order of all numbers: its bits as an integer, inverted if it is negative."""
         i: int = struct.unpack(whole, struct.pack(real, x))[0]
         return i if i >= 0 else i ^ (2**bits - 1)
 

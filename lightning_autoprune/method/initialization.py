@@ -1,7 +1,7 @@
 """The auxiliary parameters that pruning starts with. Torch only.
 
-The paper does not say what m starts at. Where m carries the weight's magnitude, small weights are the first to go
-(``benchmarks/ablations.py`` compares it with an equal m for all weights).
+The paper does not say what m starts at. If m starts in proportion to the weight's magnitude, small weights are the
+first to go (``benchmarks/ablations.py`` compares this with an equal m for all weights).
 
 To add a starting value, write a function here and give it a name in :data:`INITIAL_M` and :data:`InitialM`.
 """
@@ -32,7 +32,7 @@ def _constant(magnitudes: Tensor, unit: Tensor, scale: float) -> Tensor:
 
 
 INITIAL_M: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {"magnitude": _magnitude, "constant": _constant}
-"""Functions of magnitudes (>= 0, any shape), the unit to count them in (a scalar tensor), and the scale of m."""
+"""Functions of magnitudes (>= 0, any shape), the unit to measure them in (a scalar tensor), and the scale of m."""
 
 
 def starting_values(name: InitialM, magnitudes: Tensor, unit: Tensor, scale: float) -> Tensor:
@@ -45,7 +45,7 @@ def starting_values(name: InitialM, magnitudes: Tensor, unit: Tensor, scale: flo
         scale: size of the initial m, > 0.
 
     Raises:
-        AutoPruneError: for an unknown name; lists the names there are.
+        AutoPruneError: for an unknown name; lists the allowed names.
 
     Example:
         >>> starting_values("magnitude", torch.tensor([1.0, 4.0]), torch.tensor(2.0), scale=0.5)
@@ -95,7 +95,7 @@ def check_weights(layer: str, T: Tensor, name: InitialM) -> None:
         name: a name in :data:`INITIAL_M`.
 
     Raises:
-        AutoPruneError: naming the layer, where weights are not finite, or where all are 0 and would all start pruned.
+        AutoPruneError: naming the layer, if weights are not finite, or if all are 0 and would all start pruned.
     """
     check_finite(layer, T)
     zero_starts_pruned = starting_values(name, torch.zeros(1), torch.ones(()), 1.0).item() <= 0

@@ -20,7 +20,7 @@ __all__ = ["MaskedWeights", "fetch_numbers", "latent_weights"]
 
 
 class MaskedWeights:
-    """Weights with masks. Creating it attaches: from then on the storage of each weight holds T.
+    """Weights with masks. Creating an instance attaches it: from then on the storage of each weight holds T.
 
     Tensors of this class are shards where the weights are sharded. The state lies in buckets: flat tensors that hold
     several small layers, or one large layer (see ``flat_buckets``).
@@ -89,7 +89,7 @@ class MaskedWeights:
                 zero_pruned(local_shard(weight.grad), mask)
 
     def after_weight_step(self) -> None:
-        """Set pruned entries of T back to 0, which momentum and weight decay may have moved."""
+        """Set pruned entries of T back to 0, since momentum and weight decay may have moved them."""
         for T, mask in zip(self.effective(), self._final or self.bits, strict=True):
             zero_pruned(T, mask)
 
@@ -141,7 +141,7 @@ class MaskedWeights:
         self.bits = self.views(self.flat_bits)
 
     def views(self, flat: Sequence[Tensor]) -> list[Tensor]:
-        """Return the layers' parts of one flat tensor per bucket, in the shapes of the layers."""
+        """Return each layer's part of the flat tensors, given one per bucket, in the shape of the layer."""
         parts: dict[int, Tensor] = {}
         for bucket, tensor in zip(self.buckets, flat, strict=True):
             parts.update(zip(bucket.numbers, bucket.views(tensor), strict=True))

@@ -25,8 +25,8 @@ class Neurons:
     Attributes:
         count: number of channels.
         groups: the channels that the same layers produce together, as index tensors.
-        rows: for each weight, by layer name, the channel that each row produces; ``count`` if it is no prunable one.
-        columns: the channel that each column reads; ``count`` if it is no prunable one.
+        rows: for each weight, by layer name, the channel that each row produces; ``count`` if it is not prunable.
+        columns: the channel that each column reads; ``count`` if it is not prunable.
         dims: the dimensions of each weight in which its rows and its columns lie.
         sizes: number of weights of each layer.
         costs: what each layer costs with all its channels: its size, or its operations.
@@ -94,7 +94,7 @@ class Neurons:
             )
 
     def marginal_costs(self, alive: Tensor) -> Tensor:
-        """Return what each channel costs beside the ``alive`` ones, divided by the mean; shape (count,)."""
+        """Return each channel's cost given the ``alive`` ones, divided by the mean cost; shape (count,)."""
         cost = torch.zeros(self.count + 1, device=alive.device)
         for name, (rows, columns) in self.shares(alive).items():
             for numbers, other in ((self.rows[name], columns), (self.columns[name], rows)):

@@ -1,7 +1,7 @@
 """Where weights are: whole on this device, or sharded over the ranks (FSDP2). Torch only.
 
-Auxiliary parameters, masks and dormant values are sharded as the weights are. What looks at more than one entry goes
-through a placement, so that a granularity works on shards without knowing of them: counts and sums are those over all
+Auxiliary parameters, masks and dormant values are sharded like the weights. Code that looks at more than one entry goes
+through a placement, so that a granularity need not know whether it works on shards. Counts and sums are taken over all
 ranks, and saved state is that of whole layers, so that a run can resume on another number of ranks.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["Placement", "ShardedPlacement", "placement_of"]
 
 
 class Placement:
-    """Weights that are whole on this device, so that nothing is sent. Subclasses handle sharded weights."""
+    """Weights that are whole on this device, so nothing has to be sent. Subclasses handle sharded weights."""
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Return the sums of some numbers over the ranks that have shards: here the numbers themselves."""
@@ -37,11 +37,11 @@ class Placement:
         return x
 
     def whole(self, shard: Tensor, weight: Tensor) -> Tensor:
-        """Gather a whole tensor from shards that are laid out as those of a weight."""
+        """Gather a whole tensor from shards that are laid out like those of a weight."""
         return shard
 
     def shard(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return this rank's shard of a tensor that all ranks have, sharded as a weight is."""
+        """Return this rank's shard of a tensor that all ranks have, sharded like a weight."""
         return x
 
     def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class ShardedPlacement(Placement):
     """Weights of which each rank has a shard. All methods are called on all ranks, in the same order.
 
     Args:
-        device: that of the weights.
+        device: the device of the weights.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -80,11 +80,11 @@ class ShardedPlacement(Placement):
         return sum_over_ranks(x)
 
     def whole(self, shard: Tensor, weight: Tensor) -> Tensor:
-        """Gather a whole tensor from shards that are laid out as those of a weight."""
+        """Gather a whole tensor from shards that are laid out like those of a weight."""
         return gather_whole(shard, weight)
 
     def shard(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return this rank's shard of a tensor that all ranks have, sharded as a weight is."""
+        """Return this rank's shard of a tensor that all ranks have, sharded like a weight."""
         return shard_like(x, weight)
 
     def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:

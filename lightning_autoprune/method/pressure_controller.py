@@ -20,11 +20,12 @@ class PressureController:
         ln μ ← ln μ + gain · clip(5e, −1, 1) + clip(response · (e − previous e), −1, 1).
 
     The first term ends a lasting error, even one that swings. The second term answers a change at once and so damps
-    swings. Logarithms make both free of scale. Too many kept weights raise μ. Too few lower it, and weights come back.
+    swings. Logarithms make both independent of scale. Too many kept weights raise μ. Too few lower it, and weights come
+    back.
 
-    μ stays above a hundredth of its first value, so that it never has far to climb. It does not exceed 1e15: where it
-    can't reach the path, because a layer is not trained for a while, it would grow without end, and its square must be
-    far below float32's largest number, 3e38. (With the default settings it is seldom above 100.)
+    μ stays at or above a hundredth of its first value, so that it never has far to climb. It does not exceed 1e15. If
+    the path can't be reached, because a layer is not trained for a while, μ would otherwise grow without end, and its
+    square must stay far below float32's largest number, 3e38. (With the default settings it is seldom above 100.)
 
     Attributes:
         mu: the pressure, in units of the running root mean square s; above 0.

@@ -32,7 +32,7 @@ class Pruner:
         settings: how to prune.
         total_steps: length of the run in training steps.
         step: number of steps that are over.
-        neurons: the channels to prune in place of single weights, made and read by those parameters.
+        neurons: the channels to prune in place of single weights; those parameters produce and read them.
 
     Attributes:
         step: number of training steps that are over.
@@ -87,7 +87,8 @@ class Pruner:
             weights: all weights, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them, or they give no M to start with. Nothing is changed.
+            AutoPruneError: if the target can't be met with them, or they give no M to start with. In that case nothing
+                is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
         assert not self.masks_final, "final masks do not change"
@@ -126,7 +127,7 @@ class Pruner:
         return self.auxiliary.layer_sparsity() if self.auxiliary else dict.fromkeys(self.weights, 0.0)
 
     def masks(self) -> list[Tensor]:
-        """Return bool tensors, True where a weight is kept, in the order of the weights; none in the dense phase.
+        """Return bool tensors, True where a weight is kept, in the order of the weights; empty in the dense phase.
 
         Where weights are sharded, call this on all ranks, like :meth:`each_mask` and :attr:`M`.
         """
@@ -152,7 +153,7 @@ class Pruner:
         return pruning and (self.step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
     def before_weight_step(self, stepped: Container[int] | None = None) -> None:
-        """Mask the gradients. Call it before they are clipped, so that the norm is that of what trains.
+        """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.
 
         Args:
             stepped: the ``id`` of each parameter that the coming step trains; None: all of them.
@@ -231,12 +232,12 @@ class Pruner:
         return {**self.settings.described(), "steps": self.phases.total}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that resuming needs beside the weights."""
+        """Return all that resuming needs besides the weights."""
         auxiliary = self.auxiliary.state_dict() if self.auxiliary else None
         return {"step": self.step, "pressure": (self.mu, self._controller.error), "auxiliary": auxiliary}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, on weights of the same moment.
+        """Restore what :meth:`state_dict` gave, on weights from the same step.
 
         Raises:
             AutoPruneError: if the state was made for other layers or shapes; names them.

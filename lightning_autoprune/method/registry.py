@@ -1,7 +1,7 @@
 """Look up what a setting names: an entry of a registry, or an object of the user's own. Torch only.
 
-A registry maps each allowed name to what it stands for. A name that is in no registry raises an error, so that a typing
-mistake never becomes some other choice.
+A registry maps each allowed name to what it stands for. A name that is in no registry raises an error, so that a typo
+never becomes some other choice.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def describe(value: object) -> object:
 
 
 def describe_result(value: object) -> str:
-    """Return what a function of the user's returned, for a message: a tensor's dtype and shape, or the type."""
+    """Describe what a user's function returned, for a message: a tensor's dtype and shape, or the type."""
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def plain_number(value: Any) -> Any:
-    """Return a number of another library, such as NumPy's, as an int or a float; anything else unchanged.
+    """Return a number from another library, such as NumPy, as an int or a float; anything else unchanged.
 
     Example:
         >>> from fractions import Fraction

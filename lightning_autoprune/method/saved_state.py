@@ -19,7 +19,7 @@ __all__ = ["restore_state", "save_state"]
 
 
 def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
-    """Return all that resuming needs beside the weights T: packed masks, M, dormant weights, running averages."""
+    """Return all that resuming needs besides the weights T: packed masks, M, dormant weights, running averages."""
     layers = list(aux.weights.values())
     masks = [aux.placement.whole_for_saving(m, w) for m, w in zip(aux.masks(), layers, strict=True)]
     state: dict[str, Any] = {
@@ -41,11 +41,11 @@ def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
 
 
 def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
-    """Restore what :func:`save_state` gave, on weights that hold the T of the same moment.
+    """Restore what :func:`save_state` gave, on weights that hold the T of the same step.
 
     Raises:
-        AutoPruneError: if the state was made for other layers or shapes, which are named, by another granularity or
-            by a rule with other running averages.
+        AutoPruneError: if the state was made for other layers or shapes (which are named), by another granularity,
+            or by a rule with other running averages.
     """
     _check_state(aux, state)
     for layer, T in zip(aux.weights, aux.effective(), strict=True):
@@ -84,7 +84,7 @@ def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: 
 
 
 def _check_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
-    """Raise if a state is of another version, granularity or model, or of a rule with other running averages."""
+    """Raise if a state is from another version, granularity or model, or from a rule with other running averages."""
     if "granularity" not in state:
         raise AutoPruneError(
             "The checkpoint's pruning state was written by an earlier version and can't be resumed: start from the"

@@ -27,9 +27,9 @@ def target_path(progress: float, start: float, target: float, share: float = 0.9
     """Return the density that pruning should have reached: from ``start`` to ``target`` by a power of the time left.
 
     Zhu and Gupta ("To prune, or not to prune", 2017) use the power 3 for all targets. By default, the power here
-    depends on the target: the density is twice the target when half of the path is over. A low density then stays near
-    its target for a long time, where each swap of one weight for another matters, and a moderate target is not rushed
-    (``benchmarks/ablations.py`` compares it with fixed powers).
+    depends on the target: the density is twice the target when 45% of the path is over. With a low target, the density
+    then stays near it for a long time, where each swap of one weight for another matters. A moderate target is not
+    rushed. (``benchmarks/ablations.py`` compares this with fixed powers.)
 
     Args:
         progress: how much of the pruning phase is over, 0 to 1 (values outside are clamped).
@@ -79,7 +79,7 @@ def check_schedule(schedule: ScheduleName | Schedule, target: float) -> None:
         target: density to reach, in (0, 1].
 
     Raises:
-        AutoPruneError: naming the progress at which it returns no density, or raises.
+        AutoPruneError: naming the progress at which it fails or returns no density.
     """
     path = make_schedule(schedule)
     for percent in range(101):

@@ -49,7 +49,7 @@ def setting(default: Any, help: str, check: Check = lambda name, value: None) ->
 
     Args:
         default: the value if the user gives none.
-        help: the text of the callback's docstring.
+        help: the setting's text in the callback's docstring.
         check: raises for a value that is not allowed.
     """
     return field(default=default, metadata={"help": " ".join(help.split()), "check": check})
@@ -194,4 +194,4 @@ class Settings:
 
 
 def _ignore(value: object) -> None:
-    """Return None, where a function is called only because it raises."""
+    """Discard the result of a function that is called only because it raises."""

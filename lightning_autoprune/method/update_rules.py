@@ -5,16 +5,16 @@ rule              g                                   source
 ================= =================================== =================================================
 ``"vanilla"``     g₀ = dL/dT · w / s + μ              the plain chain rule
 ``"autoprune"``   g₀ = dL/dT · sgn(w) / s + μ         the paper
-``"adaptive"``    g₀ / √v, g₀ = dL/dT · w / s + μ     ours: ``"vanilla"``, each weight by its own scale
+``"adaptive"``    g₀ / √v, g₀ = dL/dT · w / s + μ     ours: ``"vanilla"`` divided by a scale per weight
 ================= =================================== =================================================
 
 s is a running root mean square over all weights (:class:`GradientScale`), and v is the running mean square of each
 weight's own g₀.
 
-The paper asks for three consistencies. Sensitivity: the step must not scale with abs(w). Under ``"vanilla"`` it does;
-``"autoprune"`` takes the factor out, and so does the division by √v. Correlation and direction depend only on the sign
-of the loss's part, which is the sign of dL/d|w| in all three rules. What ``"adaptive"`` adds is in the pressure, which
-becomes μ / √v. It weighs little on a weight that the loss is sensitive to (abs(w) times the root mean square of dL/dT,
+The paper asks for three kinds of consistency. Sensitivity: the step must not scale with abs(w). Under ``"vanilla"`` it
+does; ``"autoprune"`` takes the factor out, and so does the division by √v. Correlation and direction depend only on the
+sign of the loss's part, which is the sign of dL/d|w| in all three rules. ``"adaptive"`` also changes the pressure, to
+μ / √v. It weighs little on a weight that the loss is sensitive to (abs(w) times the root mean square of dL/dT,
 the diagonal Fisher information that Optimal Brain Damage prunes by), and most on a weight that the loss never notices.
 
 To add a rule, write a class here and give it a name in :data:`UPDATE_RULES` and :data:`UpdateRuleName`. Users can pass
@@ -65,7 +65,7 @@ class UpdateRule(ABC):
     Attributes:
         state_names: names of the running averages.
         removes_scale: True if g does not depend on the scale of g₀. Otherwise the sum over the weights of a channel is
-            divided by the root of their number.
+            divided by the square root of their number.
 
     Example:
         >>> import torch
@@ -109,7 +109,7 @@ class UpdateRule(ABC):
         return g0
 
     def decay(self, steps: float) -> float:
-        """Return the decay with which s and the running averages forget, for ``steps`` auxiliary steps.
+        """Return the decay of s and of the running averages in a run of ``steps`` auxiliary steps.
 
         By default they remember a fortieth of the pruning phase, but at least 10 steps and at most 1000. The pressure
         that the path to a target needs rises and falls by powers of ten, and v contains its square: with a memory of
@@ -140,8 +140,8 @@ class VanillaRule(UpdateRule):
 class AutoPruneRule(UpdateRule):
     """The paper's rule: g = dL/dT · sgn(w) / s + μ.
 
-    It does not scale with abs(w) (sensitivity consistency), and m moves as abs(w) wants to move (correlation
-    consistency). A weight of exactly 0 has no direction: 0.
+    It does not scale with abs(w) (sensitivity consistency), and m moves in the direction in which the loss wants abs(w)
+    to move (correlation consistency). A weight of exactly 0 has no direction, so its sensitivity is 0.
 
     Example:
         >>> import torch
@@ -157,7 +157,7 @@ class AutoPruneRule(UpdateRule):
 class AdaptiveRule(UpdateRule):
     """The default: g = g₀ / √v with g₀ = dL/dT · w / s + μ, and v the running mean square of g₀.
 
-    v is an exponential average without bias. An entry that never had a gradient stays 0.
+    v is a bias-corrected exponential average. An entry that never had a gradient stays 0.
 
     Example:
         >>> import torch
@@ -238,7 +238,7 @@ def _are_finite_floats(x: Tensor) -> bool:
 
 @dataclass
 class GradientScale:
-    """Running root mean square s of the sensitivities, as an exponential average without bias. Pure Python.
+    """Running root mean square s of the sensitivities, a bias-corrected exponential average. Pure Python.
 
     The loss's part of the auxiliary gradient is divided by s, so that η and μ are plain numbers: multiplying the loss
     by a constant changes neither the masks nor the settings. (The paper does not state how its loss is scaled.)

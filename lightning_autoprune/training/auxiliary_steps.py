@@ -33,7 +33,7 @@ class AuxiliarySteps:
 
     Args:
         trainer: the trainer, whose module is trained.
-        pruner: whose M is stepped.
+        pruner: the pruner whose M is stepped.
         source: gives the held-out batches; if it holds none out, M follows the weight steps alone.
         report: gets the held-out losses.
         settings: those of the callback.
@@ -70,7 +70,7 @@ class AuxiliarySteps:
         """Take the gradients of an optimizer's step before those of pruned weights are masked.
 
         Args:
-            optimizer: whose step begins.
+            optimizer: the optimizer whose step begins.
             trains_weights: whether it trains prunable weights.
         """
         if self._pruner.auxiliary is None:
@@ -141,7 +141,7 @@ class AuxiliarySteps:
         return HeldOutGradients(loss, result.gradients if averaged else gradients)
 
     def _join(self, train: Mapping[str, Tensor], held_out: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean of the weight step's gradients and the held-out ones over the samples of both."""
+        """Return the mean over all samples of the weight step's gradients and the held-out ones."""
         if train.keys() != held_out.keys():
             return held_out
         ranks, share = self._trainer.world_size, self._source.held_out_share

@@ -39,7 +39,7 @@ class AutoPruneCallback(Callback):
     weights are kept. They are trained on held-out data to lower the loss, under a pressure that prunes, and a pruned
     weight keeps its value and can come back. Last, the masks are final, and the kept weights train on all the data. At
     any moment, and in every checkpoint, pruned weights are true zeros in plain parameters. (If another callback saves
-    averages in place of the weights, these have the zeros once the masks are final.)
+    averages in place of the weights, the averages have the zeros once the masks are final.)
 
     Args:
         target_sparsity: fraction of all prunable weights to prune, in [0, 1). It is met exactly when the masks become
@@ -146,7 +146,7 @@ class AutoPruneCallback(Callback):
         seed: int = 0,
         enabled: bool = True,
     ) -> None:
-        given = dict(locals())  # first of all, while these are the arguments
+        given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
         self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
@@ -276,7 +276,7 @@ class AutoPruneCallback(Callback):
             run.pruner.after_weight_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record the metric that is followed beside the sparsity."""
+        """Record the metric that is followed alongside the sparsity."""
         if (run := self._active_run) and not trainer.sanity_checking:
             run.measure()
 
@@ -331,7 +331,7 @@ class AutoPruneCallback(Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that resuming needs beside weights, optimizers and loops; plain types and tensors."""
+        """Return all that resuming needs besides weights, optimizers and loops, as plain types and tensors."""
         if not self.enabled:
             return {}
         if self._loaded is not None:  # a state was restored, and training has not started
@@ -342,7 +342,7 @@ class AutoPruneCallback(Callback):
         """Keep a checkpoint's state until training starts, or go back to it if training is under way."""
         if not self.enabled:
             return
-        if state_dict and (run := self._active_run):  # a learning-rate finder in the middle of a fit does so
+        if state_dict and (run := self._active_run):  # a learning-rate finder in the middle of a fit does this
             run.go_back(state_dict)
             return
         self._loaded = state_dict or None

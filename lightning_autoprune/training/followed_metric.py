@@ -1,4 +1,4 @@
-"""The user's metric that is followed beside the sparsity: the one that their other callbacks monitor."""
+"""The user's metric that is followed alongside the sparsity: the one that their other callbacks monitor."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def followed_metric(trainer: Trainer, known: str | None, *, late: bool = False) 
 
     Args:
         trainer: the trainer, when a validation or a training epoch ends.
-        known: the metric that has been followed so far. Metrics that are monitored after it are not considered: after
-            resuming, ``known`` may just not have been logged yet.
+        known: the metric that has been followed so far. Monitored metrics that come after it in the order are not
+            considered: after resuming, ``known`` may just not have been logged yet.
         late: whether the hooks of the epoch's end, which may log the metric too, have run.
     """
     metrics = trainer.callback_metrics

@@ -43,11 +43,11 @@ def shielded(
 ) -> Iterator[None]:
     """Run a block in which ``training_step`` can be called without effect on the run.
 
-    ``nn.Dropout`` modules are off inside. Restored afterwards are what ``self.log`` gathers, torchmetrics states, all
-    buffers (such as BatchNorm statistics), random numbers, and the training flags. Gradients are left to the caller,
-    who uses ``torch.autograd.grad``. Two things are not covered: state in plain Python (a list that ``training_step``
-    appends to, a direct call of ``self.logger.experiment``, a forward hook that counts), and writes to trained weights,
-    which are warned about. A user who does either passes a ``loss_fn``.
+    ``nn.Dropout`` modules are off inside. Afterwards, these are as they were before: what ``self.log`` gathers,
+    torchmetrics states, all buffers (such as BatchNorm statistics), random numbers, and the training flags. Gradients
+    are left to the caller, who uses ``torch.autograd.grad``. Two things are not covered: state in plain Python (a list
+    that ``training_step`` appends to, a direct call of ``self.logger.experiment``, a forward hook that counts), and
+    writes to trained weights, which raise a warning. A user who does either must pass a ``loss_fn``.
 
     Args:
         model: the module being trained, in training mode.
@@ -152,7 +152,8 @@ def held_out_gradients(
         with ExitStack() as stack:
             for weight in weights:
                 stack.enter_context(_no_hooks(weight))
-            scaler = grad_scaler(trainer)  # 16-bit gradients would be 0 without it; small batches have larger ones
+            # Without the scale, 16-bit gradients would be 0. Small batches have larger gradients, hence the 1/16.
+            scaler = grad_scaler(trainer)
             scale = scaler.get_scale() / 16 if scaler else 1.0
             results = loss_gradients(scale * factor * loss.sum(), weights)
     if any(result is None and weight.grad is not None for weight, result in zip(weights, results, strict=True)):

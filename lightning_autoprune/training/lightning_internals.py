@@ -1,4 +1,4 @@
-"""What is read of Lightning's loops, optimizers and connectors. All use of private members is in this module.
+"""What is read from Lightning's loops, optimizers and connectors. All use of private members is in this module.
 
 Lightning 2.6 is required, because private members may change with any release.
 """
@@ -100,7 +100,7 @@ def total_steps(trainer: Trainer) -> int:
 
 
 def _accumulation_by_epoch(trainer: Trainer, epochs: int) -> list[int]:
-    """Return over how many batches gradients are accumulated, for each epoch with optimizer steps."""
+    """Return the number of batches over which gradients are accumulated, for each epoch with optimizer steps."""
     factors = [trainer.accumulate_grad_batches] * epochs
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
@@ -137,10 +137,10 @@ def will_step(trainer: Trainer) -> bool:
 
 
 def is_moving_training_batch(trainer: Trainer) -> bool:
-    """Return True if Lightning moves a batch to train on it now, rather than a hook of the user's that moves its own.
+    """Return True if Lightning moves a batch to train on it now, rather than when a user's hook moves its own.
 
-    Lightning stores the name of the hook that it runs. ``batch_progress`` does not tell this move from a move when an
-    epoch starts or ends.
+    Lightning stores the name of the hook that it runs. ``batch_progress`` can't tell this move from a move when
+    an epoch starts or ends.
     """
     return trainer.training and trainer.lightning_module._current_fx_name == "batch_to_device"
 
@@ -160,7 +160,7 @@ def optimizer_by_parameter(trainer: Trainer) -> dict[int, Optimizer]:
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
-    """Return what scales the loss in 16-bit precision and skips steps whose gradients overflow; None without one."""
+    """Return the loss scaler of 16-bit precision, which skips steps whose gradients overflow; None without one."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
 
@@ -168,7 +168,7 @@ def grad_scaler(trainer: Trainer) -> GradScaler | None:
 def gradient_scale(scaler: GradScaler, optimizer: Optimizer) -> float:
     """Return the factor that is still in the gradients of an optimizer when its step begins.
 
-    It is 1 as a rule. Fused optimizers divide by the scale themselves, and Lightning leaves it in if the last
+    It is usually 1. Fused optimizers divide by the scale themselves, and Lightning leaves it in if the last
     ``training_step`` of an accumulation gave no loss.
     """
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]

@@ -49,7 +49,7 @@ class MetricsReporter:
         """Add layers that have not been pruned so far.
 
         Args:
-            weights: those of all layers from now on, in the order in which their masks are given.
+            weights: the weights of all layers from now on, in the order in which their masks are given.
         """
         if self._logged_masks:
             before = dict(zip(self.history.names, self._logged_masks, strict=True))
@@ -120,7 +120,7 @@ class MetricsReporter:
             metrics: what :meth:`publish` returned.
             layers: sparsity of every layer, by name.
             masks: True where a weight is kept; empty before pruning starts and if they can't have changed.
-            remember: whether the history must keep this moment.
+            remember: whether the history must record this moment.
         """
         pruned, revived = self._count_changes(masks)
         step, overall = steps_done(trainer), metrics["autoprune/sparsity"]
@@ -132,7 +132,7 @@ class MetricsReporter:
         self._loss_sum, self._losses = 0.0, 0
 
     def _count_changes(self, masks: Iterable[Tensor]) -> tuple[int, int]:
-        """Return how many weights were pruned and how many came back since the last log, and keep the masks."""
+        """Return how many weights were pruned and how many came back since the last log, and store the masks."""
         pruned = revived = 0
         packed = []
         for i, mask in enumerate(masks):

@@ -24,7 +24,7 @@ __all__ = ["ModelAnalysis", "analyze_model", "check_example"]
 
 @dataclass
 class ModelAnalysis:
-    """What is pruned of a model, and what it costs.
+    """Which weights of a model are pruned, and what the model costs.
 
     Attributes:
         weights: the weights to prune, by layer name.
@@ -59,10 +59,10 @@ def check_example(module: LightningModule, granularity: GranularityName) -> None
 
 
 def analyze_model(module: LightningModule, weights: Mapping[str, nn.Parameter], settings: Settings) -> ModelAnalysis:
-    """Find out what to prune of a model, and what the dense model costs.
+    """Find out what to prune in a model, and what the dense model costs.
 
     Args:
-        module: the module. Its ``forward`` is run on the example in evaluation mode, and nothing of it changes.
+        module: the module. Its ``forward`` is run on the example in evaluation mode, and nothing in it changes.
         weights: those that may be pruned, by layer name.
         settings: how to prune.
 

@@ -60,7 +60,7 @@ class OptimizerHooks:
         for handle in self._handles:
             handle.remove()
         self._handles, self.optimizers = [], []
-        self._before_step, self._after_step = _do_nothing, _do_nothing  # they refer to the run
+        self._before_step, self._after_step = _do_nothing, _do_nothing  # so that the hooks hold no reference to the run
 
     def follow(self, weights: Iterable[Tensor], owners: Mapping[int, Optimizer]) -> None:
         """Hook into the optimizers that train the weights now, if the user has made new ones.
@@ -75,7 +75,7 @@ class OptimizerHooks:
             self.attach()
 
     def on_before_step(self, optimizer: Optimizer) -> None:
-        """Take the call of Lightning's hook ``on_before_optimizer_step``."""
+        """Handle Lightning's hook ``on_before_optimizer_step``."""
         if id(optimizer) not in self._stepping:
             self._prepared.add(id(optimizer))
             self._before_step(optimizer)

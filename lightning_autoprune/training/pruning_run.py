@@ -96,7 +96,7 @@ class PruningRun:
             prune_averages(self._trainer, self.pruner)
         else:
             mark_as_being_pruned(self.module)
-        reshard(self.module)  # the example may have left gathered copies of the weights as they were
+        reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
 
     @property
@@ -145,7 +145,7 @@ class PruningRun:
         flops, over = self._analysis.flops_left(layers), self.pruner.masks_final
         metrics = self.report.publish(self._trainer, 1 - self.pruner.sparsity, self.pruner.mu, flops, over=over)
         if became_final or self._log_is_due():
-            masks = self.pruner.each_mask() if became_final or not over else ()  # final masks change no more
+            masks = self.pruner.each_mask() if became_final or not over else ()  # final masks don't change
             self.report.log(self._trainer, metrics, layers, masks, remember=became_final)
 
     def _log_is_due(self) -> bool:
@@ -169,7 +169,7 @@ class PruningRun:
         return summarize_layers(self.pruner.weights, flops, revived, self.pruner.layer_sparsity())
 
     def measure(self, *, late: bool = False) -> None:
-        """Record the metric that is followed beside the sparsity, if it has just been measured.
+        """Record the metric that is followed alongside the sparsity, if it has just been measured.
 
         Args:
             late: whether the hooks of the epoch's end, which may have logged it, are over.
@@ -218,7 +218,7 @@ class PruningRun:
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that resuming needs beside weights, optimizers and loops; plain types and tensors."""
+        """Return all that resuming needs besides weights, optimizers and loops, as plain types and tensors."""
         return {
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
@@ -260,7 +260,7 @@ class PruningRun:
         self._source.load_state_dict(state["held_out"])
 
     def go_back(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave in the middle of the run, on weights of the same moment.
+        """In the middle of a run, restore what :meth:`state_dict` gave, on weights from the same step.
 
         Raises:
             AutoPruneError: as :meth:`load_state_dict`; also if the masks are final now and were not then.

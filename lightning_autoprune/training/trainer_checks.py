@@ -49,7 +49,7 @@ def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool, has_l
 
 
 def _check_training_step(module: LightningModule, has_loss_fn: bool) -> None:
-    """Raise if a held-out loss can't be had from the module."""
+    """Raise if the module can't give a held-out loss."""
     if not has_loss_fn and not module.automatic_optimization:
         raise AutoPruneError(
             f"{type(module).__name__} uses manual optimization: its `training_step` takes optimizer steps and can't"

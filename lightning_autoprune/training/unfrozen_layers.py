@@ -48,7 +48,7 @@ class UnfrozenLayers:
     def take_in(self, candidates: Mapping[str, nn.Parameter]) -> None:
         """Prune the layers that have been unfrozen, and warn of those that must stay dense.
 
-        Optimizers that the user has made anew are followed.
+        New optimizers that the user has made are followed too.
 
         Args:
             candidates: all weights of the module that may be pruned, trained or not, by layer name.

@@ -1,10 +1,10 @@
 """A granularity decides which units have an auxiliary parameter m: weights, blocks or channels. Torch only.
 
-It says how the sensitivities of the weights are summed up for each m, how M is spread to a mask of the
-weights, and how a target is met. Everything else (the update rule, dormant values, saving, sharding) is shared.
+It says how the sensitivities of the weights are summed for each m, how M is spread to a mask of the weights, and how a
+target is met. Everything else (the update rule, dormant values, saving, sharding) is shared.
 
 To add one, write a subclass and give it a name in ``GRANULARITIES``. If its units lie within a layer, such as a block
-of weights or N of M, derive it from ``LayerUnits``, which needs three short methods.
+of weights or N of M weights, derive it from ``LayerUnits``, which needs three short methods.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepPiece(NamedTuple):
     Attributes:
         G: their sensitivities, the loss's part of dL/dm without h'(m); a new flat tensor.
         bucket: the number of the flat tensor of M that they lie in.
-        span: where they lie in it.
+        span: their place in that flat tensor.
     """
 
     G: Tensor
@@ -48,8 +48,8 @@ class Granularity(ABC):
 
     Attributes:
         name: as in the setting ``granularity``.
-        prunes_channels: True if whole channels are pruned, which are found by tracing the model and can be cut out, so
-            that a target can count operations.
+        prunes_channels: True if whole channels are pruned. They are found by tracing the model and can be cut out, so a
+            target can count operations.
         can_extend: True if layers that are unfrozen during the run can be pruned too.
         replicated: True if each rank has the whole M.
     """
@@ -142,7 +142,7 @@ class Granularity(ABC):
         """
 
     def density(self, aux: AuxiliaryParameters) -> float:
-        """Return the fraction that a target is for, in (0, 1]: kept weights / all weights."""
+        """Return the fraction that a target refers to, in (0, 1]: kept weights / all weights."""
         return sum(aux.kept) / aux.total
 
     def sparsity(self, aux: AuxiliaryParameters) -> float:
@@ -159,12 +159,12 @@ class Granularity(ABC):
         return cls()
 
     def before_final(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
-        """Write what else can be zeroed without changing the network's function, before the masks become final."""
+        """Zero all else that can be zeroed without changing the network's function, before the masks become final."""
 
-    # State of its own
+    # The granularity's own state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what resuming needs beside M."""
+        """Return what resuming needs besides M."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027

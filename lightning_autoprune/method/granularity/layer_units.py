@@ -1,4 +1,4 @@
-"""One auxiliary parameter m per unit of weights within a layer: the base of blocks, N of M and the like. Torch only."""
+"""One auxiliary parameter m per unit of weights in a layer: the base of blocks, N of M and so on. Torch only."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = ["LayerUnits"]
 
 
 class LayerUnits(Granularity):
-    """One m per unit of weights within a layer, all units of a layer alike.
+    """One m per unit of weights within a layer; all units of a layer are treated alike.
 
     A subclass says how many units a layer has, how the entries of each unit are summed, and how one entry per unit is
-    spread to the weights. Weights may be sharded along their first dimension, which a unit must not cross.
+    spread to the weights. Weights may be sharded along their first dimension, so a unit must lie within one row.
 
     Example:
         >>> class RowHalves(LayerUnits):  # one m for each half of a row
@@ -50,7 +50,7 @@ class LayerUnits(Granularity):
     """
 
     def check_sharding(self, weights: Mapping[str, Tensor]) -> None:
-        """Raise if a weight is sharded along another dimension than the first, so that units could be cut.
+        """Raise if a weight is sharded along a dimension other than the first, which could cut units.
 
         Raises:
             AutoPruneError: naming the layer and the dimension.
@@ -69,7 +69,7 @@ class LayerUnits(Granularity):
 
     @abstractmethod
     def sum_units(self, x: Tensor) -> Tensor:
-        """Return the sums of a tensor in a layer's shape over the entries of each unit."""
+        """Sum a tensor in a layer's shape over the entries of each unit, and return one sum per unit."""
 
     @abstractmethod
     def spread(self, units: Tensor, shape: Sequence[int]) -> Tensor:
@@ -143,7 +143,7 @@ class LayerUnits(Granularity):
         return minimum_counts([math.prod(self.unit_shape(w.shape)) for w in weights.values()], layer_floor)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
-        """Keep the units of largest m, as many as the density allows."""
+        """Keep the units with the largest m, as many as the density allows."""
         before = [M.clone() for M in aux.M]
 
         def keep(count: int) -> None:

@@ -1,7 +1,8 @@
 r"""One auxiliary parameter m per channel, that is, per neuron or filter. Torch only.
 
-With a the activations of a channel, every layer that reads it computes with a · h(m). This equals T = W ⊙ h(M) with the
-same m for all weights that read the channel, and is done in that way, in place. The derivative of the loss is
+Let a be the activations of a channel. Every layer that reads the channel computes with a · h(m). This equals
+T = W ⊙ h(M) with the same m for all weights that read the channel, and it is done in that way, in place. The derivative
+of the loss is
 
     dL/dm = Σ dL/dT · w · h'(m),   over the weights that read the channel,
 
@@ -13,7 +14,7 @@ nothing.
 Channels differ in size. Under a rule that removes the scale (``"adaptive"``), the size does not matter. Under the
 others the sum is divided by the root of the number of weights in it.
 
-Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron pruning and does not state its rule.
+Source: Xiao, Wang, Rajasekaran, "AutoPrune", NeurIPS 2019, which reports neuron pruning but does not state its rule.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class NeuronGranularity(Granularity):
     channels of the same layers. The floor of a layer is a fraction of its channels.
 
     Args:
-        neurons: the channels, made and read by the weights to prune.
+        neurons: the channels, which the weights to prune produce and read.
 
     Attributes:
         neurons: as given.
@@ -114,7 +115,7 @@ class NeuronGranularity(Granularity):
         return G.add_(self.neurons.marginal_costs(self.alive), alpha=mu)
 
     def update_masks(self, aux: AuxiliaryParameters) -> None:
-        """Keep the channels of m > 0 and each layer's floor, and write T = W ⊙ h(M) into the weights that read them."""
+        """Keep the channels with m > 0 and each layer's floor; write T = W ⊙ h(M) into the weights that read them."""
         m = aux.M[0]
         for group, floor in zip(self.neurons.groups, aux.floors, strict=True):
             part = m[group]
@@ -143,7 +144,7 @@ class NeuronGranularity(Granularity):
         aux.write_masks(range(len(aux.buckets)), [bucket.flatten(masks) for bucket in aux.buckets])
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
-        """Keep the channels of largest m, as many as the density allows."""
+        """Keep the channels with the largest m, as many as the density allows."""
 
         def fits(count: int) -> bool:
             return self.neurons.fits(self._keeping(aux, count) > 0, density)
@@ -182,7 +183,7 @@ class NeuronGranularity(Granularity):
         return {name: 1 - rows * columns for name, (rows, columns) in self.neurons.shares(self.alive).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which channels are kept, which is also known once M is gone."""
+        """Return which channels are kept. This is known even once M is gone."""
         return {"alive": self.alive.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,7 +200,7 @@ class NeuronGranularity(Granularity):
         self.alive = state["alive"].to(self.alive.device)
 
     def _sum_over_channels(self, aux: AuxiliaryParameters, values: Sequence[Tensor]) -> Tensor:
-        """Return the sums over the weights that read each channel, of one tensor per layer; shape (channels,)."""
+        """Sum one tensor per layer over the weights that read each channel; shape (channels,)."""
         total = torch.zeros(self.neurons.count + 1, device=self.alive.device)
         for (name, weight), value in zip(aux.weights.items(), values, strict=True):
             dim = self.neurons.dims[name][1]
@@ -209,5 +210,5 @@ class NeuronGranularity(Granularity):
 
 
 def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Return a vector along one dimension of a tensor, to be broadcast along the others."""
+    """Return a vector shaped to lie along one dimension of a tensor and broadcast along the others."""
     return values.view([-1 if d == dim else 1 for d in range(like.dim())])

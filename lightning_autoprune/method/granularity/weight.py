@@ -48,7 +48,7 @@ class WeightGranularity(Granularity):
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
     ) -> Iterator[StepPiece]:
-        """Yield pieces of each bucket that stay in the processor's cache."""
+        """Yield each bucket in pieces that are small enough to stay in the processor's cache."""
         which, effective = aux.trained_buckets(dL_dT), aux.effective()
         for k in which:
             bucket, start = aux.buckets[k], 0
@@ -59,7 +59,7 @@ class WeightGranularity(Granularity):
                 start = span.stop
 
     def update_masks(self, aux: AuxiliaryParameters) -> None:
-        """Keep the weights of m > 0; a layer below its floor keeps its weights of largest m, raised just above 0."""
+        """Keep the weights with m > 0; a layer below its floor keeps those with the largest m, raised just above 0."""
         aux.write_masks(range(len(aux.buckets)), aux.flat_M)
         low = {i for i, (kept, floor) in enumerate(zip(aux.kept, aux.floors, strict=True)) if kept < floor}
         for i in sorted(low):
@@ -68,11 +68,11 @@ class WeightGranularity(Granularity):
             aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], aux.flat_M)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
-        """Keep exactly the wanted number of weights: those of largest m, each layer's floor first."""
+        """Keep exactly the wanted number of weights: those with the largest m, each layer's floor first."""
         self.keep(aux, round(density * aux.total))
 
     def keep(self, aux: AuxiliaryParameters, count: int) -> None:
-        """Keep exactly ``count`` weights: those of largest m, each layer's floor first."""
+        """Keep exactly ``count`` weights: those with the largest m, each layer's floor first."""
         aux.placement.keep_largest(aux.M, aux.floors, count)
         self.update_masks(aux)
 
