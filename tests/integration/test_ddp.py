@@ -11,7 +11,7 @@ from helpers import rows, same
 from processes import finish, results, run_on_two_ranks, start
 from wandb_file import read_models
 
-PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "thawed")]
+PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "unfrozen")]
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def test_ranks_that_lightning_starts_by_itself_prune_to_the_target(tmp_path, str
     assert zeros == pytest.approx(0.7, abs=0.01)
 
 
-def test_a_thawed_layer_stays_dense_because_ddp_does_not_share_its_gradients(ranks):
-    (one, texts), (two, _) = (found["thawed"] for found in ranks)
+def test_a_unfrozen_layer_stays_dense_because_ddp_does_not_share_its_gradients(ranks):
+    (one, texts), (two, _) = (found["unfrozen"] for found in ranks)
     assert "DDP does not share the gradients of parameters that were frozen when fitting started." in " ".join(texts)
     assert same(one["masks"], two["masks"])
     assert one["sparsity"] == pytest.approx(0.7, abs=0.01)

@@ -106,8 +106,8 @@ def resumed(folder: Path, ranks: int, half: Path | None) -> dict[str, Any]:
     return run(folder, ranks, Net(), {"held_out": held_out()}, epochs=5, **options)
 
 
-def thawed(folder: Path) -> dict[str, Any]:
-    """Fit with a backbone that a finetuning callback thaws, and whose gradients DDP does not share."""
+def unfrozen(folder: Path) -> dict[str, Any]:
+    """Fit with a backbone that a finetuning callback unfreezes, and whose gradients DDP does not share."""
 
     class Backbone(Plain):
         def __init__(self) -> None:
@@ -198,7 +198,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "not finite": lambda folder: run(folder, options={"loss_fn": not_finite}),
     "whole": lambda folder: resumed(folder, RANKS, None),
     "half": lambda folder: resumed(folder / "again", RANKS, folder / "saved" / "epoch=2.ckpt"),
-    "thawed": thawed,
+    "unfrozen": unfrozen,
     "logged": logged,
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
     "averaging": lambda folder: refused(folder, strategy=DDPStrategy(model_averaging_period=2)),
