@@ -38,7 +38,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "M stepped every 4th step": {"mask_every_n_steps": 4},
     "M stepped every 16th step": {"mask_every_n_steps": 16},
     "mean squares over 1000 steps": {"memory": 1000},
-    "cubic path": {"power": 3},
+    "cubic path": {"schedule": "cubic"},
     "path with the power 8": {"power": 8},
     "dense start of 10%": {"warmup": 0.1},
     "dense start of 40%": {"warmup": 0.4},
