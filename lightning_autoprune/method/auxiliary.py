@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, check_range
-from lightning_autoprune.method.estimators import Estimator, EstimatorName, check_estimator, straight_through
+from lightning_autoprune.method.estimators import Estimator, EstimatorName, straight_through
 from lightning_autoprune.method.exact_topk import check_count
 from lightning_autoprune.method.granularity import Granularity, WeightGranularity
-from lightning_autoprune.method.initialization import INITIAL_M, InitialM
+from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.masked_weights import MaskedWeights, fetch_numbers
-from lightning_autoprune.method.registry import describe, look_up
+from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.saved_state import restore_state, save_state
+from lightning_autoprune.method.settings import check_setting
 from lightning_autoprune.method.update_rules import GradientScale, UpdateRule, UpdateRuleName, make_rule
 from lightning_autoprune.tensors.flat_buckets import Bucket
 
@@ -115,11 +116,12 @@ class AuxiliaryParameters(MaskedWeights):
         decay: float = 0.999,
     ) -> None:
         if initial_m is not None:
-            look_up("initial_m", initial_m, INITIAL_M)
-        check_estimator(estimator)
-        check_range("initial_scale", initial_scale, 0, low_open=True)
-        check_range("leaky_slope", leaky_slope, 0, 1)
-        check_range("layer_floor", layer_floor, 0, 1, high_open=True)
+            check_setting("initial_m", initial_m)
+        check_setting("initial_scale", initial_scale)
+        check_setting("update_rule", update_rule)
+        check_setting("estimator", estimator)
+        check_setting("leaky_slope", leaky_slope)
+        check_setting("layer_floor", layer_floor)
         check_range("decay", decay, 0, 1, high_open=True)
         self.granularity = granularity or WeightGranularity()
         self.rule, self.rule_name = make_rule(update_rule), describe(update_rule)

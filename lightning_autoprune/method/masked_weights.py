@@ -107,6 +107,17 @@ class MaskedWeights:
         for i, count in zip((i for k in which for i in self.buckets[k].numbers), counts, strict=True):
             self.kept[i] = round(count)
 
+    def write_layer_masks(self, masks: Iterable[Tensor]) -> None:
+        """Keep the weights at which masks are True, and write T = W ⊙ h into all of them.
+
+        Args:
+            masks: one bool tensor per layer that can be broadcast to the layer's shape.
+        """
+        layers = [
+            torch.empty_like(T, dtype=torch.bool).copy_(mask) for T, mask in zip(self.effective(), masks, strict=True)
+        ]
+        self.write_masks(range(len(self.buckets)), [bucket.flatten(layers) for bucket in self.buckets])
+
     def _write_bucket(self, k: int, scores: Tensor, effective: Sequence[Tensor]) -> Tensor:
         """Write one bucket, and return the number of weights that each of its layers keeps."""
         bucket, kept = self.buckets[k], []

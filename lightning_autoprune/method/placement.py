@@ -44,9 +44,9 @@ class Placement:
         """Return this rank's shard of a tensor that all ranks have, sharded like a weight."""
         return x
 
-    def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
-        """Return a copy of the whole tensor that goes into a checkpoint."""
-        return shard.clone()
+    def gather_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
+        """Gather a whole tensor for a checkpoint: here the tensor itself."""
+        return shard
 
     def shard_along(self, x: Tensor, weight: Tensor, dim: int) -> Tensor:
         """Return the entries of a vector along one dimension of a weight that belong to this rank's shard."""
@@ -87,7 +87,7 @@ class ShardedPlacement(Placement):
         """Return this rank's shard of a tensor that all ranks have, sharded like a weight."""
         return shard_like(x, weight)
 
-    def whole_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
+    def gather_for_saving(self, shard: Tensor, weight: Tensor) -> Tensor:
         """Gather a whole tensor on the CPU: a device may not have room for all whole tensors at once."""
         return gather_whole(shard, weight).cpu()
 

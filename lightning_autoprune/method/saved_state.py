@@ -21,7 +21,7 @@ __all__ = ["restore_state", "save_state"]
 def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
     """Return all that resuming needs besides the weights T: packed masks, M, dormant weights, running averages."""
     layers = list(aux.weights.values())
-    masks = [aux.placement.whole_for_saving(m, w) for m, w in zip(aux.masks(), layers, strict=True)]
+    masks = [aux.placement.gather_for_saving(m, w) for m, w in zip(aux.masks(), layers, strict=True)]
     state: dict[str, Any] = {
         "granularity": aux.granularity.name,
         "granularity_state": aux.granularity.state_dict(),
@@ -31,7 +31,7 @@ def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
         "masks": [pack(mask) for mask in masks],
     }
     if not aux.masks_final:
-        dormant = [aux.placement.whole_for_saving(d, w) for d, w in zip(aux.dormant, layers, strict=True)]
+        dormant = [aux.placement.gather_for_saving(d, w) for d, w in zip(aux.dormant, layers, strict=True)]
         state["buckets"] = [list(bucket.numbers) for bucket in aux.buckets]
         state["M"] = aux.granularity.whole(aux, aux.M)
         state["averages"] = {name: aux.granularity.whole(aux, views) for name, views in aux.averages.items()}

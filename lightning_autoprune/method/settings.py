@@ -15,11 +15,11 @@ from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.method.estimators import Estimator, EstimatorName, check_estimator
 from lightning_autoprune.method.granularity import GRANULARITIES, GranularityName
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM
-from lightning_autoprune.method.registry import describe, look_up, plain_number
-from lightning_autoprune.method.schedule import Schedule, ScheduleName, check_schedule, make_schedule
+from lightning_autoprune.method.registry import describe, plain_number
+from lightning_autoprune.method.schedule import Schedule, ScheduleName, check_schedule
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName, check_rule
 
-__all__ = ["Cost", "Settings", "in_range", "setting"]
+__all__ = ["Cost", "Settings", "check_setting", "in_range", "setting"]
 
 Cost = Literal["parameters", "flops"]
 
@@ -102,8 +102,7 @@ class Settings:
         """the path of the density to the target. ``"polynomial"``: a power of the time left that depends on the target;
         ``"cubic"``, ``"linear"``: a fixed power; or a function of progress in [0, 1], first density and target density
         that returns a density in (0, 1]. Without a target it has no effect.""",
-        lambda name, value: _ignore(make_schedule(value)),
-    )
+    )  # checked together with the target
     auxiliary_lr: float = setting(
         30.0,
         """η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of typical
@@ -130,7 +129,7 @@ class Settings:
         "magnitude",
         """``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
         ``initial_scale``.""",
-        lambda name, value: _ignore(look_up(name, value, INITIAL_M)),
+        lambda name, value: check_choice(name, value, INITIAL_M),
     )
     initial_scale: float = setting(0.1, "size of the initial M, > 0.", in_range(0, low_open=True))
     mask_every_n_steps: int = setting(
@@ -193,5 +192,13 @@ class Settings:
         return {entry.name: describe(getattr(self, entry.name)) for entry in fields(Settings)}
 
 
-def _ignore(value: object) -> None:
-    """Discard the result of a function that is called only because it raises."""
+def check_setting(name: str, value: Any) -> None:
+    """Raise unless a value is allowed for the setting of the given name, whatever the other settings are.
+
+    Raises:
+        AutoPruneError: naming the setting, the value and what is allowed.
+    """
+    _CHECKS[name](name, value)
+
+
+_CHECKS: dict[str, Check] = {entry.name: entry.metadata["check"] for entry in fields(Settings)}

@@ -60,6 +60,7 @@ class AuxiliarySteps:
         self._overflows = 0  # in a row
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
+        self._is_sharded = any(is_sharded(weight) for weight in pruner.weights.values())  # then all weights are
         untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
         self._untrained = WriteDetector(untrained, check_values=True)
         self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
@@ -118,24 +119,22 @@ class AuxiliarySteps:
         check_values = self._passes & (self._passes - 1) == 0  # slow, so only at the 1st, 2nd, 4th, 8th, … pass
         # parameters that the user's own steps write to, such as a teacher's
         written = [p for p in self._untrained.modified(check_values=check_values) if not p.requires_grad]
-        tensors = list(weights.values())
         return held_out_gradients(
             self._trainer,
             batch,
-            tensors,
+            list(weights.values()),
             self._settings.loss_fn,
             self._settings.seed,
             self._pruner.step,
             agree=self._all_ranks_agree,
-            factor=self._source.rank_weight if _any_sharded(tensors) else 1.0,
+            factor=self._source.rank_weight if self._is_sharded else 1.0,
             preserved=written,
             check_values=check_values,
         )
 
     def _average_over_ranks(self, result: HeldOutGradients) -> HeldOutGradients:
         """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
-        # the backward pass has averaged the gradients of sharded weights already
-        averaged = _any_sharded(list(self._pruner.weights.values()))
+        averaged = self._is_sharded  # by the backward pass
         sent = [result.loss] if averaged else [result.loss, *result.gradients]
         loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, self._trainer.world_size)
         return HeldOutGradients(loss, result.gradients if averaged else gradients)
@@ -196,7 +195,3 @@ class AuxiliarySteps:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.last, self._bad_losses = state["last"], state["bad_losses"]
-
-
-def _any_sharded(weights: list[Tensor]) -> bool:
-    return any(is_sharded(weight) for weight in weights)

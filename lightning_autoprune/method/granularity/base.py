@@ -19,6 +19,7 @@ from lightning_autoprune.method.initialization import InitialM, check_weights
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
+from lightning_autoprune.tensors.sharding import WholeTensors
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
@@ -91,15 +92,16 @@ class Granularity(ABC):
             AutoPruneError: naming the layer.
         """
 
-    @abstractmethod
     def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
-        """Return the whole M by name, for figures; gathered when an entry is read."""
+        """Return the whole M by name, for figures, by default per layer; gathered when an entry is read."""
+        return WholeTensors(aux.M, aux.weights)
 
     def whole(self, aux: AuxiliaryParameters, views: Sequence[Tensor]) -> list[Tensor]:
         """Return copies of tensors in the shapes of :meth:`views` as whole tensors, for a checkpoint."""
         if self.replicated:
             return [x.clone() for x in views]
-        return [aux.placement.whole_for_saving(x, w) for x, w in zip(views, aux.weights.values(), strict=True)]
+        whole = [aux.placement.gather_for_saving(x, w) for x, w in zip(views, aux.weights.values(), strict=True)]
+        return [x.clone() if x is view else x for x, view in zip(whole, views, strict=True)]
 
     def shard(self, aux: AuxiliaryParameters, whole: Sequence[Tensor]) -> list[Tensor]:
         """Return this rank's shards of what :meth:`whole` gave."""

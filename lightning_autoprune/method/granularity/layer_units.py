@@ -17,7 +17,7 @@ from lightning_autoprune.method.initialization import InitialM, starting_values
 from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
-from lightning_autoprune.tensors.sharding import WholeTensors, is_sharded
+from lightning_autoprune.tensors.sharding import is_sharded
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
@@ -81,17 +81,17 @@ class LayerUnits(Granularity):
 
     def make_M(self, aux: AuxiliaryParameters) -> list[Tensor]:  # noqa: N802
         """Return one flat tensor of zeros per bucket of layers."""
-        sizes, T = self._sizes(aux), aux.effective()
+        T = aux.effective()
         return [
-            at_least_float32(T[bucket.numbers[0]].new_zeros(sum(sizes[i] for i in bucket.numbers)))
+            at_least_float32(T[bucket.numbers[0]].new_zeros(sum(self._unit_count(T[i]) for i in bucket.numbers)))
             for bucket in aux.buckets
         ]
 
     def views(self, aux: AuxiliaryParameters, flat: Sequence[Tensor]) -> list[Tensor]:
         """Return one tensor per layer, in the shape of its units."""
-        sizes, T, views = self._sizes(aux), aux.effective(), {}
+        T, views = aux.effective(), {}
         for bucket, tensor in zip(aux.buckets, flat, strict=True):
-            parts = torch.split(tensor, [sizes[i] for i in bucket.numbers])
+            parts = torch.split(tensor, [self._unit_count(T[i]) for i in bucket.numbers])
             views.update({i: x.view(self.unit_shape(T[i].shape)) for i, x in zip(bucket.numbers, parts, strict=True)})
         return [views[i] for i in range(len(views))]
 
@@ -103,10 +103,6 @@ class LayerUnits(Granularity):
             unit = norms.square().mean().sqrt().clamp_min(1e-30)
             M.append(aux.placement.shard(starting_values(name, norms, unit, scale), weight))
         return M
-
-    def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
-        """Return M by layer name."""
-        return WholeTensors(aux.M, aux.weights)
 
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
@@ -129,18 +125,14 @@ class LayerUnits(Granularity):
         for M, count, floor in zip(aux.M, kept, aux.floors, strict=True):
             if count < floor:
                 aux.placement.lift_largest(M, floor)
-        self._write(aux)
+        aux.write_layer_masks(self._masks(aux))
 
-    def _write(self, aux: AuxiliaryParameters) -> None:
-        masks = [
-            torch.empty_like(T, dtype=torch.bool).copy_(self.mask(M, T.shape))
-            for M, T in zip(aux.M, aux.effective(), strict=True)
-        ]
-        aux.write_masks(range(len(aux.buckets)), [bucket.flatten(masks) for bucket in aux.buckets])
+    def _masks(self, aux: AuxiliaryParameters) -> list[Tensor]:
+        return [self.mask(M, T.shape) for M, T in zip(aux.M, aux.effective(), strict=True)]
 
     def floors(self, weights: Mapping[str, Tensor], layer_floor: float) -> list[int]:
         """Return the number of units that each layer always keeps."""
-        return minimum_counts([math.prod(self.unit_shape(w.shape)) for w in weights.values()], layer_floor)
+        return minimum_counts([self._unit_count(weight) for weight in weights.values()], layer_floor)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep the units with the largest m, as many as the density allows."""
@@ -153,11 +145,10 @@ class LayerUnits(Granularity):
 
         def fits(count: int) -> bool:
             keep(count)
-            masks = [self.mask(M, T.shape) for M, T in zip(aux.M, aux.effective(), strict=True)]
-            kept = aux.placement.sum([float(torch.count_nonzero(mask)) for mask in masks])
+            kept = aux.placement.sum([float(torch.count_nonzero(mask)) for mask in self._masks(aux)])
             return sum(kept) <= density * aux.total * (1 + 1e-9)
 
-        units = sum(math.prod(self.unit_shape(weight.shape)) for weight in aux.weights.values())
+        units = sum(self._unit_count(weight) for weight in aux.weights.values())
         keep(largest_count(fits, sum(aux.floors), units))
         self.update_masks(aux)
 
@@ -174,5 +165,5 @@ class LayerUnits(Granularity):
                 f" {least / total:.4g} of the weights. Ask for a lower `target_sparsity`, or lower `layer_floor`."
             )
 
-    def _sizes(self, aux: AuxiliaryParameters) -> list[int]:
-        return [math.prod(self.unit_shape(T.shape)) for T in aux.effective()]
+    def _unit_count(self, layer: Tensor) -> int:
+        return math.prod(self.unit_shape(layer.shape))

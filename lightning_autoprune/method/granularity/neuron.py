@@ -140,8 +140,8 @@ class NeuronGranularity(Granularity):
             if include_rows:
                 shard_rows = aux.placement.shard_along(self.neurons.rows[name], weight, row_dim)
                 mask = mask & _along(h[shard_rows], T, row_dim)
-            masks.append(torch.empty_like(T, dtype=torch.bool).copy_(mask))
-        aux.write_masks(range(len(aux.buckets)), [bucket.flatten(masks) for bucket in aux.buckets])
+            masks.append(mask)
+        aux.write_layer_masks(masks)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep the channels with the largest m, as many as the density allows."""

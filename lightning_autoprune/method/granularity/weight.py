@@ -15,7 +15,6 @@ from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
 from lightning_autoprune.tensors.flat_buckets import split_pieces
-from lightning_autoprune.tensors.sharding import WholeTensors
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
@@ -40,10 +39,6 @@ class WeightGranularity(Granularity):
         """Return ``scale`` · abs(w) / std(w) of each layer, or a constant."""
         layers = self.whole_weights(aux, name)
         return [aux.placement.shard(initial_m(whole, name, scale), weight) for weight, whole in layers]
-
-    def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
-        """Return M by layer name."""
-        return WholeTensors(aux.M, aux.weights)
 
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
