@@ -61,9 +61,14 @@ class AuxiliarySteps:
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
         self._is_sharded = any(is_sharded(weight) for weight in pruner.weights.values())  # then all weights are
-        untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
-        self._untrained = WriteDetector(untrained, check_values=True)
+        self._untrained = WriteDetector([])
+        self.watch_untrained()
         self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
+
+    def watch_untrained(self) -> None:
+        """Watch the parameters that are not trained now, for the user's own steps may write to them."""
+        untrained = [p for p in self._trainer.lightning_module.parameters() if not p.requires_grad]
+        self._untrained.watch(untrained, check_values=True)
 
     # Around the weight step
 
@@ -76,7 +81,9 @@ class AuxiliarySteps:
         """
         if self._pruner.auxiliary is None:
             weights = self._pruner.weights
-            self._layers_without_gradient = [n for n in self._layers_without_gradient if weights[n].grad is None]
+            self._layers_without_gradient = [
+                n for n in self._layers_without_gradient if n in weights and weights[n].grad is None
+            ]
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
         is_first = self.last < self._pruner.step  # in this training step

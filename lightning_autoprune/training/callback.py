@@ -254,7 +254,7 @@ class AutoPruneCallback(Callback):
             return
         if batch_idx == 0:
             run.measure(late=True)
-            run.take_in_unfrozen(self._candidates(pl_module))
+            run.take_in_unfrozen(lambda: self._candidates(pl_module))
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
 
@@ -273,6 +273,7 @@ class AutoPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
+            run.follow_weights()
             run.pruner.after_weight_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -288,6 +289,7 @@ class AutoPruneCallback(Callback):
         if not (run := self._active_run):
             return
         run.measure()
+        run.follow_weights()
         run.pruner.after_weight_step()
         every = self.settings.figures_every_n_epochs
         if not run.is_over and every and (trainer.current_epoch + 1) % every == 0:
@@ -299,12 +301,14 @@ class AutoPruneCallback(Callback):
         """Warn if training ended before pruning did, and remove all hooks."""
         if run := self._active_run:
             run.measure(late=True)
+            run.follow_weights(ended=True)
             run.warn_if_unfinished()
         self._release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log figures, and the pruned checkpoint if asked for; the checkpoint callbacks have saved theirs by now."""
         if self._run is not None:
+            self._run.follow_weights(ended=True)
             self._run.write_zeros()
             if self.settings.figures_every_n_epochs is not None:
                 self._run.log_figures(ended=True)

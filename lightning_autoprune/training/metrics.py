@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,7 +57,13 @@ class MetricsReporter:
                 before[name] if name in before else pack(torch.ones(weight.shape, dtype=torch.bool))
                 for name, weight in weights.items()
             ]
-        self.history.add_layers(list(weights))
+        self.history.set_layers(list(weights))
+
+    def forget(self, names: Container[str]) -> None:
+        """Remove layers that are not pruned any more, in the same way as if they had never been."""
+        kept = [i for i, name in enumerate(self.history.names) if name not in names]
+        self._logged_masks = [self._logged_masks[i] for i in kept] if self._logged_masks else []
+        self.history.set_layers([self.history.names[i] for i in kept])
 
     def record_held_out_loss(self, loss: float) -> None:
         """Record the loss of a held-out batch."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,8 +27,9 @@ from lightning_autoprune.training.lightning_internals import (
 )
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
-from lightning_autoprune.training.model_analysis import analyze_model
+from lightning_autoprune.training.model_analysis import analyze_model, measure_cost
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
+from lightning_autoprune.training.replaced_weights import ReplacedWeights
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
@@ -78,6 +79,8 @@ class PruningRun:
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
         without_channels = [name for name in weights if name not in chosen]
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
+        self._replaced = ReplacedWeights(trainer, module, self.pruner, self.report, self._hooks)
+        self._warned_of_candidates = False
 
     # Start
 
@@ -115,9 +118,37 @@ class PruningRun:
 
     # Each step
 
-    def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Also prune layers that have been unfrozen, given all weights that may be pruned, by layer name."""
+    def follow_weights(self, *, ended: bool = False) -> None:
+        """Go on with the parameters that the module has now, where the user's code has replaced some.
+
+        Args:
+            ended: whether training has ended.
+
+        Raises:
+            AutoPruneError: if the run can't go on with them.
+        """
+        names = list(self.pruner.weights)
+        self._unfrozen.left_dense += self._replaced.follow(ended=ended)
+        self.auxiliary_steps.watch_untrained()
+        if names != list(self.pruner.weights) and not ended:
+            self._analysis.cost = measure_cost(self.module, self.pruner.weights)
+
+    def take_in_unfrozen(self, find_candidates: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Also prune layers that have been unfrozen, after following replaced weights.
+
+        Args:
+            find_candidates: returns all weights that may be pruned, by layer name.
+        """
+        self.follow_weights()
+        try:
+            candidates = find_candidates()
+        except AutoPruneError as error:  # the user's code has changed a layer that was all right at the start
+            if not self._warned_of_candidates:
+                rank_zero_warn(f"Layers that are unfrozen from now on stay dense. {error}")
+            self._warned_of_candidates = True
+            candidates = {}
         self._unfrozen.take_in(candidates)
+        self.pruner.after_weight_step()
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -132,6 +163,8 @@ class PruningRun:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
+        if self.pruner.enters_phase:
+            self.follow_weights()
         was_dense = self.pruner.auxiliary is None
         became_final = self.pruner.end_step(self.report.history.record_histograms)
         if was_dense and self.pruner.auxiliary is not None:

@@ -56,12 +56,15 @@ class UnfrozenLayers:
         owners = optimizer_by_parameter(self._trainer)
         self._hooks.follow(self._pruner.weights.values(), owners)
         known = {*self._pruner.weights, *self.left_dense, *self._without_channels}
+        pruned = {id(weight) for weight in self._pruner.weights.values()}  # maybe by names that they had before
         for name, weight in candidates.items():
-            if name in known or not weight.requires_grad or id(weight) not in owners:
+            if name in known or id(weight) in pruned or not weight.requires_grad or id(weight) not in owners:
                 continue
             try:
                 self._check(name, weight, owners[id(weight)])
-                weights = {n: w for n, w in candidates.items() if n in self._pruner.weights or n == name}
+                weights = {**self._pruner.weights, name: weight}
+                order = {n: i for i, n in enumerate(candidates)}
+                weights = dict(sorted(weights.items(), key=lambda item: order.get(item[0], -1)))
                 self._pruner.extend(weights)
                 self._report.extend(weights)
             except AutoPruneError as error:
