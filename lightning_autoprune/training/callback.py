@@ -22,8 +22,10 @@ from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.finished_run import FinishedRun
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.mailbox import Mailbox
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
@@ -152,6 +154,7 @@ class AutoPruneCallback(Callback):
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
+        self._mailbox = Mailbox()  # gets the state of a run that ended in a process that the Trainer started
 
     @property
     def enabled(self) -> bool:
@@ -161,20 +164,28 @@ class AutoPruneCallback(Callback):
     @property
     def sparsity(self) -> float:
         """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting."""
-        return self._run.pruner.sparsity if self._run else 0.0
+        return run.sparsity if (run := self._told_run) else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
         """Return the fraction of each layer's weights that are pruned, by layer name; empty before fitting."""
-        return self._run.pruner.layer_sparsity() if self._run else {}
+        return run.layer_sparsity() if (run := self._told_run) else {}
 
     @property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """The pairs (step, sparsity) of the run so far, by layer name and ``"all"``; for the plots."""
-        return self._run.report.history.curves if self._run else {}
+        return run.curves if (run := self._run or self._told_run) else {}
 
     def layers(self) -> list[LayerSummary]:
         """Return a row per layer: shape, weights, kept weights, operations, revived weights; empty before fitting."""
-        return self._run.layers() if self._run else []
+        return run.layers() if (run := self._told_run) else []
+
+    @property
+    def _told_run(self) -> PruningRun | FinishedRun | None:
+        """The run whose weights the model has: of a restored checkpoint, of this process, or of one that it started."""
+        if self._loaded:
+            return FinishedRun(self._loaded)
+        content = self._mailbox.content
+        return FinishedRun(content["state"], content["shapes"]) if content and not self._run else self._run
 
     # Start
 
@@ -183,6 +194,7 @@ class AutoPruneCallback(Callback):
         if stage != "fit" or not self.enabled:
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
+        self._mailbox.content = None
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.settings.loss_fn is not None)
         support.check_run(trainer, self.settings)
@@ -323,9 +335,12 @@ class AutoPruneCallback(Callback):
         """Remove all hooks, if that has not happened yet."""
         if stage == "fit":
             self._release(trainer)
-            if not self._run and self._last_run and self._last_run.module is pl_module:  # no step was left to train
-                self._run = self._last_run
+            if not (self._run or self._loaded) and self._last_run and self._last_run.module is pl_module:
+                self._run = self._last_run  # no step was left to train
             self._last_run = None
+            if run := self._told_run:
+                shapes = {row.name: row.shape for row in run.layers()}
+                self._mailbox.send_from(trainer, {"state": self.state_dict(), "shapes": shapes})
 
     def _release(self, trainer: Trainer) -> None:
         if self._run is not None:
@@ -338,9 +353,8 @@ class AutoPruneCallback(Callback):
         """Return all that resuming needs besides weights, optimizers and loops, as plain types and tensors."""
         if not self.enabled:
             return {}
-        if self._loaded is not None:  # a state was restored, and training has not started
-            return dict(self._loaded)
-        return self._run.state_dict() if self._run else {}
+        run = self._told_run  # that of a restored state, if training has not started since
+        return run.state if isinstance(run, FinishedRun) else run.state_dict() if run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts, or go back to it if training is under way."""

@@ -195,6 +195,20 @@ class PruningRun:
 
     # What is reported
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights that are pruned, in [0, 1)."""
+        return self.pruner.sparsity
+
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """The pairs (step, sparsity) so far, by layer name and ``"all"``."""
+        return self.report.history.curves
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Return the fraction of each layer's weights that are pruned, by layer name."""
+        return self.pruner.layer_sparsity()
+
     def layers(self) -> list[LayerSummary]:
         """Return a row for each layer."""
         revived = dict(zip(self.pruner.weights, self.report.history.revived, strict=True))
