@@ -163,7 +163,11 @@ class AutoPruneCallback(Callback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting."""
+        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting.
+
+        It is the fraction of zeros in the model's weights, ``sparsity(model)``, except in the cases that
+        ``docs/logging.md`` lists.
+        """
         return run.sparsity if (run := self._told_run) else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
