@@ -1,4 +1,4 @@
-"""After any run, the sparsity that the callback reports is that of the model; ``docs/logging.md`` has the exceptions."""
+"""After any run, the callback reports the sparsity that the model has; ``docs/logging.md`` has the exceptions."""
 
 from __future__ import annotations
 
