@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +19,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.held_out_pass import HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 
 __all__ = ["AuxiliarySteps"]

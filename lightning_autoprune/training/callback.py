@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,17 +22,18 @@ from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.finished_run import FinishedRun
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
-from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.lightning_internals import has_stepped, overrides_hook
+from lightning_autoprune.training.lightning_package import BaseCallback, LightningModule, Trainer
 from lightning_autoprune.training.mailbox import Mailbox
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
-from lightning_autoprune.training.trainer_checks import check_trainer, select_trained_weights
+from lightning_autoprune.training.trainer_checks import check_package, check_trainer, select_trained_weights
 
 __all__ = ["AutoPruneCallback"]
 
 
-class AutoPruneCallback(Callback):
+class AutoPruneCallback(BaseCallback):
     """Prunes the model while it trains: add it to the ``Trainer`` and set nothing, or one target.
 
     The run has three phases. First the model trains dense. Then auxiliary parameters M decide by their sign which
@@ -199,6 +198,7 @@ class AutoPruneCallback(Callback):
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
         self._mailbox.content = None
+        check_package(trainer)
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.settings.loss_fn is not None)
         support.check_run(trainer, self.settings)
@@ -271,7 +271,7 @@ class AutoPruneCallback(Callback):
         if batch_idx == 0:
             run.measure(late=True)
             run.take_in_unfrozen(lambda: self._candidates(pl_module))
-        if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
+        if overrides_hook(pl_module, "on_train_batch_end"):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

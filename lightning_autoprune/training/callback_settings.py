@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.method.settings import Settings, in_range, setting
+from lightning_autoprune.training.lightning_package import LightningModule
 
 __all__ = ["CallbackSettings"]
 

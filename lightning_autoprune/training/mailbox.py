@@ -14,7 +14,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from lightning.pytorch import Trainer
+
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["Mailbox"]
 

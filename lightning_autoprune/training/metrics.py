@@ -6,7 +6,6 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
@@ -14,6 +13,7 @@ from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS, followed_metric
 from lightning_autoprune.training.lightning_internals import drop_metric, set_metrics, steps_done
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["MetricsReporter"]
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -18,6 +17,7 @@ from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.cost import ModelCost, model_cost
 from lightning_autoprune.model.prunable_neurons import find_neurons
+from lightning_autoprune.training.lightning_package import LightningModule
 
 __all__ = ["ModelAnalysis", "analyze_model", "check_example", "measure_cost"]
 

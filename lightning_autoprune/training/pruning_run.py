@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -25,6 +24,7 @@ from lightning_autoprune.training.lightning_internals import (
     total_steps,
     will_step,
 )
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.model_analysis import analyze_model, measure_cost

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +13,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.sharding import layout, reshard
 from lightning_autoprune.training.lightning_internals import optimizer_by_parameter
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.strategies import support_for

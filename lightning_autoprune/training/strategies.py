@@ -9,10 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +17,17 @@ from lightning_autoprune.method.granularity import GRANULARITIES
 from lightning_autoprune.tensors.sharding import is_sharded
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.lightning_internals import callbacks_of, model_averaging_period
+from lightning_autoprune.training.lightning_package import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    StochasticWeightAveraging,
+    Strategy,
+    Trainer,
+    WeightAveraging,
+    both,
+)
 
 __all__ = ["STRATEGIES", "StrategySupport", "support_for"]
 
@@ -106,14 +113,15 @@ class FSDP2Support(StrategySupport):
 
     def check_run(self, trainer: Trainer, settings: CallbackSettings) -> None:
         """Raise for tensor parallelism, pruning of channels, an artifact, and averages of the weights."""
-        assert isinstance(trainer.strategy, ModelParallelStrategy)
+        assert isinstance(trainer.strategy, both(ModelParallelStrategy))
         if (ranks := trainer.strategy.device_mesh["tensor_parallel"].size()) > 1:
             raise AutoPruneError(
                 f"`tensor_parallel_size` of ModelParallelStrategy is {ranks}, and only weights that are sharded over"
                 f" data-parallel ranks can be pruned: use `data_parallel_size={trainer.world_size},"
                 " tensor_parallel_size=1`."
             )
-        averages = [c for c in callbacks_of(trainer) if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+        kinds = (both(WeightAveraging), both(StochasticWeightAveraging))
+        averages = [c for c in callbacks_of(trainer) if isinstance(c, kinds)]
         problems = {
             f'`granularity="{settings.granularity}"`': GRANULARITIES[settings.granularity].prunes_channels,
             "`log_artifact=True`": settings.log_artifact,
@@ -166,13 +174,15 @@ def support_for(trainer: Trainer) -> StrategySupport:
         AutoPruneError: naming the strategy, and those that work, or what it overrides.
     """
     kind = type(trainer.strategy)
-    base = None if issubclass(kind, REFUSED) else next((known for known in kind.__mro__ if known in STRATEGIES), None)
+    supported = {known: support for strategy, support in STRATEGIES.items() for known in both(strategy)}
+    refused = tuple(known for strategy in REFUSED for known in both(strategy))
+    base = None if issubclass(kind, refused) else next((known for known in kind.__mro__ if known in supported), None)
     if base is None:
         raise AutoPruneError(
             f"AutoPruneCallback does not work under {kind.__name__} yet: use one device"
             ' (`Trainer(devices=1)`), `strategy="ddp"`, or FSDP2 by `ModelParallelStrategy`.'
         )
-    support = STRATEGIES[base]
+    support = supported[base]
     overridden = [name for name in support.relied_on if getattr(kind, name) is not getattr(base, name)]
     if overridden:
         raise AutoPruneError(

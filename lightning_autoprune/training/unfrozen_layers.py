@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.training.lightning_internals import optimizer_by_parameter
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.strategies import support_for

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.sharding import local_shard
 from lightning_autoprune.training.lightning_internals import average_model
+from lightning_autoprune.training.lightning_package import StochasticWeightAveraging, Trainer, WeightAveraging, both
 
 __all__ = ["prune_again", "prune_averages", "zero_pruned_weights"]
 
@@ -50,7 +49,7 @@ def zero_pruned_weights(weight: Tensor, mask: Tensor) -> None:
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if isinstance(callback, (both(WeightAveraging), both(StochasticWeightAveraging))):
             average = average_model(callback)
             if average is not None:
                 yield average

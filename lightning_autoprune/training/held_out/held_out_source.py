@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["HeldOutSource", "TrainSource"]
 

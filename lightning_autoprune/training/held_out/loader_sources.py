@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -24,6 +23,7 @@ from lightning_autoprune.training.held_out.loaders import (
     validation_loaders,
 )
 from lightning_autoprune.training.lightning_internals import training_data_source
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["FixedSource", "LoaderSource", "ValidationSource"]
 

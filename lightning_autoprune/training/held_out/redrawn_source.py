@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import IterableDataset
 from typing_extensions import override
@@ -21,6 +20,7 @@ from lightning_autoprune.training.held_out.fixed_split import iterable_dataset_e
 from lightning_autoprune.training.held_out.held_out_source import HeldOutSource
 from lightning_autoprune.training.held_out.loaders import training_loaders
 from lightning_autoprune.training.lightning_internals import is_moving_training_batch
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["RedrawnSource"]
 
