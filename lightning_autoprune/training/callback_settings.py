@@ -23,12 +23,13 @@ class CallbackSettings(Settings):
         AutoPruneError: for a value that is not allowed; says what is.
     """
 
-    held_out: float | Literal["val", "train"] | DataLoader = setting(  # type: ignore[type-arg]
-        0.25,
+    held_out: float | Literal["val", "train"] | DataLoader | None = setting(  # type: ignore[type-arg]
+        None,
         """the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0, 1):
         that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then
         fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the weight steps. A
-        ``DataLoader``: its batches.""",
+        ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where they can't; a line
+        says which, and why.""",
     )
     redraw_held_out: bool = setting(
         True,
@@ -50,7 +51,7 @@ class CallbackSettings(Settings):
     loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
         None,
         """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so
-        that it leaves the run untouched. Required with manual optimization unless nothing is held out.""",
+        that it leaves the run untouched. Required for holding data out with manual optimization.""",
     )
     log_every_n_steps: int | None = setting(
         None, """interval of the logs in training steps, >= 1. None: the Trainer's.""", in_range(1, whole=True)
