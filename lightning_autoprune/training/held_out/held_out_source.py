@@ -24,7 +24,7 @@ class HeldOutError(AutoPruneError):
         way_out = way_out or (
             'Pass `held_out="train"`, which holds nothing out, or `held_out=DataLoader(...)` with other samples.'
         )
-        super().__init__(f"`held_out` can't be had: {reason}. {way_out}")
+        super().__init__(f"No data can be held out: {reason}. {way_out}")
         self.reason = reason
 
 
