@@ -24,6 +24,7 @@ from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
@@ -86,6 +87,8 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
             so that it leaves the run untouched. Required with manual optimization unless nothing is held out.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        log_layers: whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside
+            that of all layers together. Figures and ``callback.curves`` always have the layers.
         figures_every_n_epochs: when loggers get figures beside the curves, as
             :func:`~lightning_autoprune.training.loggers.figures.log_figures` says. 0: when fitting ends; n: also at the
             end of every n-th epoch; None: never.
@@ -141,6 +144,7 @@ class AutoPruneCallback(Callback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        log_layers: bool = True,
         figures_every_n_epochs: int | None = 0,
         log_artifact: bool = False,
         seed: int = 0,
@@ -212,6 +216,7 @@ class AutoPruneCallback(Callback):
                 "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
                 f" {', '.join(dense)}."
             )
+        stage_settings(trainer, self.settings.hyperparameters())
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
@@ -245,6 +250,7 @@ class AutoPruneCallback(Callback):
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
         run.start()
+        log_settings(trainer, self.settings.hyperparameters())
 
     # Each step
 
