@@ -184,7 +184,10 @@ class AutoPruneCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work, before any data is loaded."""
-        if stage != "fit" or not self.enabled:
+        if not self.enabled:
+            return
+        stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
+        if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
         support = support_for(trainer)
@@ -216,7 +219,6 @@ class AutoPruneCallback(Callback):
                 "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
                 f" {', '.join(dense)}."
             )
-        stage_settings(trainer, self.settings.hyperparameters())
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule

@@ -21,7 +21,7 @@ _ADDING = (CSVLogger, MLFlowLogger, WandbLogger)  # they add hyperparameters to 
 def stage_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """Hand the settings to loggers that write their hyperparameters once, before Lightning logs the module's.
 
-    A ``TensorBoardLogger`` writes ``hparams.yaml`` when Lightning first saves it, and never again.
+    A ``TensorBoardLogger`` writes ``hparams.yaml`` when Lightning first saves it, be it to validate, and never again.
 
     Args:
         trainer: the trainer, before Lightning logs hyperparameters.

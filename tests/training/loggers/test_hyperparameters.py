@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import Net, fit, held_out_loss, loader
+from helpers import Net, fit, held_out_loss, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import nn
@@ -105,6 +105,15 @@ def test_tensorboard_has_both_in_its_file_and_the_settings_as_a_text(tmp_path):
     assert len(text.splitlines()) == 2 + len(expected())
     assert tensorboard_hyperparameters(tmp_path) == {"width", "autoprune"}
     assert [event.value for event in events.Scalars("hp_metric")] == [-1]
+
+
+def test_tensorboards_file_has_the_settings_if_a_validation_comes_before_the_fit(tmp_path):
+    callback, logger = AutoPruneCallback(target_sparsity=0.8), TensorBoardLogger(str(tmp_path), name="", version="")
+    model, validating = WithHyperparameters(), trainer(epochs=2, callbacks=[callback], logger=logger)
+    validating.validate(model, loader(seed=3), verbose=False)
+    validating.fit(model, loader())
+    values = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert (ours(values), own(values)) == (expected(), OWN)
 
 
 def test_hyperparameters_that_a_module_logs_itself_with_its_metrics_are_those_that_tensorboard_shows(tmp_path):
