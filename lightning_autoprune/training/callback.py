@@ -26,6 +26,7 @@ from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_b
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
@@ -93,6 +94,8 @@ class AutoPruneCallback(Callback):
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
             so that it leaves the run untouched. Required for holding data out with manual optimization.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        log_layers: whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside
+            that of all layers together. Figures and ``callback.curves`` always have the layers.
         figures_every_n_epochs: when loggers get figures beside the curves, as
             :func:`~lightning_autoprune.training.loggers.figures.log_figures` says. 0: when fitting ends; n: also at the
             end of every n-th epoch; None: never.
@@ -148,6 +151,7 @@ class AutoPruneCallback(Callback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        log_layers: bool = True,
         figures_every_n_epochs: int | None = 0,
         log_artifact: bool = False,
         seed: int = 0,
@@ -189,7 +193,10 @@ class AutoPruneCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work, before any data is loaded."""
-        if stage != "fit" or not self.enabled:
+        if not self.enabled:
+            return
+        stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
+        if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
         self._source, self._is_fitting = self._own_source, True
@@ -267,6 +274,7 @@ class AutoPruneCallback(Callback):
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
         run.start()
+        log_settings(trainer, self.settings.hyperparameters())
 
     # Each step
 

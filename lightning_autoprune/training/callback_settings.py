@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.settings import Settings, in_range, setting
 
 __all__ = ["CallbackSettings"]
+
+_NOT_ABOUT_PRUNING = ("log_every_n_steps", "log_layers", "figures_every_n_epochs", "log_artifact", "enabled")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class CallbackSettings(Settings):
     log_every_n_steps: int | None = setting(
         None, """interval of the logs in training steps, >= 1. None: the Trainer's.""", in_range(1, whole=True)
     )
+    log_layers: bool = setting(
+        True,
+        """whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside that of all
+        layers together. Figures and ``callback.curves`` always have the layers.""",
+    )
     figures_every_n_epochs: int | None = setting(
         0,
         """when loggers get figures beside the curves, as
@@ -72,3 +80,11 @@ class CallbackSettings(Settings):
     enabled: bool = setting(
         True, """False switches the callback off: training is the same as without it, bit for bit."""
     )
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that say how a run is pruned, by name, as plain data."""
+        values = {e.name: getattr(self, e.name) for e in fields(self) if e.name not in _NOT_ABOUT_PRUNING}
+        return {
+            name: list(map(str, value)) if isinstance(value, (list, tuple)) else describe(value)
+            for name, value in values.items()
+        }

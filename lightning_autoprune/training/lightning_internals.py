@@ -40,6 +40,7 @@ __all__ = [
     "is_sequential",
     "iterated_loaders",
     "log_is_due",
+    "logged_hyperparameters",
     "logger_key",
     "metric_logs",
     "model_averaging_period",
@@ -221,6 +222,14 @@ def metric_logs(loop: Any, name: str) -> list[Any]:
 
 
 # Loggers, checkpoints and other callbacks
+
+
+def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Return the hyperparameters of module and datamodule that Lightning logs when a run starts."""
+    module, datamodule = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    owners = [owner for owner in (module, datamodule) if owner is not None and owner._log_hyperparams]
+    found = {name: value for owner in owners for name, value in owner.hparams_initial.items()}
+    return {name: value for name, value in found.items() if name != "_class_path"}  # LightningCLI's own
 
 
 def logger_key(logger: WandbLogger | TensorBoardLogger, name: str) -> str:

@@ -75,7 +75,7 @@ class PruningRun:
         chosen, neurons = self._analysis.weights, self._analysis.neurons
         if trainer.world_size > 1 and neurons:  # all ranks must number the channels alike
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self.report = MetricsReporter(list(chosen))
+        self.report = MetricsReporter(list(chosen), log_layers=settings.log_layers)
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         follows_training = _follows_training(settings, source, len(optimizers))
         self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
