@@ -166,4 +166,5 @@ def latent_weights(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
 
 def fetch_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Return the entries of small tensors as Python numbers, fetched from their device at once."""
-    return torch.cat([tensor.view(-1).to(tensors[0].device, torch.float64) for tensor in tensors]).tolist()
+    # in the tensors' own dtype: not every device has float64
+    return torch.cat([tensor.view(-1).to(tensors[0].device) for tensor in tensors]).tolist()

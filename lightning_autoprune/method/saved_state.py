@@ -78,7 +78,7 @@ def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
 def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Restore the values of pruned weights, given those of each layer in order, and the masks of whole layers."""
     for dormant, weight, own, mask in zip(aux.dormant, aux.weights.values(), values, masks, strict=True):
-        whole = torch.zeros(mask.shape, dtype=dormant.dtype)
+        whole = torch.zeros(mask.shape, dtype=dormant.dtype, device="cpu")
         whole.masked_scatter_(~mask, own.to("cpu", dormant.dtype))
         dormant.copy_(aux.placement.shard(whole.to(dormant.device), weight))
 
