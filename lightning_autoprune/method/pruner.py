@@ -87,8 +87,7 @@ class Pruner:
             weights: all weights, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them, or they give no M to start with. In that case nothing
-                is changed.
+            AutoPruneError: if the target can't be met with them. In that case nothing is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
         assert not self.masks_final, "final masks do not change"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.initialization import check_finite
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
 if TYPE_CHECKING:
@@ -48,8 +47,6 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
             or by a rule with other running averages.
     """
     _check_state(aux, state)
-    for layer, T in zip(aux.weights, aux.effective(), strict=True):
-        check_finite(layer, T)
     aux.granularity.load_state_dict(state["granularity_state"])
     aux.scale.mean_square, aux.scale.updates = state["scale"]
     layers, shapes = list(aux.weights.values()), state["shapes"].values()
