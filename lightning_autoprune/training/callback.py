@@ -91,7 +91,8 @@ class AutoPruneCallback(Callback):
             end of every n-th epoch; None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.
-        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass.
+        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass: an integer in [0,
+            4294967295], as for ``seed_everything``.
         enabled: False switches the callback off: training is the same as without it, bit for bit.
 
     Raises:
@@ -148,7 +149,7 @@ class AutoPruneCallback(Callback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
+        self._source: HeldOutSource = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
