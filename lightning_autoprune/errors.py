@@ -75,15 +75,20 @@ def check_range(
         raise AutoPruneError(f"`{name}` is {value!r}; it must be {kind} in {interval}.{' ' + hint if hint else ''}")
 
 
-def check_flag(name: str, value: object) -> None:
+def check_flag(name: str, value: object, *, also: str = "") -> None:
     """Raise an error unless ``value`` is True or False, or one of NumPy's two.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        also: what else is allowed, for the message.
 
     Raises:
         AutoPruneError: names the argument and the value.
     """
     kind = type(value)
     if kind is not bool and (kind.__module__, kind.__name__.rstrip("_")) != ("numpy", "bool"):
-        raise AutoPruneError(f"`{name}` is {value!r}; it must be True or False.")
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be True or False{also}.")
 
 
 def check_function(name: str, value: object, arguments: str) -> None:

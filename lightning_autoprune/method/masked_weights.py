@@ -93,6 +93,11 @@ class MaskedWeights:
         for T, mask in zip(self.effective(), self._final or self.bits, strict=True):
             zero_pruned(T, mask)
 
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned entries of T are 0 on this rank: nothing else has written to them."""
+        layers = zip(self.effective(), self._final or self.bits, strict=True)
+        return not any(fetch_numbers([torch.count_nonzero(T.masked_fill(mask.bool(), 0)) for T, mask in layers]))
+
     # Masks
 
     def write_masks(self, which: Iterable[int], scores: Sequence[Tensor]) -> None:

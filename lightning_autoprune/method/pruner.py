@@ -165,6 +165,10 @@ class Pruner:
         if self.auxiliary:
             self.auxiliary.after_weight_step()
 
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned weights are 0 on this rank: nothing else has written to them."""
+        return self.auxiliary is None or self.auxiliary.pruned_are_zero()
+
     def auxiliary_step(self, dL_dT: Sequence[Tensor | None]) -> bool:
         """Step M on one unmasked gradient per weight; return False if a gradient is not finite.
 

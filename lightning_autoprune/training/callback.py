@@ -28,6 +28,7 @@ from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import check_trainer, select_trained_weights
+from lightning_autoprune.training.weight_averages import without_averages
 
 __all__ = ["AutoPruneCallback"]
 
@@ -217,7 +218,7 @@ class AutoPruneCallback(Callback):
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = prunable_weights(pl_module, self.settings.include, self.settings.exclude)
+        weights = without_averages(pl_module, prunable_weights(pl_module, self.settings.include, self.settings.exclude))
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
@@ -232,7 +233,8 @@ class AutoPruneCallback(Callback):
         return select_trained_weights(trainer, weights, needs_train_gradients)
 
     def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+        found = prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+        return without_averages(pl_module, found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
@@ -256,6 +258,7 @@ class AutoPruneCallback(Callback):
         if batch_idx == 0:
             run.measure(late=True)
             run.take_in_unfrozen(self._candidates(pl_module))
+            run.validated_weights.remember_places()
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
 
@@ -274,7 +277,14 @@ class AutoPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
-            run.pruner.after_weight_step()
+            run.validated_weights.before_validation()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look once, after all hooks of the start, whether what is validated is pruned."""
+        if batch_idx == dataloader_idx == 0 and (run := self._active_run):
+            run.validated_weights.before_first_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metric that is followed alongside the sparsity."""

@@ -30,6 +30,7 @@ from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.model_analysis import analyze_model
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
+from lightning_autoprune.training.validated_weights import ValidatedWeights
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
 __all__ = ["PruningRun"]
@@ -51,6 +52,7 @@ class PruningRun:
         pruner: the course of the run.
         report: what is logged.
         auxiliary_steps: takes the auxiliary steps.
+        validated_weights: keeps pruned weights zero in validations.
 
     Raises:
         AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
@@ -77,6 +79,7 @@ class PruningRun:
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
         without_channels = [name for name in weights if name not in chosen]
+        self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
 
     # Start
@@ -98,6 +101,7 @@ class PruningRun:
             mark_as_being_pruned(self.module)
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
+        self.validated_weights.remember_places()
 
     @property
     def is_training(self) -> bool:
