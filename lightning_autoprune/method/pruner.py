@@ -87,8 +87,7 @@ class Pruner:
             weights: all weights, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them, or they give no M to start with. In that case nothing
-                is changed.
+            AutoPruneError: if the target can't be met with them. In that case nothing is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
         assert not self.masks_final, "final masks do not change"
@@ -174,6 +173,10 @@ class Pruner:
         """Set pruned weights back to 0, after each optimizer step."""
         if self.auxiliary:
             self.auxiliary.after_weight_step()
+
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned weights are 0 on this rank: nothing else has written to them."""
+        return self.auxiliary is None or self.auxiliary.pruned_are_zero()
 
     def auxiliary_step(self, dL_dT: Sequence[Tensor | None]) -> bool:
         """Step M on one unmasked gradient per weight; return False if a gradient is not finite.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Sparsity(Metric):
     """Fraction of zeros over all weights given to ``update``, as a torchmetrics metric.
 
     ``update`` accepts what :func:`sparsity` accepts, and ``compute`` returns a scalar tensor in [0, 1]. Counts are
-    summed over updates and over processes.
+    summed over updates and over processes, and stay integers whatever ``set_dtype`` asks for.
 
     Example:
         >>> metric = Sparsity()
@@ -62,8 +62,9 @@ class Sparsity(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    zeros: Tensor
-    total: Tensor
+    if TYPE_CHECKING:  # TorchScript would take an annotation for the type itself, and it is a string here
+        zeros: Tensor
+        total: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -79,6 +80,14 @@ class Sparsity(Metric):
     def compute(self) -> Tensor:
         """Return the fraction of zeros so far, a scalar in [0, 1]; 0 before any update."""
         return self.zeros / self.total.clamp_min(1)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Sparsity:
+        """Return the metric unchanged: a count in another type would not be exact.
+
+        Args:
+            dst_type: has no effect.
+        """
+        return self
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value, or several values over steps; return the figure and the axes.

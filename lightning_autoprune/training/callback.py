@@ -35,6 +35,7 @@ from lightning_autoprune.training.trainer_checks import (
     check_training_step,
     select_trained_weights,
 )
+from lightning_autoprune.training.weight_averages import without_averages
 
 __all__ = ["AutoPruneCallback"]
 
@@ -101,7 +102,8 @@ class AutoPruneCallback(Callback):
             end of every n-th epoch; None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.
-        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass.
+        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass: an integer in [0,
+            4294967295], as for ``seed_everything``.
         enabled: False switches the callback off: training is the same as without it, bit for bit.
 
     Raises:
@@ -159,9 +161,9 @@ class AutoPruneCallback(Callback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._own_source = make_source(held_out, redraw_held_out, seed)
+        self._own_source = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
         self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
-        self._is_fitting = False
+        self._is_fitting = self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
@@ -199,7 +201,7 @@ class AutoPruneCallback(Callback):
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._source, self._is_fitting = self._own_source, True
+        self._source, self._is_fitting, self._has_logged_settings = self._own_source, True, False
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
         support.check_run(trainer, self.settings)
@@ -238,7 +240,7 @@ class AutoPruneCallback(Callback):
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = prunable_weights(pl_module, self.settings.include, self.settings.exclude)
+        weights = without_averages(pl_module, prunable_weights(pl_module, self.settings.include, self.settings.exclude))
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
@@ -253,7 +255,8 @@ class AutoPruneCallback(Callback):
         return select_trained_weights(trainer, weights, needs_train_gradients)
 
     def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+        found = prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+        return without_averages(pl_module, found)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
@@ -274,7 +277,6 @@ class AutoPruneCallback(Callback):
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
         run.start()
-        log_settings(trainer, self.settings.hyperparameters())
 
     # Each step
 
@@ -282,10 +284,14 @@ class AutoPruneCallback(Callback):
         """At the start of an epoch, record what the last epoch's hooks logged and take in unfrozen layers."""
         if not (run := self._active_run):
             return
+        if not self._has_logged_settings:  # now that the first batch has shown what is held out
+            self._has_logged_settings = True
+            log_settings(trainer, run.hyperparameters())
         if batch_idx == 0:
             self._source.on_epoch_start(trainer)
             run.measure(late=True)
             run.take_in_unfrozen(self._candidates(pl_module))
+            run.validated_weights.remember_places()
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
 
@@ -304,7 +310,14 @@ class AutoPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
-            run.pruner.after_weight_step()
+            run.validated_weights.before_validation()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look once, after all hooks of the start, whether what is validated is pruned."""
+        if batch_idx == dataloader_idx == 0 and (run := self._active_run):
+            run.validated_weights.before_first_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metric that is followed alongside the sparsity."""

@@ -21,7 +21,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
 from lightning_autoprune.training.held_out.fallback import fall_back
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError
-from lightning_autoprune.training.held_out.sources import HeldOutSource
+from lightning_autoprune.training.held_out.sources import DEFAULT_FRACTION, HeldOutSource
 from lightning_autoprune.training.held_out.trial import try_batches
 from lightning_autoprune.training.lightning_internals import (
     ends_step,
@@ -35,6 +35,7 @@ from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.model_analysis import analyze_model
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
+from lightning_autoprune.training.validated_weights import ValidatedWeights
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
 __all__ = ["PruningRun"]
@@ -56,6 +57,7 @@ class PruningRun:
         pruner: the course of the run.
         report: what is logged.
         auxiliary_steps: takes the auxiliary steps.
+        validated_weights: keeps pruned weights zero in validations.
 
     Raises:
         AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
@@ -82,6 +84,7 @@ class PruningRun:
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
         without_channels = [name for name in weights if name not in chosen]
+        self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
 
     # Start
@@ -104,6 +107,7 @@ class PruningRun:
         self._source.follow(self)
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
+        self.validated_weights.remember_places()
 
     @property
     def is_training(self) -> bool:
@@ -204,6 +208,12 @@ class PruningRun:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
     # What is reported
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that say how the run is pruned, by name, as plain data."""
+        found = DEFAULT_FRACTION if self._source.has_batches else "train"
+        chosen = {"held_out": found} if self._settings.held_out is None else {}
+        return {**self._settings.hyperparameters(), **chosen}
 
     def layers(self) -> list[LayerSummary]:
         """Return a row for each layer."""

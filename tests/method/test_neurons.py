@@ -259,3 +259,15 @@ def test_density_includes_the_cost_of_the_rest_of_the_model():
     alive = torch.zeros(8, dtype=torch.bool)
     alive[0] = True
     assert neurons.density(alive) == pytest.approx((16 + 16 + 3200) / 3456)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_channels_without_a_usable_norm_start_at_a_constant_with_a_warning(value):
+    network, neurons, _ = build_architecture("lenet5")
+    torch.nn.init.constant_(network[7].weight, value)  # reads the second group of channels
+    with pytest.warns(UserWarning, match="The weights of '7' are all 0, or some are not finite"):
+        aux = make_auxiliary(network, neurons)
+    first, second, third = (aux.M[0][group] for group in neurons.groups)
+    assert (second == torch.tensor(0.1)).all()
+    assert first.std() > 0
+    assert third.std() > 0

@@ -181,11 +181,6 @@ UNSUPPORTED = {
         {"overfit_batches": 2},
         "`overfit_batches` of the Trainer replaces the sampler",
     ),
-    "include is a string": (
-        AutoPruneCallback(include="first"),
-        {},
-        r"`include` is 'first'; it must be a list of patterns: \['first'\]",
-    ),
     "only biases are trained": (
         AutoPruneCallback(),
         {"model": BiasesOnlyNet()},

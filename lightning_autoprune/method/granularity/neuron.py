@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.exact_topk import keep_largest, largest_count, lift_largest
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
-from lightning_autoprune.method.initialization import InitialM, starting_values
+from lightning_autoprune.method.initialization import InitialM, can_start, starting_values, warn_of_constant
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
 
@@ -82,12 +82,21 @@ class NeuronGranularity(Granularity):
         return list(flat)
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        """Return ``scale`` · relative norm of the weights that read each channel, or a constant."""
-        for _weight, _whole in self.whole_weights(aux, name):
-            pass  # only checks them
+        """Return ``scale`` · relative norm of the weights that read each channel, or a constant.
+
+        Channels that are read by zeros alone, or by weights that are not finite, start at the constant too.
+        """
         norms = self._sum_over_channels(aux, [T.float().square() for T in aux.effective()]).sqrt()
+        constant = torch.zeros(self.neurons.count + 1, dtype=torch.bool, device=norms.device)
         for group in self.neurons.groups:
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
+            constant[group] = not can_start(norms[group])
+        norms[constant[:-1]] = 1
+        if name != "constant":
+            layers = dict(zip(aux.weights, aux.effective(), strict=True))
+            reading = [layer for layer in layers if constant[self.neurons.columns[layer]].any()]
+            unusable = [layer for layer in reading if not (layers[layer].isfinite().all() and layers[layer].any())]
+            warn_of_constant(unusable or reading)
         return [starting_values(name, norms, torch.ones_like(norms[0]), scale)]
 
     def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
