@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -19,15 +18,16 @@ from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.schedule import Schedule, ScheduleName
 from lightning_autoprune.method.settings import Cost
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import WeightChoice, choose_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
-from lightning_autoprune.training.trainer_checks import check_trainer, select_trained_weights
+from lightning_autoprune.training.trainer_checks import check_trainer, check_waiting, select_trained_weights
 
 __all__ = ["AutoPruneCallback"]
 
@@ -206,21 +206,17 @@ class AutoPruneCallback(Callback):
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
         known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
-        dense = [name for name in self._candidates(pl_module) if name not in known]
-        if dense:
-            rank_zero_warn(
-                "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
-                f" {', '.join(dense)}."
-            )
+        warn_of_dense_weights(trainer, pl_module, self._choose_weights(pl_module), known, self.settings)
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = prunable_weights(pl_module, self.settings.include, self.settings.exclude)
+        found = self._choose_weights(pl_module).weights
+        weights = {name: weight for name, weight in found.items() if weight.requires_grad}
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
-            found = self._candidates(pl_module)  # a change of the code may have put them in another order
+            # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
         needs_train_gradients = None
@@ -228,10 +224,13 @@ class AutoPruneCallback(Callback):
             needs_train_gradients = 'held_out="train"'
         elif self.settings.train_gradients:
             needs_train_gradients = "train_gradients=True"
-        return select_trained_weights(trainer, weights, needs_train_gradients)
+        trained, optimizers = select_trained_weights(trainer, weights, needs_train_gradients)
+        if not trained:
+            check_waiting(trainer, found, self.settings.granularity)
+        return trained, optimizers
 
-    def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+    def _choose_weights(self, pl_module: LightningModule) -> WeightChoice:
+        return choose_weights(pl_module, self.settings.include, self.settings.exclude)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
@@ -254,7 +253,7 @@ class AutoPruneCallback(Callback):
             return
         if batch_idx == 0:
             run.measure(late=True)
-            run.take_in_unfrozen(self._candidates(pl_module))
+            run.take_in_unfrozen(self._choose_weights(pl_module).weights)
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
 

@@ -38,6 +38,7 @@ class OptimizerHooks:
         self.optimizers = list(optimizers)
         self._manual, self._before_step, self._after_step = manual, before_step, after_step
         self._handles: list[Any] = []
+        self._attached = False
         self._prepared: set[int] = set()  # the optimizers for which `before_step` was called
         self._stepping: set[int] = set()  # those whose step is under way, with manual optimization
         self._stepped: set[int] = set()  # those that have stepped in the training step under way
@@ -45,10 +46,11 @@ class OptimizerHooks:
     @property
     def attached(self) -> bool:
         """True between :meth:`attach` and :meth:`remove`."""
-        return bool(self._handles)
+        return self._attached
 
     def attach(self) -> None:
         """Register the hooks."""
+        self._attached = True
         for handle in self._handles:
             handle.remove()
         self._handles = [o.register_step_post_hook(self._on_after_step) for o in self.optimizers]
@@ -59,7 +61,7 @@ class OptimizerHooks:
         """Remove the hooks, and forget the optimizers."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self.optimizers = [], []
+        self._handles, self.optimizers, self._attached = [], [], False
         self._before_step, self._after_step = _do_nothing, _do_nothing  # so that the hooks hold no reference to the run
 
     def follow(self, weights: Iterable[Tensor], owners: Mapping[int, Optimizer]) -> None:
