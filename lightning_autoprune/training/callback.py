@@ -79,9 +79,10 @@ class AutoPruneCallback(Callback):
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
-        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention
-            layers. Embeddings are pruned only if a pattern matches them.
-        exclude: layer-name patterns to leave dense.
+        include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+            recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are
+            pruned only if a pattern matches them.
+        exclude: patterns of the layers or parameters to leave dense.
         layer_floor: fraction of its weights (or neurons) that each layer always keeps, in [0, 1); at least one.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
             so that it leaves the run untouched. Required with manual optimization unless nothing is held out.

@@ -43,10 +43,11 @@ class CallbackSettings(Settings):
     )
     include: list[str] | None = setting(
         None,
-        """layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention layers.
-        Embeddings are pruned only if a pattern matches them.""",
+        """patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+        recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are pruned
+        only if a pattern matches them.""",
     )
-    exclude: list[str] | None = setting(None, "layer-name patterns to leave dense.")
+    exclude: list[str] | None = setting(None, "patterns of the layers or parameters to leave dense.")
     loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
         None,
         """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so
