@@ -11,6 +11,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
+from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
 from lightning_autoprune.method.schedule import Phases, make_schedule
@@ -99,13 +100,14 @@ class Pruner:
         self._check_target(weights)
         if self.step >= self.phases.start:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            joining = self._attach(new, self.settings.initial_m)
-            if self._target is not None:
-                joining.meet(self.auxiliary.density if self.auxiliary else self._path_density(self.step))
-            if self.auxiliary:
-                self.auxiliary.join(joining, list(weights))
-            else:
+            by_magnitude = self.auxiliary and self._target is not None
+            joining = self._attach(new, "magnitude" if by_magnitude else self.settings.initial_m)
+            if self.auxiliary is None:
                 self.auxiliary = joining
+            else:
+                if by_magnitude:
+                    start_like(joining, self.auxiliary)
+                self.auxiliary.join(joining, list(weights))
         self.weights = dict(weights)
 
     def leave_dense(self, names: Container[str]) -> None:

@@ -61,7 +61,9 @@ def test_up_to_five_percent_may_stay_dense():
     model = nn.ModuleDict({"head": nn.Linear(95, 10), "bare": nn.ParameterList([torch.ones(5, 10)])})
     assert not find_dense_matrices(choose_weights(model), requires_grad, None).is_large
     model["bare"] = nn.ParameterList([torch.ones(6, 10)])
-    assert find_dense_matrices(choose_weights(model), requires_grad, None).largest == {"bare.0": pytest.approx(60 / 1010)}
+    assert find_dense_matrices(choose_weights(model), requires_grad, None).largest == {
+        "bare.0": pytest.approx(60 / 1010)
+    }
 
 
 def test_shared_memory_counts_once():
