@@ -80,6 +80,8 @@ def prunable_weights(
         return weights
     if choice.obstacles:
         raise AutoPruneError(describe_obstacles(choice.obstacles))
+    if not choice.weights and not _wanted(choice.places, include, exclude):
+        raise AutoPruneError(f"{type(model).__name__} has no layer to prune: {_list_names(choice.places)}.")
     raise AutoPruneError(
         f"None of the layers {quote_names(_wanted(choice.places, include, exclude))} has a trainable weight of its own:"
         " their `requires_grad` is off, they share it with an embedding, or it is empty."

@@ -45,7 +45,7 @@ def warn_of_dense_weights(
             "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
             f" {_shorten(untrained)}."
         )
-    if not known:
+    if choice.weights and not known:
         rank_zero_warn(
             "No optimizer trains a prunable weight when fitting starts, so pruning waits until layers are unfrozen. If"
             " none will be, check `configure_optimizers`, `include` and `exclude`."

@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.model.prunable_layers import choose_weights, prunable_weights
+from lightning_autoprune.model.sparsity import sparsity
 
 
 class Mixed(nn.Module):
@@ -164,6 +165,13 @@ def test_bare_parameters_are_found_if_a_pattern_matches_their_name():
 
 def test_a_vector_in_the_shape_of_a_matrix_is_found_only_by_a_pattern_of_its_own():
     assert list(prunable_weights(Bare(), include=["token"])) == ["token"]
+
+
+def test_a_model_of_bare_parameters_alone_is_refused_with_their_names():
+    model = nn.ParameterDict({"mix": torch.ones(2, 2)})
+    with pytest.raises(AutoPruneError, match="ParameterDict has no layer to prune: `include` can name 'mix'"):
+        prunable_weights(model)
+    assert sparsity(model) == 0
 
 
 def test_patterns_match_the_names_of_parameters_too():

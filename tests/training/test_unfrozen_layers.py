@@ -245,7 +245,9 @@ def test_a_model_that_is_frozen_at_the_start_is_pruned_once_it_is_unfrozen(when,
 
 def test_a_run_in_which_no_layer_is_ever_unfrozen_stays_dense_and_says_so(tmp_path):
     callback = AutoPruneCallback(0.8, figures_every_n_epochs=1)
-    with pytest.warns(UserWarning, match="dense phase is over, and no optimizer trains a prunable weight yet") as caught:
+    with pytest.warns(
+        UserWarning, match="dense phase is over, and no optimizer trains a prunable weight yet"
+    ) as caught:
         model, run = fit(callback, FrozenNet(None), epochs=12, logger=csv_logger(tmp_path))
     texts = [str(warning.message) for warning in caught]
     assert any("Nothing was pruned: no optimizer trained a prunable weight" in text for text in texts)
