@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
+from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
 from lightning_autoprune.method.schedule import Phases, make_schedule
@@ -28,7 +30,7 @@ class Pruner:
     are gradients (it may also come before the weight step), and ``end_step``.
 
     Args:
-        weights: the parameters to prune, by layer name.
+        weights: the parameters to prune, by layer name; there may be none until ``extend`` gives some.
         settings: how to prune.
         total_steps: length of the run in training steps.
         step: number of steps that are over.
@@ -83,6 +85,9 @@ class Pruner:
     def extend(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that are trained from now on. Those that are pruned already are left unchanged.
 
+        With a target, the new weights start at the present density, those of the largest magnitude kept: a dense layer
+        would raise the pressure, and the others would be pruned far beyond the target to make up for it.
+
         Args:
             weights: all weights, by layer name, in the order that they will have.
 
@@ -90,15 +95,42 @@ class Pruner:
             AutoPruneError: if the target can't be met with them. In that case nothing is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
-        assert not self.masks_final, "final masks do not change"
+        assert self.step < self.phases.end, "final masks do not change"
         self._check_target(weights)
-        if self.auxiliary:
+        if self.step >= self.phases.start:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            self.auxiliary.join(self._attach(new, self.settings.initial_m), list(weights))
+            by_magnitude = self.auxiliary and self._target is not None
+            joining = self._attach(new, "magnitude" if by_magnitude else self.settings.initial_m)
+            if self.auxiliary is None:
+                self.auxiliary = joining
+            else:
+                if by_magnitude:
+                    start_like(joining, self.auxiliary)
+                self.auxiliary.join(joining, list(weights))
         self.weights = dict(weights)
 
+    def leave_dense(self, names: Container[str]) -> None:
+        """Stop counting some of the weights as prunable, in the dense phase."""
+        assert self.can_extend, "channels are found when fitting starts"
+        assert self.auxiliary is None, "pruning has begun"
+        self.weights = {name: weight for name, weight in self.weights.items() if name not in names}
+
+    def can_meet_target(self, names: Container[str]) -> bool:
+        """Return True if some of the weights, one at least, can meet the target without the others."""
+        weights = {name: weight for name, weight in self.weights.items() if name in names}
+        try:
+            self._check_target(weights)
+        except AutoPruneError:
+            return False
+        return bool(weights)
+
+    def _path_density(self, step: int) -> float:
+        """Return the density that pruning to the target should have reached once so many steps are over."""
+        assert self._target is not None
+        return self._path(self.phases.progress(step), 1.0, self._target)
+
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
-        if self._target is not None:
+        if self._target is not None and weights:
             self._make_granularity().check_density(weights, self._target, self.settings.layer_floor)
 
     @property
@@ -204,14 +236,13 @@ class Pruner:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
             if self._target is not None and self._m_was_stepped:
-                path = self._path(self.phases.progress(self.step + 1), 1.0, self._target)
-                self._controller.update(self.auxiliary.density, path)
+                self._controller.update(self.auxiliary.density, self._path_density(self.step + 1))
         self._m_was_stepped = False
         self.step += 1
         return self._enter_phase(before_forgetting)
 
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
-        if self.auxiliary is None and self.step >= self.phases.start:
+        if self.auxiliary is None and self.weights and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False

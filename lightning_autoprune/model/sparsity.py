@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import choose_weights
 
 __all__ = ["Sparsity", "layer_sparsity", "sparsity"]
 
@@ -18,7 +18,7 @@ def sparsity(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> float:
     """Return the fraction of zeros in a weight, in several together, or in all prunable weights of a model.
 
     Args:
-        weights: a tensor, tensors by name, or a module, whose :func:`prunable_weights` are counted.
+        weights: a tensor, tensors by name, or a module, whose :func:`prunable_weights` are counted, trained or not.
 
     Returns:
         The fraction of entries that are exactly 0, in [0, 1]; 0 if there are no entries.
@@ -40,7 +40,7 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
         >>> layer_sparsity(model)
         {'0': 1.0, '2': 0.0}
     """
-    return {name: sparsity(weight) for name, weight in prunable_weights(model, trained_only=False).items()}
+    return {name: sparsity(weight) for name, weight in choose_weights(model).weights.items()}
 
 
 class Sparsity(Metric):
@@ -108,6 +108,6 @@ def _count_zeros(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> tuple[in
     """Return the number of zeros and the number of all entries."""
     if isinstance(weights, Tensor):
         return weights.numel() - int(torch.count_nonzero(weights)), weights.numel()
-    named = prunable_weights(weights, trained_only=False) if isinstance(weights, nn.Module) else weights
+    named = choose_weights(weights).weights if isinstance(weights, nn.Module) else weights
     counts = [_count_zeros(weight) for weight in named.values()]
     return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)

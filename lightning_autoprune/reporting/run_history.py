@@ -84,7 +84,7 @@ class RunHistory:
             self._steps, self._rows, self._interval = self._steps[::2], self._rows[::2], 2 * self._interval
 
     def add_layers(self, names: Sequence[str]) -> None:
-        """Add layers that were not pruned so far; ``names`` is the new order of all layers."""
+        """Set the layers in their new order; those that are new were not pruned so far."""
         places = {name: i for i, name in enumerate(self.names)}
         order = [places.get(name) for name in names]
         self._rows = [[*(0.0 if i is None else row[i] for i in order), row[-1]] for row in self._rows]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, SupportsIndex
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -19,9 +18,10 @@ from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.schedule import Schedule, ScheduleName
 from lightning_autoprune.method.settings import Cost
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import WeightChoice, choose_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
 from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
@@ -33,6 +33,7 @@ from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import (
     check_trainer,
     check_training_step,
+    check_waiting,
     select_trained_weights,
 )
 from lightning_autoprune.training.weight_averages import without_averages
@@ -88,9 +89,10 @@ class AutoPruneCallback(Callback):
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
-        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention
-            layers. Embeddings are pruned only if a pattern matches them.
-        exclude: layer-name patterns to leave dense.
+        include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+            recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are
+            pruned only if a pattern matches them.
+        exclude: patterns of the layers or parameters to leave dense.
         layer_floor: fraction of its weights (or neurons) that each layer always keeps, in [0, 1); at least one.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
             so that it leaves the run untouched. Required for holding data out with manual optimization.
@@ -230,21 +232,17 @@ class AutoPruneCallback(Callback):
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
         known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
-        dense = [name for name in self._candidates(pl_module) if name not in known]
-        if dense:
-            rank_zero_warn(
-                "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
-                f" {', '.join(dense)}."
-            )
+        warn_of_dense_weights(trainer, pl_module, self._choose_weights(pl_module), known, self.settings)
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = without_averages(pl_module, prunable_weights(pl_module, self.settings.include, self.settings.exclude))
+        found = self._choose_weights(pl_module).weights
+        weights = {name: weight for name, weight in found.items() if weight.requires_grad}
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
-            found = self._candidates(pl_module)  # a change of the code may have put them in another order
+            # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
         needs_train_gradients = None
@@ -252,11 +250,14 @@ class AutoPruneCallback(Callback):
             needs_train_gradients = 'held_out="train"'
         elif self.settings.train_gradients:
             needs_train_gradients = "train_gradients=True"
-        return select_trained_weights(trainer, weights, needs_train_gradients)
+        trained, optimizers = select_trained_weights(trainer, weights, needs_train_gradients)
+        if not trained:
+            check_waiting(trainer, found, self.settings.granularity)
+        return trained, optimizers
 
-    def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        found = prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
-        return without_averages(pl_module, found)
+    def _choose_weights(self, pl_module: LightningModule) -> WeightChoice:
+        choice = choose_weights(pl_module, self.settings.include, self.settings.exclude)
+        return replace(choice, weights=without_averages(pl_module, choice.weights))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
@@ -290,7 +291,7 @@ class AutoPruneCallback(Callback):
         if batch_idx == 0:
             self._source.on_epoch_start(trainer)
             run.measure(late=True)
-            run.take_in_unfrozen(self._candidates(pl_module))
+            run.take_in_unfrozen(self._choose_weights(pl_module).weights)
             run.validated_weights.remember_places()
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()

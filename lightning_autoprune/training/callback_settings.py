@@ -50,13 +50,14 @@ class CallbackSettings(Settings):
     )
     include: list[str] | None = setting(
         None,
-        """layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention layers.
-        Embeddings are pruned only if a pattern matches them.""",
+        """patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+        recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are pruned
+        only if a pattern matches them.""",
         lambda name, value: check_patterns(
             name, value, empty="so nothing would be pruned: leave it out, or switch pruning off with `enabled=False`."
         ),
     )
-    exclude: list[str] | None = setting(None, "layer-name patterns to leave dense.", check_patterns)
+    exclude: list[str] | None = setting(None, "patterns of the layers or parameters to leave dense.", check_patterns)
     loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
         None,
         """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so

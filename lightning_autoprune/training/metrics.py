@@ -52,7 +52,7 @@ class MetricsReporter:
         self._logged_masks: list[Tensor] = []  # the masks at the last log, packed
 
     def extend(self, weights: Mapping[str, Tensor]) -> None:
-        """Add layers that have not been pruned so far.
+        """Set which layers are pruned; some may be new, and in the dense phase some may be left out.
 
         Args:
             weights: the weights of all layers from now on, in the order in which their masks are given.

@@ -71,7 +71,7 @@ def analyze_model(module: LightningModule, weights: Mapping[str, nn.Parameter], 
     """
     if module.example_input_array is None:
         return ModelAnalysis(dict(weights))
-    dtype = next(iter(weights.values())).dtype
+    dtype = next((weight.dtype for weight in weights.values()), module.dtype)
     inputs: Any = apply_to_collection(
         module.example_input_array,
         torch.Tensor,

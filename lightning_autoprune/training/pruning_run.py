@@ -179,10 +179,9 @@ class PruningRun:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
-        was_dense = self.pruner.auxiliary is None
+        if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
+            self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())
         became_final = self.pruner.end_step(self.report.history.record_histograms)
-        if was_dense and self.pruner.auxiliary is not None:
-            self.auxiliary_steps.warn_of_unused_layers()
         if became_final:
             self._finish_pruning()
         self._report_step(became_final)
@@ -253,7 +252,9 @@ class PruningRun:
 
     def warn_if_unfinished(self) -> None:
         """Warn if training has ended before pruning did."""
-        if not self.pruner.masks_final:
+        if not self.pruner.weights:
+            rank_zero_warn("Nothing was pruned: no optimizer trained a prunable weight before the masks became final.")
+        elif not self.pruner.masks_final:
             rank_zero_warn(
                 f"Training ended after {self.pruner.step} of {self.pruner.phases.total} steps, before the masks were"
                 f" final: sparsity is {self.pruner.sparsity:.2%}. Resume to go on."
@@ -333,7 +334,7 @@ def _follows_training(settings: CallbackSettings, source: HeldOutSource, optimiz
         return True
     if settings.train_gradients is not None:
         return settings.train_gradients
-    return source.default_train_gradients and optimizers == 1
+    return source.default_train_gradients and optimizers <= 1  # if there is none yet, there will be one
 
 
 def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:

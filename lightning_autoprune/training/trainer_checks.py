@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -13,11 +13,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.granularity import GRANULARITIES, GranularityName
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError
 from lightning_autoprune.training.lightning_internals import callbacks_of, optimizer_by_parameter
+from lightning_autoprune.training.strategies import support_for
 
-__all__ = ["check_monitors", "check_trainer", "check_training_step", "select_trained_weights"]
+__all__ = [
+    "check_monitors",
+    "check_optimizers",
+    "check_trainer",
+    "check_training_step",
+    "check_waiting",
+    "select_trained_weights",
+]
 
 _Weight = TypeVar("_Weight", bound=Tensor)
 
@@ -102,7 +111,7 @@ def _check_monitor(callback: ModelCheckpoint | EarlyStopping, holds_out: bool) -
 def select_trained_weights(
     trainer: Trainer, weights: Mapping[str, _Weight], needs_train_gradients: str | None
 ) -> tuple[dict[str, _Weight], list[Optimizer]]:
-    """Return the weights that an optimizer trains, and the optimizers that train them.
+    """Return the weights that an optimizer trains, and the optimizers that train them; both may be empty.
 
     Args:
         trainer: the trainer, with its optimizers.
@@ -110,18 +119,13 @@ def select_trained_weights(
         needs_train_gradients: the setting that needs the gradients of the weight steps, if one does.
 
     Raises:
-        AutoPruneError: if no weight is trained, if an optimizer can't work with masks, or if there are several
-            optimizers and the gradients of their steps are needed.
+        AutoPruneError: if an optimizer can't work with masks, or if there are several optimizers and the gradients of
+            their steps are needed.
     """
     owners = optimizer_by_parameter(trainer)
     trained = {name: weight for name, weight in weights.items() if id(weight) in owners}
     optimizers = [o for o in trainer.optimizers if any(owners[id(weight)] is o for weight in trained.values())]
-    if not optimizers:
-        raise AutoPruneError(
-            f"No optimizer trains any of the prunable weights ({', '.join(weights)}): check `configure_optimizers`,"
-            " `include` and `exclude`."
-        )
-    _check_optimizers(optimizers)
+    check_optimizers(optimizers or trainer.optimizers)
     if needs_train_gradients and len(optimizers) > 1:
         raise AutoPruneError(
             f"`{needs_train_gradients}` uses the gradients of one optimizer's steps, and {len(optimizers)} optimizers"
@@ -130,7 +134,35 @@ def select_trained_weights(
     return trained, optimizers
 
 
-def _check_optimizers(optimizers: Sequence[Optimizer]) -> None:
+def check_waiting(trainer: Trainer, names: Iterable[str], granularity: GranularityName) -> None:
+    """Raise unless layers that are unfrozen later can be pruned then: no weight is trained when fitting starts.
+
+    Args:
+        trainer: the trainer, with its optimizers.
+        names: the layers that could be pruned.
+        granularity: which units are pruned.
+
+    Raises:
+        AutoPruneError: naming the layers, and why none of them can be pruned.
+    """
+    owners, why = optimizer_by_parameter(trainer), ""
+    if not any(id(parameter) in owners for parameter in trainer.lightning_module.parameters()):
+        why = "no optimizer has any parameter of the model"
+    elif not GRANULARITIES[granularity].can_extend:
+        why = f'with `granularity="{granularity}"`, channels are found when fitting starts'
+    else:
+        try:
+            support_for(trainer).check_unfrozen(trainer)
+        except AutoPruneError as error:
+            why = str(error).rstrip(".")
+    if why:
+        raise AutoPruneError(
+            f"No optimizer trains any of the prunable weights ({', '.join(names)}) when fitting starts, and none can be"
+            f" pruned later: {why}. Check `configure_optimizers`, `include` and `exclude`."
+        )
+
+
+def check_optimizers(optimizers: Sequence[Optimizer]) -> None:
     """Raise for an optimizer that evaluates the loss several times per step, or has weights of its own."""
     for optimizer in optimizers:
         name = type(optimizer).__name__
