@@ -249,7 +249,7 @@ class AutoPruneCallback(Callback):
     # Each step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the start of an epoch, record what the last epoch's hooks logged and take in unfrozen layers."""
+        """Prepare the weights; at the start of an epoch, record what was logged and take in unfrozen layers."""
         if not (run := self._active_run):
             return
         if batch_idx == 0:
@@ -257,6 +257,7 @@ class AutoPruneCallback(Callback):
             run.take_in_unfrozen(self._candidates(pl_module))
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
+        run.pruner.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -267,8 +268,12 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step M on a held-out batch, update the masks, move on to the next phase, and report."""
-        if (run := self._active_run) and has_stepped(trainer):
+        if not (run := self._active_run):
+            return
+        if has_stepped(trainer):
             run.end_step()
+        else:
+            run.pruner.after_backward()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
