@@ -53,7 +53,9 @@ class AuxiliaryParameters(MaskedWeights):
     Creating an instance attaches it: from then on each weight's storage holds T = W ⊙ h(M), in place. The network, its
     ``state_dict`` and its optimizer see plain parameters. Each training step is then::
 
-        aux.mask_gradients()          # after backward, before clipping
+        aux.before_forward()          # needed with neurons only
+        loss(...).backward()
+        aux.mask_gradients()          # before clipping
         optimizer.step()
         aux.after_weight_step()       # pruned weights are 0 again, their values dormant
         aux.step(dL_dT, lr, mu)       # gradients on a held-out batch
@@ -161,6 +163,15 @@ class AuxiliaryParameters(MaskedWeights):
 
     # The auxiliary step
 
+    def before_forward(self) -> None:
+        """Prepare the weights for forward and backward passes whose gradients M follows; needed with neurons only.
+
+        The weights that produce pruned channels have values in these passes, which change no output. Afterwards
+        :meth:`after_weight_step` or :meth:`update_masks` sets them back to 0.
+        """
+        if not self.masks_final:
+            self.granularity.before_forward(self)
+
     def step(self, dL_dT: Sequence[Tensor | None], lr: float, mu: float) -> bool:
         """Take one auxiliary step by the update rule (see ``update_rules``). The masks are not updated.
 
@@ -233,8 +244,6 @@ class AuxiliaryParameters(MaskedWeights):
 
     def finalize_masks(self) -> None:
         """Make the masks final and forget M and dormant values: pruned weights stay 0, kept ones train on."""
-        if not self.masks_final:
-            self.granularity.before_final(self)
         self.forget()
 
     def forget(self) -> None:

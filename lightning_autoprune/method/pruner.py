@@ -26,8 +26,9 @@ class Pruner:
     """Drives :class:`~lightning_autoprune.method.auxiliary.AuxiliaryParameters` through the phases of a run.
 
     Call ``start`` first, after ``load_state_dict`` if a run is resumed. Then, in each training step, call
-    ``before_weight_step``, the optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there
-    are gradients (it may also come before the weight step), and ``end_step``.
+    ``before_forward`` (needed with neurons only), the forward and backward pass, ``before_weight_step``, the
+    optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there are gradients (it may also
+    come before the weight step), and ``end_step``.
 
     Args:
         weights: the parameters to prune, by layer name; there may be none until ``extend`` gives some.
@@ -192,6 +193,20 @@ class Pruner:
         is_pruning = has_begun and step < self.phases.end and not self.masks_final
         return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
+    def before_forward(self) -> None:
+        """Prepare the weights for passes whose gradients M follows; needed with neurons only.
+
+        In these passes the weights that produce pruned channels have values, which change no output: without them the
+        channels would get no gradient and never come back.
+        """
+        if self.auxiliary:
+            self.auxiliary.before_forward()
+
+    def after_backward(self) -> None:
+        """Undo :meth:`before_forward` if no weight step follows, as while gradients are accumulated."""
+        if GRANULARITIES[self.settings.granularity].prunes_channels:
+            self.after_weight_step()
+
     def before_weight_step(self, stepped: Container[int] | None = None) -> None:
         """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.
 
@@ -237,6 +252,8 @@ class Pruner:
             self.auxiliary.update_masks()
             if self._target is not None and self._m_was_stepped:
                 self._controller.update(self.auxiliary.density, self._path_density(self.step + 1))
+        else:
+            self.after_backward()
         self._m_was_stepped = False
         self.step += 1
         return self._enter_phase(before_forgetting)

@@ -245,12 +245,8 @@ class AutoPruneCallback(Callback):
             # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
-        needs_train_gradients = None
-        if not self._source.has_batches:
-            needs_train_gradients = 'held_out="train"'
-        elif self.settings.train_gradients:
-            needs_train_gradients = "train_gradients=True"
-        trained, optimizers = select_trained_weights(trainer, weights, needs_train_gradients)
+        joins_gradients = self._source.has_batches and bool(self.settings.train_gradients)
+        trained, optimizers = select_trained_weights(trainer, weights, joins_gradients)
         if not trained:
             check_waiting(trainer, found, self.settings.granularity)
         return trained, optimizers
@@ -282,7 +278,7 @@ class AutoPruneCallback(Callback):
     # Each step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the start of an epoch, record what the last epoch's hooks logged and take in unfrozen layers."""
+        """Prepare the weights; at the start of an epoch, record what was logged and take in unfrozen layers."""
         if not (run := self._active_run):
             return
         if not self._has_logged_settings:  # now that the first batch has shown what is held out
@@ -295,6 +291,7 @@ class AutoPruneCallback(Callback):
             run.validated_weights.remember_places()
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
+        run.pruner.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -305,8 +302,12 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step M on a held-out batch, update the masks, move on to the next phase, and report."""
-        if (run := self._active_run) and has_stepped(trainer):
+        if not (run := self._active_run):
+            return
+        if has_stepped(trainer):
             run.end_step()
+        else:
+            run.pruner.after_backward()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""

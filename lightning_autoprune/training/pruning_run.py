@@ -82,7 +82,7 @@ class PruningRun:
         follows_training = _follows_training(settings, source, len(optimizers))
         self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
-        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
+        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self._finish_weight_step)
         without_channels = [name for name in weights if name not in chosen]
         self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
@@ -175,6 +175,10 @@ class PruningRun:
         self.auxiliary_steps.before_weight_step(optimizer, trains_weights)
         self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
+    def _finish_weight_step(self) -> None:
+        self.pruner.after_weight_step()
+        self.pruner.before_forward()  # the training step may go on with another pass, and a held-out pass may follow
+
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
@@ -266,6 +270,8 @@ class PruningRun:
 
     def release(self) -> None:
         """Remove all hooks and marks; pruned weights stay zero."""
+        if self.is_training:
+            self.pruner.after_backward()  # training may have been interrupted within a step
         remove_mark(self.module)
         self._hooks.remove()
 

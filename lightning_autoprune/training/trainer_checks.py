@@ -109,27 +109,27 @@ def _check_monitor(callback: ModelCheckpoint | EarlyStopping, holds_out: bool) -
 
 
 def select_trained_weights(
-    trainer: Trainer, weights: Mapping[str, _Weight], needs_train_gradients: str | None
+    trainer: Trainer, weights: Mapping[str, _Weight], joins_gradients: bool
 ) -> tuple[dict[str, _Weight], list[Optimizer]]:
     """Return the weights that an optimizer trains, and the optimizers that train them; both may be empty.
 
     Args:
         trainer: the trainer, with its optimizers.
         weights: prunable weights by layer name.
-        needs_train_gradients: the setting that needs the gradients of the weight steps, if one does.
+        joins_gradients: whether the user wants M to follow the weight steps beside held-out batches.
 
     Raises:
-        AutoPruneError: if an optimizer can't work with masks, or if there are several optimizers and the gradients of
-            their steps are needed.
+        AutoPruneError: if an optimizer can't work with masks, or if the gradients of several are to be joined with
+            those of a held-out batch.
     """
     owners = optimizer_by_parameter(trainer)
     trained = {name: weight for name, weight in weights.items() if id(weight) in owners}
     optimizers = [o for o in trainer.optimizers if any(owners[id(weight)] is o for weight in trained.values())]
     check_optimizers(optimizers or trainer.optimizers)
-    if needs_train_gradients and len(optimizers) > 1:
+    if joins_gradients and len(optimizers) > 1:
         raise AutoPruneError(
-            f"`{needs_train_gradients}` uses the gradients of one optimizer's steps, and {len(optimizers)} optimizers"
-            " train prunable weights: hold data out instead, or `include` the layers of only one of them."
+            f"`train_gradients=True` uses the gradients of one optimizer's steps, and {len(optimizers)} optimizers"
+            " train prunable weights: leave it out, or `include` the layers of only one of them."
         )
     return trained, optimizers
 

@@ -135,6 +135,9 @@ class Granularity(ABC):
     def update_masks(self, aux: AuxiliaryParameters) -> None:
         """Write the masks that M asks for, after raising the m that each layer's floor needs."""
 
+    def before_forward(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
+        """Write the values of pruned weights that M's gradients need in the passes to come; no output may change."""
+
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Move M so that a density is met: exactly with single weights, else as closely as possible from below."""
@@ -167,9 +170,6 @@ class Granularity(ABC):
     def make(cls, neurons: Neurons | None) -> Granularity:
         """Return an instance for a run; ``neurons`` are the model's channels if the granularity prunes channels."""
         return cls()
-
-    def before_final(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
-        """Zero all else that can be zeroed without changing the network's function, before the masks become final."""
 
     # The granularity's own state
 
