@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.memory import is_oom_error
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -22,6 +20,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 
 __all__ = ["AuxiliarySteps"]
@@ -64,13 +63,18 @@ class AuxiliarySteps:
         self._has_warned = False  # of a held-out batch of one sample
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
-        untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
-        self._untrained = WriteDetector(untrained, check_values=True)
+        self._untrained = WriteDetector([])
+        self.watch_untrained()
         self._layers_with_gradient: set[str] = set()  # so far, in the dense phase
 
     def hold_nothing_out(self, source: HeldOutSource) -> None:
         """Let M follow the gradients of the weight steps alone from now on, given the source that stands for this."""
         self._source, self._follows_training = source, True
+
+    def watch_untrained(self) -> None:
+        """Watch the parameters that are not trained now, for the user's own steps may write to them."""
+        untrained = [p for p in self._trainer.lightning_module.parameters() if not p.requires_grad]
+        self._untrained.watch(untrained, check_values=True)
 
     # Around the weight step
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -30,10 +29,12 @@ from lightning_autoprune.training.lightning_internals import (
     steps_done,
     total_steps,
 )
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
-from lightning_autoprune.training.model_analysis import analyze_model
+from lightning_autoprune.training.model_analysis import analyze_model, measure_cost
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
+from lightning_autoprune.training.replaced_weights import ReplacedWeights
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
 from lightning_autoprune.training.validated_weights import ValidatedWeights
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
@@ -86,6 +87,8 @@ class PruningRun:
         without_channels = [name for name in weights if name not in chosen]
         self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
+        self._replaced = ReplacedWeights(trainer, module, self.pruner, self.report, self._hooks)
+        self._warned_of_candidates = False
 
     # Start
 
@@ -162,9 +165,37 @@ class PruningRun:
 
     # Each step
 
-    def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Also prune layers that have been unfrozen, given all weights that may be pruned, by layer name."""
+    def follow_weights(self, *, ended: bool = False) -> None:
+        """Go on with the parameters that the module has now, where the user's code has replaced some.
+
+        Args:
+            ended: whether training has ended.
+
+        Raises:
+            AutoPruneError: if the run can't go on with them.
+        """
+        names = list(self.pruner.weights)
+        self._unfrozen.left_dense += self._replaced.follow(ended=ended)
+        self.auxiliary_steps.watch_untrained()
+        if names != list(self.pruner.weights) and not ended:
+            self._analysis.cost = measure_cost(self.module, self.pruner.weights)
+
+    def take_in_unfrozen(self, find_candidates: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Also prune layers that have been unfrozen, after following replaced weights.
+
+        Args:
+            find_candidates: returns all weights that may be pruned, by layer name.
+        """
+        self.follow_weights()
+        try:
+            candidates = find_candidates()
+        except AutoPruneError as error:  # the user's code has changed a layer that was all right at the start
+            if not self._warned_of_candidates:
+                rank_zero_warn(f"Layers that are unfrozen from now on stay dense. {error}")
+            self._warned_of_candidates = True
+            candidates = {}
         self._unfrozen.take_in(candidates)
+        self.pruner.after_weight_step()
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -185,6 +216,8 @@ class PruningRun:
         self.auxiliary_steps.after_weight_step()
         if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
             self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())
+        if self.pruner.enters_phase:
+            self.follow_weights()
         became_final = self.pruner.end_step(self.report.history.record_histograms)
         if became_final:
             self._finish_pruning()
@@ -217,6 +250,20 @@ class PruningRun:
         found = DEFAULT_FRACTION if self._source.has_batches else "train"
         chosen = {"held_out": found} if self._settings.held_out is None else {}
         return {**self._settings.hyperparameters(), **chosen}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights that are pruned, in [0, 1)."""
+        return self.pruner.sparsity
+
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """The pairs (step, sparsity) so far, by layer name and ``"all"``."""
+        return self.report.history.curves
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Return the fraction of each layer's weights that are pruned, by layer name."""
+        return self.pruner.layer_sparsity()
 
     def layers(self) -> list[LayerSummary]:
         """Return a row for each layer."""
