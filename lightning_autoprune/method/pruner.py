@@ -11,6 +11,7 @@ from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
+from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
 from lightning_autoprune.method.saved_state import select_layers
@@ -26,11 +27,12 @@ class Pruner:
     """Drives :class:`~lightning_autoprune.method.auxiliary.AuxiliaryParameters` through the phases of a run.
 
     Call ``start`` first, after ``load_state_dict`` if a run is resumed. Then, in each training step, call
-    ``before_weight_step``, the optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there
-    are gradients (it may also come before the weight step), and ``end_step``.
+    ``before_forward`` (needed with neurons only), the forward and backward pass, ``before_weight_step``, the
+    optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there are gradients (it may also
+    come before the weight step), and ``end_step``.
 
     Args:
-        weights: the parameters to prune, by layer name.
+        weights: the parameters to prune, by layer name; there may be none until ``extend`` gives some.
         settings: how to prune.
         total_steps: length of the run in training steps.
         step: number of steps that are over.
@@ -88,19 +90,28 @@ class Pruner:
     def extend(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that are trained from now on. Those that are pruned already are left unchanged.
 
+        With a target, the new weights start at the present density, those of the largest magnitude kept: a dense layer
+        would raise the pressure, and the others would be pruned far beyond the target to make up for it.
+
         Args:
             weights: all weights, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them, or they give no M to start with. In that case nothing
-                is changed.
+            AutoPruneError: if the target can't be met with them. In that case nothing is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
-        assert not self.masks_final, "final masks do not change"
+        assert self.step < self.phases.end, "final masks do not change"
         self._check_target(weights)
-        if self.auxiliary:
+        if self.step >= self.phases.start:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            self.auxiliary.join(self._attach(new, self.settings.initial_m), list(weights))
+            by_magnitude = self.auxiliary and self._target is not None
+            joining = self._attach(new, "magnitude" if by_magnitude else self.settings.initial_m)
+            if self.auxiliary is None:
+                self.auxiliary = joining
+            else:
+                if by_magnitude:
+                    start_like(joining, self.auxiliary)
+                self.auxiliary.join(joining, list(weights))
         self._set_weights(weights)
 
     def replace(self, weights: Mapping[str, Tensor], *, ended: bool = False) -> None:
@@ -149,8 +160,28 @@ class Pruner:
         self.weights = dict(weights)
         self.layouts: dict[str, Layout] = {name: layout(weight) for name, weight in weights.items()}
 
+    def leave_dense(self, names: Container[str]) -> None:
+        """Stop counting some of the weights as prunable, in the dense phase."""
+        assert self.can_extend, "channels are found when fitting starts"
+        assert self.auxiliary is None, "pruning has begun"
+        self._set_weights({name: weight for name, weight in self.weights.items() if name not in names})
+
+    def can_meet_target(self, names: Container[str]) -> bool:
+        """Return True if some of the weights, one at least, can meet the target without the others."""
+        weights = {name: weight for name, weight in self.weights.items() if name in names}
+        try:
+            self._check_target(weights)
+        except AutoPruneError:
+            return False
+        return bool(weights)
+
+    def _path_density(self, step: int) -> float:
+        """Return the density that pruning to the target should have reached once so many steps are over."""
+        assert self._target is not None
+        return self._path(self.phases.progress(step), 1.0, self._target)
+
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
-        if self._target is not None:
+        if self._target is not None and weights:
             self._make_granularity().check_density(weights, self._target, self.settings.layer_floor)
 
     @property
@@ -202,8 +233,31 @@ class Pruner:
     @property
     def due(self) -> bool:
         """True if an auxiliary step belongs to the training step under way."""
-        pruning = self.auxiliary is not None and not self.auxiliary.masks_final
-        return pruning and (self.step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
+        return self.auxiliary is not None and self.is_due(self.step)
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an auxiliary step belongs to a training step, which may lie ahead.
+
+        Args:
+            step: number of the steps before it.
+        """
+        has_begun = self.auxiliary is not None or step >= self.phases.start
+        is_pruning = has_begun and step < self.phases.end and not self.masks_final
+        return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
+
+    def before_forward(self) -> None:
+        """Prepare the weights for passes whose gradients M follows; needed with neurons only.
+
+        In these passes the weights that produce pruned channels have values, which change no output: without them the
+        channels would get no gradient and never come back.
+        """
+        if self.auxiliary:
+            self.auxiliary.before_forward()
+
+    def after_backward(self) -> None:
+        """Undo :meth:`before_forward` if no weight step follows, as while gradients are accumulated."""
+        if GRANULARITIES[self.settings.granularity].prunes_channels:
+            self.after_weight_step()
 
     @property
     def enters_phase(self) -> bool:
@@ -223,6 +277,10 @@ class Pruner:
         """Set pruned weights back to 0, after each optimizer step."""
         if self.auxiliary:
             self.auxiliary.after_weight_step()
+
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned weights are 0 on this rank: nothing else has written to them."""
+        return self.auxiliary is None or self.auxiliary.pruned_are_zero()
 
     def auxiliary_step(self, dL_dT: Sequence[Tensor | None]) -> bool:
         """Step M on one unmasked gradient per weight; return False if a gradient is not finite.
@@ -250,8 +308,9 @@ class Pruner:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
             if self._target is not None and self._m_was_stepped:
-                path = self._path(self.phases.progress(self.step + 1), 1.0, self._target)
-                self._controller.update(self.auxiliary.density, path)
+                self._controller.update(self.auxiliary.density, self._path_density(self.step + 1))
+        else:
+            self.after_backward()
         self._m_was_stepped = False
         self.step += 1
         return self._enter_phase(before_forgetting)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.initialization import check_finite
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
 if TYPE_CHECKING:
@@ -48,8 +47,6 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
             or by a rule with other running averages.
     """
     _check_state(aux, state)
-    for layer, T in zip(aux.weights, aux.effective(), strict=True):
-        check_finite(layer, T)
     aux.granularity.load_state_dict(state["granularity_state"])
     aux.scale.mean_square, aux.scale.updates = state["scale"]
     layers, shapes = list(aux.weights.values()), state["shapes"].values()
@@ -114,7 +111,7 @@ def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
 def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Restore the values of pruned weights, given those of each layer in order, and the masks of whole layers."""
     for dormant, weight, own, mask in zip(aux.dormant, aux.weights.values(), values, masks, strict=True):
-        whole = torch.zeros(mask.shape, dtype=dormant.dtype)
+        whole = torch.zeros(mask.shape, dtype=dormant.dtype, device="cpu")
         whole.masked_scatter_(~mask, own.to("cpu", dormant.dtype))
         dormant.copy_(aux.placement.shard(whole.to(dormant.device), weight))
 

@@ -141,8 +141,8 @@ class RunHistory:
         """Return the whole history in plain types and tensors, which ``torch.load(weights_only=True)`` accepts."""
         return {
             "names": self.names,
-            "steps": torch.tensor(self._steps, dtype=torch.int64),
-            "rows": torch.tensor(self._rows, dtype=torch.float64),
+            "steps": torch.tensor(self._steps, dtype=torch.int64, device="cpu"),
+            "rows": torch.tensor(self._rows, dtype=torch.float64, device="cpu"),
             "thinned": (self._interval, self._offered),
             "metric": self.metric,
             "points": [tuple(point) for point in self.points],
@@ -200,7 +200,7 @@ def compute_histogram(M: Tensor, bins: int = 60) -> Histogram:
     low, high = min(float(m.min()), 0.0), max(float(m.max()), 0.0)
     width = (high - low) / bins or 1.0
     first, last = min(math.floor(low / width), -1), math.ceil(high / width)
-    edges = torch.arange(first, last + 1, dtype=torch.float64) * width
+    edges = torch.arange(first, last + 1, dtype=torch.float64, device="cpu") * width
     # torch.histogram gives an edge to the bin on its right: negated, an edge falls to the bin on its left.
     counts = torch.histogram(-m, -edges.float().flip(0)).hist.flip(0)
     return [int(count) for count in counts], edges.tolist()

@@ -38,6 +38,7 @@ __all__ = [
     "reshard",
     "shard_along",
     "shard_like",
+    "sum_numbers_over_ranks",
     "sum_over_lower_ranks",
     "sum_over_ranks",
 ]
@@ -197,6 +198,20 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place; every rank gets the same bits. Call it on all ranks."""
     dist.all_reduce(numbers)
     return numbers
+
+
+def sum_numbers_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Sum each number over all ranks in double precision; every rank gets the same bits. Call it on all ranks.
+
+    Args:
+        numbers: those of this rank; all ranks pass as many.
+        device: a device from which tensors can be sent. It need not have float64: the bits travel as integers.
+    """
+    mine = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64).to(device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    sums: list[float] = torch.stack(gathered).cpu().view(torch.float64).sum(0).tolist()
+    return sums
 
 
 def sum_over_lower_ranks(number: int) -> int:

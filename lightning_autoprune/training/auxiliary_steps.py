@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, quote_names
+from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
 from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
-from lightning_autoprune.training.held_out_pass import HeldOutGradients, held_out_gradients
+from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
 from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
@@ -56,14 +57,19 @@ class AuxiliarySteps:
         self._settings, self._follows_training = settings, follows_training
         self.last = -1
         self._train_gradients: dict[str, Tensor] = {}  # of the weight step under way, by layer
+        self._stepped_at, self._stepped = -1, set[int]()  # the optimizers that stepped M in that training step
         self._bad_losses = 0  # in a row
         self._overflows = 0  # in a row
+        self._has_warned = False  # of a held-out batch of one sample
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
-        self._is_sharded = any(is_sharded(weight) for weight in pruner.weights.values())  # then all weights are
         self._untrained = WriteDetector([])
         self.watch_untrained()
-        self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
+        self._layers_with_gradient: set[str] = set()  # so far, in the dense phase
+
+    def hold_nothing_out(self, source: HeldOutSource) -> None:
+        """Let M follow the gradients of the weight steps alone from now on, given the source that stands for this."""
+        self._source, self._follows_training = source, True
 
     def watch_untrained(self) -> None:
         """Watch the parameters that are not trained now, for the user's own steps may write to them."""
@@ -80,16 +86,14 @@ class AuxiliarySteps:
             trains_weights: whether it trains prunable weights.
         """
         if self._pruner.auxiliary is None:
-            weights = self._pruner.weights
-            self._layers_without_gradient = [
-                n for n in self._layers_without_gradient if n in weights and weights[n].grad is None
-            ]
+            self._layers_with_gradient |= {n for n, w in self._pruner.weights.items() if w.grad is not None}
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
-        is_first = self.last < self._pruner.step  # in this training step
-        if not (self._follows_training and self._pruner.due and trains_weights and is_first):
+        if not (self._follows_training and self._pruner.due and trains_weights):
             return
-        weights = self._trained_weights()
+        weights = self._weights_to_step(optimizer)
+        if not weights:
+            return
         gradients = [
             torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
         ]
@@ -100,18 +104,36 @@ class AuxiliarySteps:
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
 
+    def _weights_to_step(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""
+        if self._source.has_batches:
+            return self._trained_weights() if self.last < self._pruner.step else {}
+        if self._stepped_at != self._pruner.step:
+            self._stepped, self._stepped_at = set(), self._pruner.step
+        if id(optimizer) in self._stepped:
+            return {}
+        self._stepped.add(id(optimizer))
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: weight for name, weight in self._trained_weights().items() if id(weight) in trained}
+
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due."""
         weights = self._trained_weights()
         if not (self._source.has_batches and self._pruner.due and weights):
             return
-        batch = self._source.next_batch(self._trainer)
+        with self._naming_errors("loading the held-out batch"):
+            batch = self._source.next_batch(self._trainer)
         train_gradients, self._train_gradients = self._train_gradients, {}
         if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
             if train_gradients:
                 self._step(train_gradients)
             return
         result = self._pass_batch(batch, weights)
+        if result == SINGLE_SAMPLE:
+            self._warn_of_single_sample()
+            if train_gradients:
+                self._step(train_gradients)
+            return
         if isinstance(result, str):
             self._count_bad_loss(f"the held-out loss is {result}")
             return
@@ -126,18 +148,34 @@ class AuxiliarySteps:
         check_values = self._passes & (self._passes - 1) == 0  # slow, so only at the 1st, 2nd, 4th, 8th, … pass
         # parameters that the user's own steps write to, such as a teacher's
         written = [p for p in self._untrained.modified(check_values=check_values) if not p.requires_grad]
-        return held_out_gradients(
-            self._trainer,
-            batch,
-            list(weights.values()),
-            self._settings.loss_fn,
-            self._settings.seed,
-            self._pruner.step,
-            agree=self._all_ranks_agree,
-            factor=self._source.rank_weight if self._is_sharded else 1.0,
-            preserved=written,
-            check_values=check_values,
-        )
+        with self._naming_errors("the held-out pass"):
+            return held_out_gradients(
+                self._trainer,
+                batch,
+                list(weights.values()),
+                self._settings.loss_fn,
+                self._settings.seed,
+                self._pruner.step,
+                agree=self._all_ranks_agree,
+                factor=self._source.rank_weight if self._is_sharded else 1.0,
+                preserved=written,
+                check_values=check_values,
+            )
+
+    @contextmanager
+    def _naming_errors(self, what: str) -> Iterator[None]:
+        """Say of an error in the block that it is not one of the training itself."""
+        try:
+            yield
+        except AutoPruneError:
+            raise
+        except Exception as error:
+            if is_oom_error(error):  # Lightning's tuner waits for this error
+                raise
+            raise AutoPruneError(
+                f"At training step {self._pruner.step}, {what} (`held_out`) raised {type(error).__name__}: {error}. To"
+                ' hold nothing out, pass `held_out="train"`.'
+            ) from error
 
     def _average_over_ranks(self, result: HeldOutGradients) -> HeldOutGradients:
         """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
@@ -175,30 +213,40 @@ class AuxiliarySteps:
             raise AutoPruneError(f"{text}, for the {self._bad_losses}th time in a row: look at the data and the loss.")
         rank_zero_warn(f"{text}: no auxiliary step is taken, and training goes on.")
 
+    def _warn_of_single_sample(self) -> None:
+        if not self._has_warned:
+            rank_zero_warn(
+                f"The held-out batch of training step {self._pruner.step} has a single sample, of which BatchNorm can't"
+                " take statistics: such batches are skipped. `drop_last=True` of their loader leaves them out."
+            )
+        self._has_warned = True
+
     # What the steps need
 
     def _trained_weights(self) -> dict[str, Tensor]:
         """Return the weights that are trained now, by layer name; others may be frozen for a while."""
         return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
 
+    @property
+    def _is_sharded(self) -> bool:
+        """True if the weights are sharded: all are, or none is."""
+        return any(is_sharded(weight) for weight in self._pruner.weights.values())
+
     def _all_ranks_agree(self, ok: bool) -> bool:
         return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
 
-    def warn_of_unused_layers(self) -> None:
-        """Warn, as pruning begins after a dense phase, of layers that the loss does not depend on."""
-        trained = self._trained_weights()
-        if unused := [name for name in self._layers_without_gradient if name in trained]:
-            rank_zero_warn(
-                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights"
-                " and few others: `exclude` layers that the loss does not train, such as an average of the weights."
-            )
+    def unused_layers(self) -> list[str]:
+        """Return the layers that are trained now and that no loss has depended on, at the end of the dense phase."""
+        return [name for name in self._trained_weights() if name not in self._layers_with_gradient]
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs."""
-        return {"last": self.last, "bad_losses": self._bad_losses}
+        with_gradient = sorted(self._layers_with_gradient)
+        return {"last": self.last, "bad_losses": self._bad_losses, "layers_with_gradient": with_gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.last, self._bad_losses = state["last"], state["bad_losses"]
+        self._layers_with_gradient = set(state["layers_with_gradient"])

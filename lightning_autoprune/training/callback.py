@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any, Literal
+from dataclasses import fields, replace
+from typing import Any, Literal, SupportsIndex
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -17,18 +16,28 @@ from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.schedule import Schedule, ScheduleName
 from lightning_autoprune.method.settings import Cost
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import WeightChoice, choose_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
 from lightning_autoprune.training.finished_run import FinishedRun
+from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped, overrides_hook
 from lightning_autoprune.training.lightning_package import BaseCallback, LightningModule, Trainer
+from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
 from lightning_autoprune.training.mailbox import Mailbox
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
-from lightning_autoprune.training.trainer_checks import check_package, check_trainer, select_trained_weights
+from lightning_autoprune.training.trainer_checks import (
+    check_trainer,
+    check_training_step,
+    check_waiting,
+    select_trained_weights,
+)
+from lightning_autoprune.training.weight_averages import without_averages
 
 __all__ = ["AutoPruneCallback"]
 
@@ -70,7 +79,8 @@ class AutoPruneCallback(BaseCallback):
         held_out: the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0,
             1): that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks
             are then fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the
-            weight steps. A ``DataLoader``: its batches.
+            weight steps. A ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where
+            they can't; a line says which, and why.
         redraw_held_out: True: a fraction is drawn anew from each batch, so that no data is lost and no more samples
             pass through the network than without pruning. False: it is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps too, as one mean over the samples of both
@@ -80,19 +90,23 @@ class AutoPruneCallback(BaseCallback):
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
-        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention
-            layers. Embeddings are pruned only if a pattern matches them.
-        exclude: layer-name patterns to leave dense.
+        include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+            recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are
+            pruned only if a pattern matches them.
+        exclude: patterns of the layers or parameters to leave dense.
         layer_floor: fraction of its weights (or neurons) that each layer always keeps, in [0, 1); at least one.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
-            so that it leaves the run untouched. Required with manual optimization unless nothing is held out.
+            so that it leaves the run untouched. Required for holding data out with manual optimization.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        log_layers: whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside
+            that of all layers together. Figures and ``callback.curves`` always have the layers.
         figures_every_n_epochs: when loggers get figures beside the curves, as
             :func:`~lightning_autoprune.training.loggers.figures.log_figures` says. 0: when fitting ends; n: also at the
             end of every n-th epoch; None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.
-        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass.
+        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass: an integer in [0,
+            4294967295], as for ``seed_everything``.
         enabled: False switches the callback off: training is the same as without it, bit for bit.
 
     Raises:
@@ -131,7 +145,7 @@ class AutoPruneCallback(BaseCallback):
         update_rule: UpdateRuleName | UpdateRule = "adaptive",
         initial_m: InitialM = "magnitude",
         initial_scale: float = 0.1,
-        held_out: float | Literal["val", "train"] | DataLoader = 0.25,  # type: ignore[type-arg]
+        held_out: float | Literal["val", "train"] | DataLoader | None = None,  # type: ignore[type-arg]
         redraw_held_out: bool = True,
         train_gradients: bool | None = None,
         mask_every_n_steps: int = 1,
@@ -142,6 +156,7 @@ class AutoPruneCallback(BaseCallback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        log_layers: bool = True,
         figures_every_n_epochs: int | None = 0,
         log_artifact: bool = False,
         seed: int = 0,
@@ -149,7 +164,9 @@ class AutoPruneCallback(BaseCallback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
+        self._own_source = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
+        self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
+        self._is_fitting = self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
@@ -194,14 +211,21 @@ class AutoPruneCallback(BaseCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work, before any data is loaded."""
-        if stage != "fit" or not self.enabled:
+        if not self.enabled:
+            return
+        stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
+        if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._mailbox.content = None
-        check_package(trainer)
+        self._source, self._is_fitting, self._has_logged_settings = self._own_source, True, False
         support = support_for(trainer)
-        check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.settings.loss_fn is not None)
+        check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
         support.check_run(trainer, self.settings)
+        if self._source.has_batches:
+            try:
+                check_training_step(pl_module, self.settings.loss_fn is not None)
+            except HeldOutError as error:
+                self._source = fall_back(trainer, self.settings, error)
         self._source.steps_done = self._steps_done
         self._source.setup(trainer)
 
@@ -222,39 +246,42 @@ class AutoPruneCallback(BaseCallback):
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
         known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
-        dense = [name for name in self._candidates(pl_module) if name not in known]
-        if dense:
-            rank_zero_warn(
-                "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
-                f" {', '.join(dense)}."
-            )
+        warn_of_dense_weights(trainer, pl_module, self._choose_weights(pl_module), known, self.settings)
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = prunable_weights(pl_module, self.settings.include, self.settings.exclude)
+        found = self._choose_weights(pl_module).weights
+        weights = {name: weight for name, weight in found.items() if weight.requires_grad}
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
-            found = self._candidates(pl_module)  # a change of the code may have put them in another order
+            # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
-        needs_train_gradients = None
-        if not self._source.has_batches:
-            needs_train_gradients = 'held_out="train"'
-        elif self.settings.train_gradients:
-            needs_train_gradients = "train_gradients=True"
-        return select_trained_weights(trainer, weights, needs_train_gradients)
+        joins_gradients = self._source.has_batches and bool(self.settings.train_gradients)
+        trained, optimizers = select_trained_weights(trainer, weights, joins_gradients)
+        if not trained:
+            check_waiting(trainer, found, self.settings.granularity)
+        return trained, optimizers
 
-    def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+    def _choose_weights(self, pl_module: LightningModule) -> WeightChoice:
+        choice = choose_weights(pl_module, self.settings.include, self.settings.exclude)
+        return replace(choice, weights=without_averages(pl_module, choice.weights))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
         if not self.enabled:
             return
         self._run = None
-        self._source.start(trainer, lambda: self._run.upcoming_step() if self._run else None)
+        if self._loaded and self._loaded["source"] == TrainSource.description and may_fall_back(self.settings):
+            self._source.stop(trainer)
+            self._source = TrainSource(self.settings.seed)  # the run that is resumed could hold nothing out
+        try:
+            self._source.start(trainer)
+        except HeldOutError as error:
+            self._source.stop(trainer)
+            self._source = fall_back(trainer, self.settings, error)
         weights, optimizers = self._trained_weights(trainer, pl_module)
         run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._source)
         if self._loaded is not None:
@@ -265,14 +292,20 @@ class AutoPruneCallback(BaseCallback):
     # Each step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the start of an epoch, record what the last epoch's hooks logged and take in unfrozen layers."""
+        """Prepare the weights; at the start of an epoch, record what was logged and take in unfrozen layers."""
         if not (run := self._active_run):
             return
+        if not self._has_logged_settings:  # now that the first batch has shown what is held out
+            self._has_logged_settings = True
+            log_settings(trainer, run.hyperparameters())
         if batch_idx == 0:
+            self._source.on_epoch_start(trainer)
             run.measure(late=True)
-            run.take_in_unfrozen(lambda: self._candidates(pl_module))
+            run.take_in_unfrozen(lambda: self._choose_weights(pl_module).weights)
+            run.validated_weights.remember_places()
         if overrides_hook(pl_module, "on_train_batch_end"):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
+        run.pruner.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -283,14 +316,25 @@ class AutoPruneCallback(BaseCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step M on a held-out batch, update the masks, move on to the next phase, and report."""
-        if (run := self._active_run) and has_stepped(trainer):
+        if not (run := self._active_run):
+            return
+        if has_stepped(trainer):
             run.end_step()
+        else:
+            run.pruner.after_backward()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
             run.follow_weights()
-            run.pruner.after_weight_step()
+            run.validated_weights.before_validation()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look once, after all hooks of the start, whether what is validated is pruned."""
+        if batch_idx == dataloader_idx == 0 and (run := self._active_run):
+            run.validated_weights.before_first_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metric that is followed alongside the sparsity."""
@@ -350,6 +394,16 @@ class AutoPruneCallback(BaseCallback):
         if self._run is not None:
             self._run.release()
         self._source.stop(trainer)
+        self._own_source.stop(trainer)
+        self._is_fitting = False
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Return what a pickle or a copy is made of.
+
+        One that is made during a fit, as for spawned workers that are handed the Trainer, is switched off: it could
+        neither have the run nor the user's functions.
+        """
+        return (_switched_off, (type(self),)) if self._is_fitting else super().__reduce_ex__(protocol)
 
     # Checkpoints
 
@@ -371,3 +425,9 @@ class AutoPruneCallback(BaseCallback):
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
             self._source.on_masks_final()  # before the training loader is made
+
+
+def _switched_off(kind: type[AutoPruneCallback]) -> AutoPruneCallback:
+    callback = kind.__new__(kind)
+    AutoPruneCallback.__init__(callback, enabled=False)
+    return callback

@@ -25,6 +25,7 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Logger",
+    "MLFlowLogger",
     "MisconfigurationException",
     "ModelCheckpoint",
     "ModelParallelStrategy",
@@ -103,7 +104,7 @@ if TYPE_CHECKING:
         StochasticWeightAveraging,
         WeightAveraging,
     )
-    from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+    from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
     from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
     from lightning.pytorch.utilities import CombinedLoader
@@ -126,7 +127,7 @@ else:
             "WeightAveraging",
         ),
         "pytorch.core": ("LightningDataModule", "LightningModule"),
-        "pytorch.loggers": ("CSVLogger", "Logger", "TensorBoardLogger", "WandbLogger"),
+        "pytorch.loggers": ("CSVLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"),
         "pytorch.strategies": ("DDPStrategy", "ModelParallelStrategy", "SingleDeviceStrategy", "Strategy"),
         "pytorch.strategies.single_xla": ("SingleDeviceXLAStrategy",),
         "pytorch.trainer": ("Trainer",),

@@ -13,16 +13,21 @@ from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
+from lightning_autoprune.tensors.collectives import all_ranks_agree
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
-from lightning_autoprune.training.held_out.sources import HeldOutSource
+from lightning_autoprune.training.held_out.fallback import fall_back
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError
+from lightning_autoprune.training.held_out.sources import DEFAULT_FRACTION, HeldOutSource
+from lightning_autoprune.training.held_out.trial import try_batches
 from lightning_autoprune.training.lightning_internals import (
+    ends_step,
     log_is_due,
+    next_batch_index,
     steps_done,
     total_steps,
-    will_step,
 )
 from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 from lightning_autoprune.training.loggers.figures import log_figures
@@ -31,6 +36,7 @@ from lightning_autoprune.training.model_analysis import analyze_model, measure_c
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.replaced_weights import ReplacedWeights
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
+from lightning_autoprune.training.validated_weights import ValidatedWeights
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
 __all__ = ["PruningRun"]
@@ -52,6 +58,7 @@ class PruningRun:
         pruner: the course of the run.
         report: what is logged.
         auxiliary_steps: takes the auxiliary steps.
+        validated_weights: keeps pruned weights zero in validations.
 
     Raises:
         AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
@@ -71,13 +78,14 @@ class PruningRun:
         chosen, neurons = self._analysis.weights, self._analysis.neurons
         if trainer.world_size > 1 and neurons:  # all ranks must number the channels alike
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self.report = MetricsReporter(list(chosen))
+        self.report = MetricsReporter(list(chosen), log_layers=settings.log_layers)
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         follows_training = _follows_training(settings, source, len(optimizers))
         self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
-        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
+        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self._finish_weight_step)
         without_channels = [name for name in weights if name not in chosen]
+        self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
         self._replaced = ReplacedWeights(trainer, module, self.pruner, self.report, self._hooks)
         self._warned_of_candidates = False
@@ -99,8 +107,10 @@ class PruningRun:
             prune_averages(self._trainer, self.pruner)
         else:
             mark_as_being_pruned(self.module)
+        self._source.follow(self)
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
+        self.validated_weights.remember_places()
 
     @property
     def is_training(self) -> bool:
@@ -112,9 +122,46 @@ class PruningRun:
         """True once all steps have been taken."""
         return self.pruner.step >= self.pruner.phases.total
 
-    def upcoming_step(self) -> int | None:
-        """Return the number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
-        return self.pruner.step if self.pruner.due and will_step(self._trainer) else None
+    # What the source of held-out data asks for
+
+    def next_batch_index(self) -> int:
+        """Return the number in its epoch of the batch that is trained on next."""
+        return next_batch_index(self._trainer)
+
+    def ends_step(self, batch: int) -> bool:
+        """Return True if a batch ends in an optimizer step, rather than only adding to the gradients."""
+        return ends_step(self._trainer, batch)
+
+    def step(self) -> int:
+        """Return the number of training steps that are over."""
+        return self.pruner.step
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an auxiliary step belongs to a training step, given the number of steps before it."""
+        return self.pruner.is_due(step)
+
+    def all_ranks_agree(self, ok: bool) -> bool:
+        """Return True on every rank if the argument is True on all of them, else False on every rank."""
+        return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
+
+    def try_batches(self, whole: Any, rest: Any, held_out: Any) -> None:
+        """Try whether the network takes parts of a batch, without effect on the run.
+
+        Raises:
+            HeldOutError: if it does not, on any rank.
+        """
+        loss_fn, seed = self._settings.loss_fn, self._settings.seed
+        try_batches(self._trainer, whole, rest, held_out, loss_fn, self.all_ranks_agree, seed)
+
+    def stop_holding_out(self, error: HeldOutError) -> None:
+        """Train M on the training batches from now on, if the user left open what it is trained on.
+
+        Raises:
+            HeldOutError: the given one, if the user asked for held-out data.
+        """
+        self._source.stop(self._trainer)
+        self._source = fall_back(self._trainer, self._settings, error)
+        self.auxiliary_steps.hold_nothing_out(self._source)
 
     # Each step
 
@@ -159,16 +206,19 @@ class PruningRun:
         self.auxiliary_steps.before_weight_step(optimizer, trains_weights)
         self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
+    def _finish_weight_step(self) -> None:
+        self.pruner.after_weight_step()
+        self.pruner.before_forward()  # the training step may go on with another pass, and a held-out pass may follow
+
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
+        if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
+            self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())
         if self.pruner.enters_phase:
             self.follow_weights()
-        was_dense = self.pruner.auxiliary is None
         became_final = self.pruner.end_step(self.report.history.record_histograms)
-        if was_dense and self.pruner.auxiliary is not None:
-            self.auxiliary_steps.warn_of_unused_layers()
         if became_final:
             self._finish_pruning()
         self._report_step(became_final)
@@ -194,6 +244,12 @@ class PruningRun:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
     # What is reported
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that say how the run is pruned, by name, as plain data."""
+        found = DEFAULT_FRACTION if self._source.has_batches else "train"
+        chosen = {"held_out": found} if self._settings.held_out is None else {}
+        return {**self._settings.hyperparameters(), **chosen}
 
     @property
     def sparsity(self) -> float:
@@ -247,7 +303,9 @@ class PruningRun:
 
     def warn_if_unfinished(self) -> None:
         """Warn if training has ended before pruning did."""
-        if not self.pruner.masks_final:
+        if not self.pruner.weights:
+            rank_zero_warn("Nothing was pruned: no optimizer trained a prunable weight before the masks became final.")
+        elif not self.pruner.masks_final:
             rank_zero_warn(
                 f"Training ended after {self.pruner.step} of {self.pruner.phases.total} steps, before the masks were"
                 f" final: sparsity is {self.pruner.sparsity:.2%}. Resume to go on."
@@ -259,6 +317,8 @@ class PruningRun:
 
     def release(self) -> None:
         """Remove all hooks and marks; pruned weights stay zero."""
+        if self.is_training:
+            self.pruner.after_backward()  # training may have been interrupted within a step
         remove_mark(self.module)
         self._hooks.remove()
 
@@ -327,7 +387,7 @@ def _follows_training(settings: CallbackSettings, source: HeldOutSource, optimiz
         return True
     if settings.train_gradients is not None:
         return settings.train_gradients
-    return source.default_train_gradients and optimizers == 1
+    return source.default_train_gradients and optimizers <= 1  # if there is none yet, there will be one
 
 
 def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:

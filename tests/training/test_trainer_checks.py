@@ -223,20 +223,16 @@ UNSUPPORTED = {
         {"overfit_batches": 2},
         "`overfit_batches` of the Trainer replaces the sampler",
     ),
-    "include is a string": (
-        AutoPruneCallback(include="first"),
-        {},
-        r"`include` is 'first'; it must be a list of patterns: \['first'\]",
-    ),
-    "only biases are trained": (
-        AutoPruneCallback(),
+    "only biases are trained, with neurons": (
+        AutoPruneCallback(granularity="neuron"),
         {"model": BiasesOnlyNet()},
-        r"No optimizer trains any of the prunable weights \(first, last\)",
+        r"No optimizer trains any of the prunable weights \(first, last\) when fitting starts, and none can be pruned"
+        ' later: with `granularity="neuron"`, channels are found when fitting starts',
     ),
     "no optimizer": (
         AutoPruneCallback(),
         {"model": NoOptimizerNet()},
-        "No optimizer trains any of the prunable weights",
+        r"No optimizer trains any of the prunable weights \(first, last\) when fitting starts, .* no optimizer has any",
     ),
     "manual without loss_fn": (
         AutoPruneCallback(),
