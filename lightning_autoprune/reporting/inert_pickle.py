@@ -85,7 +85,11 @@ _TENSOR_BUILDERS = (
 )  # functions of torch._utils by the names that files have
 
 _BUILDERS: dict[tuple[str, str], _Builder] = {
-    **{("torch._utils", name): _Builder(getattr(torch._utils, name)) for name in _TENSOR_BUILDERS},
+    **{
+        ("torch._utils", name): _Builder(vars(torch._utils)[name])
+        for name in _TENSOR_BUILDERS
+        if name in vars(torch._utils)  # not every version of torch has all of them
+    },
     ("torch._utils", "_rebuild_parameter"): _Builder(_first),
     ("torch._utils", "_rebuild_parameter_with_state"): _Builder(_first),
     ("torch._utils", "_rebuild_device_tensor_from_cpu_tensor"): _Builder(_first),

@@ -300,7 +300,7 @@ def test_an_extra_state_that_is_a_tensor_is_stored_and_one_without_content_is_no
 
 def test_a_tensor_that_is_missing_in_the_file_is_an_error_beside_an_extra_state(path):
     save_sparse({"0.weight": torch.eye(3)}, path)
-    with pytest.raises(AutoPruneError, match="'0.bias' is missing in the file; '0.weight' has shape"):
+    with pytest.raises(AutoPruneError, match=r"'0\.bias' is missing in the file; '0\.weight' has shape"):
         load_sparse_into(nn.Sequential(WithState({"version": 3})), path)
 
 

@@ -349,6 +349,7 @@ def test_corrupted_checkpoints_are_read_or_refused_with_a_message(pruned, tmp_pa
     assert refused > 10
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("with_object", [False, True])
 def test_weights_of_any_layout_and_dtype_are_counted_and_kept_exactly(with_object, tmp_path):
     kinds = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.uint16, torch.complex64]
