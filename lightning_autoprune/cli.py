@@ -6,8 +6,10 @@ import argparse
 import importlib
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from lightning_autoprune.demo import run as demo
 from lightning_autoprune.demo.data import DataError
 from lightning_autoprune.deploy.atomic_write import atomic_write
 from lightning_autoprune.deploy.onnx_export import export_onnx
-from lightning_autoprune.deploy.sparse_file import save_sparse
+from lightning_autoprune.deploy.sparse_file import is_extra_state, save_sparse
 from lightning_autoprune.deploy.torch_export import export_program
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.reporting.checkpoint_reader import SavedModel, read_checkpoint
 from lightning_autoprune.reporting.html_report import render_html_report
 from lightning_autoprune.reporting.layer_table import align_columns, format_layer_table, sum_layers
 from lightning_autoprune.reporting.mask_comparison import compare_masks, format_comparison_table
+from lightning_autoprune.reporting.name_matching import match_names
 from lightning_autoprune.training.lightning_package import LightningModule, both
 
 __all__ = ["main"]
@@ -43,7 +46,8 @@ _EXAMPLES = {
 }
 _NOTES = """
 exit codes: 0 success; 1 a file or an option value that can't be used; 2 unknown or invalid arguments.
-Files are loaded with weights_only=True: nothing in them is executed. --model imports your own code."""
+Nothing in a file is executed: objects other than tensors and plain values are passed over. --model imports your own
+code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,6 +146,10 @@ def _report(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     first, second = _read_with_progress(args.first), _read_with_progress(args.second)
+    a, b = first.weights, second.weights
+    names = match_names(a, b, lambda name, other: a[name].shape == b[other].shape)  # prefixes may differ
+    renamed = {other: name for name, other in names.items()}
+    second = replace(second, weights={renamed.get(name, name): x for name, x in second.weights.items()})
     rows = compare_masks(first.weights, second.weights)
     shared = {row.name for row in rows[:-1]}  # the last row is their sum
     not_shared = sorted((first.weights.keys() | second.weights.keys()) - shared)
@@ -163,6 +171,8 @@ def _export(args: argparse.Namespace) -> int:
         raise AutoPruneError("`--onnx` and `--shrunk` need to run the model: give `--model MODULE:NAME`.")
     saved = _read_with_progress(args.checkpoint)
     dense_bytes = sum(tensor.nbytes for tensor in saved.state.values())
+    for note in saved.notes():
+        _print_progress(f"note: {note}")
     if args.sparse:
         save_sparse(saved.state, args.sparse)
         _print_size(args.sparse, dense_bytes)
@@ -194,14 +204,38 @@ def _build_model(name: str, saved: SavedModel) -> nn.Module:
         sys.path.pop(0)
     try:
         if isinstance(make, type) and issubclass(make, both(LightningModule)) and saved.by_lightning:
-            return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
-        model: nn.Module = make()
-        model.load_state_dict(saved.state)
+            return _build_from_hyperparameters(make, saved)
+        return _load_weights(make(), saved)
     except Exception as error:  # the user's code may raise anything, and weights of another model do not load
         raise AutoPruneError(
             f"{name} does not take the weights of {saved.path}: {_format_on_one_line(error)}. Name a LightningModule"
             " that saves its hyperparameters, or a function without arguments that makes the module."
         ) from error
+
+
+def _build_from_hyperparameters(make: type[LightningModule], saved: SavedModel) -> nn.Module:
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
+    try:
+        return make.load_from_checkpoint(saved.path, **options)
+    except pickle.UnpicklingError:
+        raise AutoPruneError(
+            "its hyperparameters hold objects, and loading them could run any code from the file"
+        ) from None
+    except RuntimeError:  # keys are missing or unexpected
+        return _load_weights(make.load_from_checkpoint(saved.path, strict=False, **options), saved)
+
+
+def _load_weights(model: nn.Module, saved: SavedModel) -> nn.Module:
+    """Load the weights into a model, under the model's own names if those in the file have other prefixes."""
+    own = model.state_dict()
+    names = match_names(own, saved.state, lambda name, key: getattr(own[name], "shape", None) == saved.state[key].shape)
+    renamed = {key: name for name, key in names.items()}
+    state = {renamed.get(key, key): tensor for key, tensor in saved.state.items()}
+    extra = {name: value for name, value in own.items() if is_extra_state(name) and name not in state}
+    with_other_names = [f"{name!r} from {key!r}" for name, key in names.items() if name != key]
+    model.load_state_dict({**state, **extra})
+    if with_other_names:
+        _print_progress(f"note: the file has other names: the model takes {', '.join(with_other_names[:3])} and so on.")
     return model
 
 

@@ -130,6 +130,89 @@ def test_a_lightning_module_takes_a_state_that_lightning_did_not_save(save, chec
     assert torch.allclose(torch.export.load(program).module()(x), model(x), atol=1e-5)
 
 
+class WithObject(Example):
+    """A module whose hyperparameters hold an object, and whose layers have a state of their own."""
+
+    def __init__(self, where: Path | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def with_object(tmp_path_factory):
+    saving = ModelCheckpoint(tmp_path_factory.mktemp("object"), filename="a")
+    fit([AutoPruneCallback(target_sparsity=0.8), saving], WithObject(Path("x")), enable_checkpointing=True)
+    return saving.best_model_path
+
+
+def test_objects_and_extra_states_in_a_file_are_passed_over_in_every_command(with_object, tmp_path, capsys):
+    assert main(["report", with_object, "--html", str(tmp_path / "a.html")]) == 0
+    out = capsys.readouterr().out
+    assert "The masks are final. Entries that are passed over: '_extra_state' (of the type dict)." in out
+    assert main(["compare", with_object, with_object]) == 0
+    assert main(["export", with_object, "--sparse", str(tmp_path / "a"), "--model", "test_cli:make_with_object"]) == 0
+    assert "note: Entries that are passed over: '_extra_state'" in capsys.readouterr().err
+    assert load_sparse(tmp_path / "a").keys() == {*torch.load(with_object, weights_only=False)["state_dict"]} - {
+        "_extra_state"
+    }
+
+
+def make_with_object() -> torch.nn.Module:
+    """Return a module that needs no arguments."""
+    return WithObject()
+
+
+def test_a_module_is_built_without_loading_the_objects_of_the_file(with_object, tmp_path, capsys):
+    program = tmp_path / "net.pt2"
+    assert main(["export", with_object, "--model", "test_cli:WithObject", "--shrunk", str(program)]) == 1
+    assert (
+        "its hyperparameters hold objects, and loading them could run any code from the file. Name a LightningModule"
+        in capsys.readouterr().err
+    )
+    assert main(["export", with_object, "--model", "test_cli:make_with_object", "--shrunk", str(program)]) == 0
+
+
+@pytest.mark.parametrize("model", ["Example", "make_net"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model."])
+def test_a_model_takes_weights_whose_names_have_other_prefixes(model, prefix, checkpoints, tmp_path, capsys):
+    checkpoint, program = torch.load(checkpoints[3], weights_only=True), tmp_path / "net.pt2"
+    checkpoint["state_dict"] = {f"{prefix}{key}": x for key, x in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, tmp_path / "renamed.ckpt")
+    arguments = ["--model", f"test_cli:{model}", "--input-shape", "1", "12", "--shrunk", str(program)]
+    assert main(["export", str(tmp_path / "renamed.ckpt"), *arguments]) == 0
+    assert f"the model takes 'first.weight' from '{prefix}first.weight'," in capsys.readouterr().err
+    expected, x = Example.load_from_checkpoint(checkpoints[3]).eval(), torch.randn(5, 12)
+    assert torch.allclose(torch.export.load(program).module()(x), expected(x), atol=1e-5)
+
+
+def test_a_file_without_a_layer_of_the_model_is_refused(checkpoints, tmp_path, capsys):
+    checkpoint = torch.load(checkpoints[3], weights_only=True)
+    del checkpoint["state_dict"]["last.weight"]
+    torch.save(checkpoint, tmp_path / "part.ckpt")
+    for model in ("Example", "make_net"):
+        assert main(["export", str(tmp_path / "part.ckpt"), "--model", f"test_cli:{model}", "--onnx", "a"]) == 1
+        assert 'Missing key(s) in state_dict: "last.weight"' in capsys.readouterr().err
+
+
+def test_files_of_one_model_are_compared_whatever_the_prefixes_of_their_names(checkpoints, tmp_path, capsys):
+    state = torch.load(checkpoints[1], weights_only=True)["state_dict"]
+    torch.save({f"module._orig_mod.{key}": x for key, x in state.items()}, tmp_path / "plain.pt")
+    outputs = []
+    for first in (checkpoints[1], str(tmp_path / "plain.pt")):
+        for pair in ([first, checkpoints[3]], [checkpoints[3], first]):
+            assert main(["compare", *pair, "--json"]) == 0
+            outputs.append(json.loads(capsys.readouterr().out))
+    for renamed, plain in zip(outputs[2:], outputs[:2], strict=True):
+        assert [row["both"] for row in renamed["layers"]] == [row["both"] for row in plain["layers"]]
+        assert renamed["not_in_both"] == []
+
+
 def test_a_sparse_export_needs_no_example_input(checkpoints, tmp_path):
     assert main(["export", checkpoints[3], "--sparse", str(tmp_path / "a"), "--model", "test_cli:make_net"]) == 0
 

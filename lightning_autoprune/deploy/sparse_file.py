@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,10 +33,10 @@ from lightning_autoprune.deploy.sparse_format import (
     encode_tensor,
     entry_to_json,
 )
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.tensors.sharding import is_sharded
 
-__all__ = ["load_sparse", "load_sparse_into", "save_sparse", "sparse_metadata"]
+__all__ = ["is_extra_state", "load_sparse", "load_sparse_into", "save_sparse", "sparse_metadata"]
 
 _ALWAYS_ALLOWED = 2**28  # bytes that a file may expand to, whatever its size
 
@@ -46,7 +47,8 @@ def save_sparse(
     """Write a model's state, or tensors by name, to a file without the zeros. This is exact for every dtype.
 
     A tensor with several names (tied weights) is stored once. A zero is read back as 0.0 even if it was -0.0, which
-    masking by multiplication can produce. All other values keep their bits, NaN included.
+    masking by multiplication can produce. All other values keep their bits, NaN included. Entries of a module's state
+    that are not tensors, such as the ``_extra_state`` of some layers, are left out with a warning.
 
     Args:
         model: a module, of which ``state_dict()`` is stored, or a state dict.
@@ -54,8 +56,8 @@ def save_sparse(
         metrics: numbers to store in the metadata.
 
     Raises:
-        AutoPruneError: if an entry is not a dense tensor of at most 64 dimensions, has no shape yet, or is sharded
-            (FSDP2), or if a name is not a string; names it.
+        AutoPruneError: if an entry of a state dict is not a tensor and no ``_extra_state``; if a tensor is not dense,
+            has more than 64 dimensions or no shape yet, or is sharded (FSDP2); or if a name is not a string. Names it.
 
     Example:
         >>> import tempfile
@@ -66,8 +68,7 @@ def save_sparse(
         {'weight': tensor([[0.0000, 1.5000],
                 [0.0000, 0.0000]])}
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    for name in (*state, *(metrics or {})):
+    for name in (*(state := _select_tensors(model)), *(metrics or {})):
         _check_name(name)
     entries, values, masks = _encode_state(state)
     stream = zlib.compress(values.numpy().data, 9)
@@ -81,6 +82,25 @@ def save_sparse(
     layout["crc32"] = compute_checksum(layout, content)
     with atomic_write(path) as temporary:
         save_file(content, temporary, {METADATA_KEY: json.dumps(layout, separators=(",", ":"))})
+
+
+def _select_tensors(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state without the entries that may be left out, and warn of them."""
+    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    others = [name for name, x in state.items() if not isinstance(x, Tensor)]
+    left_out = [name for name in others if isinstance(model, nn.Module) or is_extra_state(str(name))]
+    if with_content := [name for name in left_out if state[name] is not None]:
+        warnings.warn(
+            f"A sparse file has tensors only. Left out are {quote_names(with_content)}: `load_sparse_into` leaves them"
+            " as they are in the model.",
+            stacklevel=3,
+        )
+    return {name: x for name, x in state.items() if name not in left_out}
+
+
+def is_extra_state(name: str) -> bool:
+    """Return True if a key is that of a module's extra state, which may be of any type."""
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 class _EncodedState(NamedTuple):
@@ -144,6 +164,8 @@ def load_sparse(path: str | os.PathLike[str], *, max_expansion: float = 1000.0) 
 def load_sparse_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read a file of :func:`save_sparse` into a model of the same architecture, in place.
 
+    Entries of the model's state that are not tensors, such as the ``_extra_state`` of some layers, stay as they are.
+
     Args:
         model: a module with the names and shapes in the file; dtypes and devices may differ.
         path: path of the file.
@@ -153,7 +175,7 @@ def load_sparse_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
             is missing, unexpected or of another shape. The model is unchanged then.
         OSError: if the file can't be read.
     """
-    state = model.state_dict()
+    state = {name: x for name, x in model.state_dict().items() if isinstance(x, Tensor)}
     for name, tensor in state.items():
         _check_not_lazy(name, tensor)
     with SparseFileReader(path) as file:
@@ -168,7 +190,7 @@ def load_sparse_into(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 f"{path} has another architecture than {type(model).__name__}: {'; '.join(problems)}. Build the model"
                 " that was saved, or take single tensors from `load_sparse`."
             )
-        model.load_state_dict(file.read_tensors())
+        model.load_state_dict(file.read_tensors(), strict=False)  # all tensors have been checked
 
 
 def sparse_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
-import re
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_autoprune.deploy.sparse_file import load_sparse, sparse_metadata
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, quote_names
+from lightning_autoprune.reporting.checkpoint_content import find_state_dict, load_content
 from lightning_autoprune.reporting.layer_table import LayerSummary, sum_layers, summarize_layers
+from lightning_autoprune.reporting.name_matching import match_names
 from lightning_autoprune.reporting.run_history import RunHistory
+from lightning_autoprune.tensors.bitmasks import as_bits, unpack
 
 __all__ = ["SavedModel", "find_pruning_state", "read_checkpoint"]
 
 _LIGHTNING_KEY = "pytorch-lightning_version"  # Lightning writes it to all of its checkpoints, and nobody else does
+
+_FLOAT8 = [v for name, v in vars(torch).items() if name.startswith("float8_")]
 
 _PHASE_SENTENCES = {
     None: "It has no pruning state: the layers below are all tensors with two or more dimensions.",
@@ -48,6 +47,10 @@ class SavedModel:
         history: history of the run; empty if the file has none.
         flops: floating-point operations of each dense layer, by layer name; empty if the run did not know them.
         by_lightning: whether Lightning saved the file, and with it the hyperparameters needed to build the model.
+        missing: layers of the pruning state whose weights are not in the file.
+        left_out: entries beside the tensors, such as ``_extra_state``, and what they are, by name.
+        entry: the entry of the file that holds the tensors; None if that is the whole file, or ``state_dict``.
+        other_entries: further entries that hold tensors by name, such as an average; they are not read.
     """
 
     path: Path
@@ -59,6 +62,10 @@ class SavedModel:
     history: RunHistory = field(default_factory=RunHistory)
     flops: dict[str, int] = field(default_factory=dict)
     by_lightning: bool = False
+    missing: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    entry: str | None = None
+    other_entries: tuple[str, ...] = ()
 
     def layers(self) -> list[LayerSummary]:
         """Count the zeros and return one row per layer."""
@@ -76,7 +83,25 @@ class SavedModel:
         if self.step is not None:
             epoch = "Step" if self.epoch is None else f"Epoch {self.epoch}, step"
             sentences.append(f"{epoch} {self.step:,}.")
-        return " ".join([*sentences, _PHASE_SENTENCES[self.phase]])
+        return " ".join([*sentences, _PHASE_SENTENCES[self.phase], *self.notes()])
+
+    def notes(self) -> list[str]:
+        """Return a sentence for all that was expected and not found, or found and not read."""
+        notes = []
+        if self.missing and len(self.missing) == len(self.history.names):
+            notes.append(
+                f"None of the run's layers ({_list_names(self.missing)}) is in the file: the layers below are all"
+                " tensors with two or more dimensions."
+            )
+        elif self.missing:
+            notes.append(f"Layers of the run that are not in the file: {_list_names(self.missing)}.")
+        if self.left_out:
+            kinds = [f"{name!r} ({kind})" for name, kind in self.left_out.items()]
+            notes.append(f"Entries that are passed over: {_shorten(kinds)}.")
+        if self.entry is not None:
+            others = f"; there are also {_list_names(self.other_entries)}" if self.other_entries else ""
+            notes.append(f"The weights are those in the entry {self.entry!r}{others}.")
+        return notes
 
     def as_dict(self) -> dict[str, Any]:
         """Return all figures, in types that JSON has."""
@@ -90,6 +115,10 @@ class SavedModel:
             "sparsity": total.sparsity,
             "compression": total.weights / total.kept if total.kept else None,
             "layers": [row.as_dict() for row in rows],
+            "missing": list(self.missing),
+            "left_out": dict(self.left_out),
+            "entry": self.entry,
+            "other_entries": list(self.other_entries),
             "curves": self.history.curves,
             "metric": self.history.metric,
             "path": [
@@ -103,48 +132,45 @@ def read_checkpoint(path: str | os.PathLike[str]) -> SavedModel:
     """Read a Lightning checkpoint, a file of ``torch.save(model.state_dict())``, or a safetensors file.
 
     Where the format allows it, tensors are memory-mapped, and read only when they are counted. Nothing in the file is
-    executed (``weights_only=True``).
+    executed: objects other than plain values and tensors, such as some hyperparameters, are passed over. If the user
+    has changed the names of the weights or left some out, the layers that can be found are read.
 
     Args:
         path: path of the file.
 
     Raises:
-        AutoPruneError: if the file is of another kind or incomplete, holds Python objects other than plain values and
-            tensors, or has an invalid pruning state.
+        AutoPruneError: if the file is of another kind or incomplete, holds no tensors by name, or has an invalid
+            pruning state.
         OSError: if it can't be read.
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     torch.save({"first.weight": torch.tensor([[0.0, 1.0]])}, f"{directory}/state.pt")
         ...     read_checkpoint(f"{directory}/state.pt").layers()[0].sparsity
         0.5
     """
     path = Path(path)
-    with path.open("rb") as file:
-        head = file.read(9)
-    is_safetensors = len(head) == 9 and head[8:] == b"{"  # eight bytes of length, then JSON
-    content: Any = _read_safetensors(path) if is_safetensors else _read_torch(path)
-    if not isinstance(content, Mapping):
-        raise AutoPruneError(f"{path} holds {type(content).__name__}, not a state dict or a checkpoint.")
-    state = content.get("state_dict", content)
-    entries = state.items() if isinstance(state, Mapping) else []
-    tensors = {str(name): _to_dense(path, str(name), x) for name, x in entries if isinstance(x, Tensor)}
-    if not tensors:
-        raise AutoPruneError(f"{path} holds no tensors by name, so it is not a checkpoint of a model.")
+    content = load_content(path)
+    found = find_state_dict(path, content)
+    saved = SavedModel(
+        path,
+        found.tensors,
+        {name.removesuffix(".weight"): _to_countable(x) for name, x in found.tensors.items() if x.dim() > 1},
+        epoch=_int_or_none(content, "epoch"),
+        step=_int_or_none(content, "global_step"),
+        by_lightning=_LIGHTNING_KEY in content,
+        left_out=found.left_out,
+        entry=None if found.entry == "state_dict" else found.entry,
+        other_entries=() if found.entry == "state_dict" else found.other_entries,
+    )
     pruning_state = find_pruning_state(content)
     if pruning_state is None:
-        return SavedModel(
-            path,
-            tensors,
-            {name.removesuffix(".weight"): _to_countable(x) for name, x in tensors.items() if x.dim() > 1},
-            epoch=_int_or_none(content, "epoch"),
-            step=_int_or_none(content, "global_step"),
-            by_lightning=_LIGHTNING_KEY in content,
-        )
+        return saved
     try:
-        return _interpret_pruning_state(path, tensors, content, pruning_state)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _interpret_pruning_state(saved, pruning_state)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise AutoPruneError(
             f"The pruning state in {path} can't be read ({type(error).__name__}: {error}): another version of"
             " lightning-autoprune wrote it, or the file was changed."
@@ -159,83 +185,67 @@ def find_pruning_state(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next(ours, None)
 
 
-def _interpret_pruning_state(
-    path: Path, tensors: dict[str, Tensor], content: Mapping[str, Any], pruning_state: Mapping[str, Any]
-) -> SavedModel:
+def _interpret_pruning_state(saved: SavedModel, pruning_state: Mapping[str, Any]) -> SavedModel:
+    """Return what was read with the run's phase, history and layers."""
     history = RunHistory.from_state_dict(pruning_state["report"]["history"])
     auxiliary = pruning_state["pruner"]["auxiliary"]
-    keys = {name: f"{name}.weight" if f"{name}.weight" in tensors else name for name in history.names}
-    return SavedModel(
-        path,
-        tensors,
-        weights={name: _to_countable(tensors[key]) for name, key in keys.items()},
+    keys = _find_weights(history.names, saved.state, auxiliary)
+    return replace(
+        saved,
+        weights={name: _to_countable(saved.state[key]) for name, key in keys.items()} if keys else saved.weights,
         phase="dense" if auxiliary is None else "frozen" if auxiliary["frozen"] else "pruning",
-        epoch=_int_or_none(content, "epoch"),
-        step=_int_or_none(content, "global_step"),
         history=history,
         flops={str(name): int(count) for name, count in (pruning_state["flops"] or {}).items()},
-        by_lightning=_LIGHTNING_KEY in content,
+        missing=tuple(name for name in history.names if name not in keys),
     )
 
 
-def _int_or_none(content: Mapping[str, Any], key: str) -> int | None:
+def _find_weights(
+    layers: Sequence[str], tensors: Mapping[str, Tensor], auxiliary: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Return the key of each layer's weight; layers whose weight is not in the file are left out.
+
+    A weight under another name than in the run is recognized by its shape, and by 0 wherever the layer is pruned.
+    """
+    layer_of = {f"{name}.weight" if f"{name}.weight" in tensors else name: name for name in layers}
+    keys = {layer: name for name, layer in layer_of.items() if name in tensors}
+    masks = dict(zip(auxiliary["shapes"], auxiliary["masks"], strict=True)) if auxiliary else {}
+
+    def fits(name: str, key: str) -> bool:
+        layer, weight = layer_of[name], _to_countable(tensors[key])
+        if auxiliary is None or layer not in masks:
+            return weight.dim() > 1
+        shape = tuple(auxiliary["shapes"][layer])
+        return tuple(weight.shape) == shape and not (weight.bool() & ~unpack(masks[layer], shape)).any()
+
+    for ending in (".weight", ""):
+        layer_of = {f"{name}{ending}": name for name in layers if name not in keys}
+        free = [key for key in tensors if key not in keys.values()]
+        keys |= {layer_of[name]: key for name, key in match_names(layer_of, free, fits).items()}
+    return {name: keys[name] for name in layers if name in keys}
+
+
+def _int_or_none(content: Mapping[Any, Any], key: str) -> int | None:
     """Return an entry if it is an integer: in files that Lightning did not write, it may be anything."""
     value = content.get(key)
     return value if type(value) is int else None
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        sparse_metadata(path)
-    except AutoPruneError as not_sparse:
-        try:
-            return load_file(path)
-        except (SafetensorError, ValueError):
-            raise not_sparse from None
-    return load_sparse(path)
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about other pickle protocols: what can't be read raises an error anyway
-            try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
-    except pickle.UnpicklingError as error:
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise AutoPruneError(
-                f"{path} holds a Python object ({refused[1]}), and loading one may run any code, so it is not loaded."
-                " Save the checkpoint with `weights_only=True` (`ModelCheckpoint(save_weights_only=True)`), or keep"
-                " such objects out of `save_hyperparameters`."
-            ) from error
-        raise _damaged_file_error(path, error) from error
-    except Exception as error:  # on arbitrary bytes torch raises many kinds of error, even AssertionError
-        raise _damaged_file_error(path, error) from error
-
-
-def _to_dense(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """Return the tensor with all its entries stored, the zeros included."""
-    if tensor.is_meta or tensor.is_quantized:
-        kind = "on the meta device, without values" if tensor.is_meta else f"quantized ({tensor.dtype})"
-        raise AutoPruneError(
-            f"{name!r} in {path} is {kind}: save the model with its values, as floating-point numbers."
-        )
-    return tensor if tensor.layout == torch.strided else tensor.to_dense()
-
-
 def _to_countable(weight: Tensor) -> Tensor:
-    """Return the weight in a dtype whose zeros can be counted: float8 can't be compared with 0."""
-    return weight.float() if weight.is_floating_point() and weight.dtype.itemsize == 1 else weight
+    """Return the weight in a dtype whose zeros can be counted."""
+    if weight.is_quantized:
+        return weight.dequantize()
+    try:
+        weight.flatten()[:1].count_nonzero()
+        return weight
+    except NotImplementedError:
+        return weight.float() if weight.dtype in _FLOAT8 else as_bits(weight)  # by value, as -0.0 is a zero too
 
 
-def _damaged_file_error(path: Path, error: Exception) -> AutoPruneError:
-    first = str(error).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0].split(". ")[0]
-    reason = f"{type(error).__name__}: {first[:200]}".rstrip(".: ")
-    return AutoPruneError(
-        f"{path} is not a checkpoint, or not a complete one: {reason}. Give a Lightning checkpoint, a file of"
-        " `torch.save(model.state_dict(), …)`, or a safetensors file."
-    )
+def _list_names(names: Sequence[str]) -> str:
+    return _shorten([quote_names([name]) for name in names])
+
+
+def _shorten(items: Sequence[str], most: int = 6) -> str:
+    """Join items with commas, and say how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -44,9 +44,9 @@ class AutoPruneCallback(BaseCallback):
 
     The run has three phases. First the model trains dense. Then auxiliary parameters M decide by their sign which
     weights are kept. They are trained on held-out data to lower the loss, under a pressure that prunes, and a pruned
-    weight keeps its value and can come back. Last, the masks are final, and the kept weights train on all the data. At
-    any moment, and in every checkpoint, pruned weights are true zeros in plain parameters. (If another callback saves
-    averages in place of the weights, the averages have the zeros once the masks are final.)
+    weight keeps its value and can come back. Last, the masks are final, and the kept weights train on all the data.
+    Between training steps, and in every checkpoint, pruned weights are true zeros in plain parameters. (If another
+    callback saves averages in place of the weights, the averages have the zeros once the masks are final.)
 
     Args:
         target_sparsity: fraction of all prunable weights to prune, in [0, 1). It is met exactly when the masks become

@@ -263,3 +263,47 @@ def test_a_sharded_tensor_is_refused_and_its_full_tensor_is_saved(path):
     finally:
         dist.destroy_process_group()
     assert torch.equal(load_sparse(path)["a"], sparse(8, 6))
+
+
+class WithState(nn.Linear):
+    """A layer with an extra state, as TransformerEngine's have one."""
+
+    def __init__(self, state):
+        super().__init__(3, 2)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+@pytest.mark.parametrize("as_state_dict", [False, True])
+def test_an_extra_state_that_is_no_tensor_is_left_out_with_a_warning_and_stays_in_the_model(as_state_dict, path):
+    model, other = (nn.Sequential(WithState(state), nn.Linear(2, 2)) for state in ({"version": 3}, {"version": 4}))
+    with pytest.warns(UserWarning, match=r"A sparse file has tensors only. Left out are '0._extra_state': `load_spa"):
+        save_sparse(model.state_dict() if as_state_dict else model, path)
+    load_sparse_into(other, path)
+    assert other[0].state == {"version": 4}
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert torch.equal(other[1].weight, model[1].weight)
+
+
+def test_an_extra_state_that_is_a_tensor_is_stored_and_one_without_content_is_no_matter(path, recwarn):
+    model, other = (nn.Sequential(WithState(torch.full((3,), i)), WithState(None)) for i in range(2))
+    save_sparse(model, path)
+    load_sparse_into(other, path)
+    assert torch.equal(other[0].state, torch.zeros(3))
+    assert not len(recwarn)
+
+
+def test_a_tensor_that_is_missing_in_the_file_is_an_error_beside_an_extra_state(path):
+    save_sparse({"0.weight": torch.eye(3)}, path)
+    with pytest.raises(AutoPruneError, match=r"'0\.bias' is missing in the file; '0\.weight' has shape"):
+        load_sparse_into(nn.Sequential(WithState({"version": 3})), path)
+
+
+def test_a_state_of_another_kind_in_a_state_dict_is_refused_by_name(path):
+    with pytest.raises(AutoPruneError, match="'a' is a dict, not a tensor: leave it out and store it elsewhere"):
+        save_sparse({"a": {"version": 3}}, path)

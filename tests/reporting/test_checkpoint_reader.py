@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import random
 import re
+from argparse import Namespace
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import Net, csv_logger, fit, loader
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.parsing import AttributeDict
 from safetensors.torch import save_file
 from torch import nn
+from torchmetrics.classification import BinaryAccuracy
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError, save_sparse
 from lightning_autoprune.reporting.checkpoint_reader import read_checkpoint
@@ -123,11 +129,176 @@ class OpensFile:
         return (open, ("touched", "w"))
 
 
-def test_a_checkpoint_with_code_is_refused_and_nothing_runs(tmp_path):
-    torch.save({"state_dict": {"a": torch.eye(2)}, "hyper_parameters": OpensFile()}, tmp_path / "hostile.ckpt")
-    with pytest.raises(AutoPruneError, match=r"holds a Python object \(\S*open\).*save_weights_only=True"):
-        read_checkpoint(tmp_path / "hostile.ckpt")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_with_code_is_read_without_it_and_nothing_runs(tmp_path, legacy):
+    content = {"state_dict": {"a": torch.eye(2)}, "hyper_parameters": OpensFile()}
+    torch.save(content, tmp_path / "hostile.ckpt", _use_new_zipfile_serialization=not legacy)
+    saved = read_checkpoint(tmp_path / "hostile.ckpt")
+    assert torch.equal(saved.state["a"], torch.eye(2))
     assert not Path("touched").exists()
+
+
+class WithHyperparameter(Example):
+    def __init__(self, setting):
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'setting'")
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Path("data"),
+        np.float64(0.1),
+        np.arange(3),
+        Namespace(lr=0.1),
+        BinaryAccuracy(),
+        defaultdict(list, a=[1]),
+        nn.ReLU(),
+        nn.functional.relu,
+        partial(nn.Linear, 3),
+        Counter("aab"),
+        {frozenset({1}), np.int64(3)},
+        AttributeDict(a=Path("b")),
+    ],
+    ids=lambda setting: type(setting).__name__,
+)
+def test_objects_among_the_hyperparameters_are_passed_over(setting, weights_only, tmp_path):
+    saving = ModelCheckpoint(tmp_path, filename="a", save_weights_only=weights_only)
+    model, callback = WithHyperparameter(setting), AutoPruneCallback(target_sparsity=0.8)
+    fit([callback, saving], model=model, enable_checkpointing=True, epochs=2)
+    saved = read_checkpoint(tmp_path / "a.ckpt")
+    assert saved.as_dict()["sparsity"] == pytest.approx(callback.sparsity)
+    assert saved.phase == (None if weights_only else "frozen")
+    assert all(torch.equal(saved.state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class WithObjects:
+    """A callback's state that is not plain, beside which the pruning state is read strictly."""
+
+
+def test_a_stand_in_within_the_pruning_state_is_refused(pruned, tmp_path):
+    checkpoint = torch.load(pruned[0] / "epoch=1.ckpt", weights_only=True)
+    checkpoint["callbacks"]["AutoPruneCallback"]["report"] = WithObjects()
+    torch.save(checkpoint, tmp_path / "changed.ckpt")
+    with pytest.raises(AutoPruneError, match=r"state in \S*changed.ckpt can't be read"):
+        read_checkpoint(tmp_path / "changed.ckpt")
+
+
+# Names that were changed, and other places and kinds of tensors
+
+
+def rename(folder, path, change, epoch=4):
+    """Save a checkpoint of the run with another state dict."""
+    checkpoint = torch.load(folder / f"epoch={epoch}.ckpt", weights_only=True)
+    checkpoint["state_dict"] = change(checkpoint["state_dict"])
+    torch.save(checkpoint, path)
+    return read_checkpoint(path)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 4])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: f"model.{key}",
+        lambda key: f"_forward_module.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: key.replace("first.", "first._orig_mod."),
+        lambda key: key.replace("first", "encoder.0"),
+    ],
+)
+def test_layers_whose_keys_were_renamed_are_reported_by_their_names_in_the_run(pruned, tmp_path, change, epoch):
+    before = read_checkpoint(pruned[0] / f"epoch={epoch}.ckpt")
+    saved = rename(pruned[0], tmp_path / "a", lambda state: {change(key): x for key, x in state.items()}, epoch)
+    if "encoder" in change("first"):  # only the other layer has its name, as nothing else says what this one is
+        assert [row.name for row in saved.layers()] == ["last"]
+        assert saved.missing == ("first",)
+        return
+    assert saved.layers() == before.layers()
+    assert saved.missing == ()
+
+
+def test_a_layer_under_two_names_is_the_one_that_has_its_zeros(pruned, tmp_path):
+    def add_average(state):
+        dense = {f"ema.{key}": torch.ones_like(x) for key, x in state.items()}
+        return dense | {f"model.{key}": x for key, x in state.items()}
+
+    assert rename(pruned[0], tmp_path / "a", add_average).layers() == pruned[1].layers()
+
+
+def test_layers_that_are_not_in_the_file_are_named(pruned, tmp_path):
+    saved = rename(pruned[0], tmp_path / "a", lambda state: {k: x for k, x in state.items() if "first" not in k})
+    assert [row.name for row in saved.layers()] == ["last"]
+    assert saved.describe().endswith("The masks are final. Layers of the run that are not in the file: 'first'.")
+    assert saved.as_dict()["missing"] == ["first"]
+
+
+def test_a_file_with_none_of_the_layers_is_reported_by_its_tensors(pruned, tmp_path):
+    saved = rename(pruned[0], tmp_path / "a", lambda state: {"other.weight": torch.eye(5)})
+    assert [(row.name, row.kept) for row in saved.layers()] == [("other", 5)]
+    assert "None of the run's layers ('first', 'last') is in the file: the layers below are all" in saved.describe()
+
+
+@pytest.mark.parametrize(
+    ("content", "entry"),
+    [
+        ({"model": {"a.weight": torch.eye(4)}, "epoch": 3}, "model"),
+        ({"module": {"a.weight": torch.eye(4)}, "optimizer": {"state": {0: {"m": torch.ones(3)}}}}, "module"),
+        ({"rng": torch.ones(9), "model": {"a.weight": torch.eye(4)}}, "model"),
+        (
+            {"model_ema": {"a.weight": torch.ones(4, 4), "n": torch.ones(1)}, "model": {"a.weight": torch.eye(4)}},
+            "model",
+        ),
+        ({"run": {"policy": {"a.weight": torch.eye(4)}}}, "run.policy"),
+        ({"state_dict": {}, "model": {"a.weight": torch.eye(4)}}, "model"),
+    ],
+)
+def test_weights_in_an_entry_of_the_file_are_read_and_the_entry_is_named(content, entry, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    saved = read_checkpoint(tmp_path / "a.pt")
+    assert [(row.name, row.kept) for row in saved.layers()] == [("a", 4)]
+    assert saved.entry == entry
+    others = "; there are also 'model_ema'" if "model_ema" in content else ""
+    assert saved.describe().endswith(f"The weights are those in the entry '{entry}'{others}.")
+
+
+def test_entries_that_are_not_tensors_are_named(tmp_path):
+    state = {"a.weight": torch.eye(2), "a._extra_state": {"version": 3}, "b": torch.zeros(3, 3, device="meta")}
+    for content in (state, {"state_dict": {**state, "c": Path("x")}}):
+        torch.save(content, tmp_path / "a.pt")
+        saved = read_checkpoint(tmp_path / "a.pt")
+        assert list(saved.state) == ["a.weight"]
+        assert "passed over: 'a._extra_state' (of the type dict), 'b' (on the meta device, " in saved.describe()
+    assert saved.left_out["c"] in ("of the type PosixPath", "of the type WindowsPath")
+
+
+class Subclass(torch.Tensor):
+    """A tensor of a type that only this module knows."""
+
+
+def test_tensors_of_a_subclass_are_read_as_tensors(tmp_path):
+    weight = torch.eye(3).as_subclass(Subclass)
+    weight.note = "an attribute"
+    parameter = nn.Parameter(torch.eye(3))
+    parameter.note = OpensFile()
+    torch.save({"a": weight, "b": parameter}, tmp_path / "a.pt")
+    saved = read_checkpoint(tmp_path / "a.pt")
+    assert {type(x) for x in saved.state.values()} == {torch.Tensor}
+    assert [row.kept for row in saved.layers()] == [3, 3]
+
+
+@pytest.mark.parametrize(("entry", "advice"), [(".metadata", "consolidate_checkpoint"), ("checkpoint", "zero_checkp")])
+def test_a_folder_of_a_sharded_checkpoint_is_refused_with_the_way_to_one_file(entry, advice, tmp_path):
+    (tmp_path / entry).mkdir() if entry == "checkpoint" else (tmp_path / entry).touch()
+    with pytest.raises(AutoPruneError, match=f"is a folder, which .* saved. Make one file of it first.*{advice}"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_whole_module_is_refused_with_what_to_save(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    with pytest.raises(AutoPruneError, match=r"holds Linear, not a state dict or a checkpoint: save `model.state_dict"):
+        read_checkpoint(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +321,7 @@ def test_other_objects_saved_by_torch_are_refused(tmp_path, content, message):
         {"pruner": {}},
         {"pruner": {"auxiliary": 3}},
         {"report": None},
-        {"report": {"history": {**RunHistory(["gone"]).state_dict()}}},
+        {"report": {"history": {**RunHistory(["gone"]).state_dict(), "names": 3}}},
         {"flops": {"first": "many"}},
     ],
     ids=str,
@@ -178,20 +349,31 @@ def test_corrupted_checkpoints_are_read_or_refused_with_a_message(pruned, tmp_pa
     assert refused > 10
 
 
-def test_weights_of_any_layout_and_dtype_are_counted_and_kept_exactly(tmp_path):
-    kinds = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.complex64]
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("with_object", [False, True])
+def test_weights_of_any_layout_and_dtype_are_counted_and_kept_exactly(with_object, tmp_path):
+    kinds = [torch.float8_e4m3fn, torch.bfloat16, torch.int8, torch.uint16, torch.complex64]
     state = {str(dtype): torch.eye(4).to(dtype) for dtype in kinds} | {"sparse": torch.eye(4).to_sparse()}
+    state["csr"] = torch.eye(4).to_sparse_csr()
+    if with_object:
+        state["object"] = Path("a")
     torch.save(state, tmp_path / "kinds.pt")
     saved = read_checkpoint(tmp_path / "kinds.pt")
-    assert [row.kept for row in saved.layers()] == [4] * 5
+    assert [row.kept for row in saved.layers()] == [4] * 7
     assert saved.state["torch.float8_e4m3fn"].dtype == torch.float8_e4m3fn
     assert torch.equal(saved.state["sparse"], torch.eye(4))
 
 
-def test_weights_without_values_are_refused_by_name(tmp_path):
-    torch.save({"a": torch.eye(2), "b": torch.zeros(3, 3, device="meta")}, tmp_path / "meta.pt")
-    with pytest.raises(AutoPruneError, match=r"'b' in \S*meta.pt is on the meta device, without values: save"):
+def test_a_file_without_any_values_is_refused_with_what_it_has(tmp_path):
+    torch.save({"b": torch.zeros(3, 3, device="meta")}, tmp_path / "meta.pt")
+    with pytest.raises(AutoPruneError, match=r"meta.pt holds no tensors .*: 'b' is on the meta device, without values"):
         read_checkpoint(tmp_path / "meta.pt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_zeros_of_quantized_weights_are_counted(tmp_path):
+    torch.save({"a": torch.quantize_per_tensor(torch.eye(4), 0.1, 3, torch.quint8)}, tmp_path / "a.pt")
+    assert [row.kept for row in read_checkpoint(tmp_path / "a.pt").layers()] == [4]
 
 
 def test_a_file_with_only_biases_has_no_weights(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
+from lightning_autoprune.reporting.checkpoint_content import find_state_dict, load_content
 from lightning_autoprune.reporting.checkpoint_reader import find_pruning_state
 from lightning_autoprune.tensors.bitmasks import pack
 from lightning_autoprune.training.lightning_package import ModelCheckpoint, Trainer, both
@@ -61,13 +62,13 @@ def has_final_masks(path: str, zeros: Mapping[str, Tensor], masks: Sequence[Tens
     if not Path(path).is_file():  # a sharded strategy saves folders
         return False
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError):  # it holds the user's own objects, or is not an archive
+        checkpoint = load_content(Path(path))
+        state = find_state_dict(Path(path), checkpoint).tensors
+    except AutoPruneError:
         return False
     if (ours := find_pruning_state(checkpoint)) is not None:
         auxiliary = ours["pruner"]["auxiliary"]
         return bool(auxiliary and auxiliary["frozen"]) and _all_equal(auxiliary["masks"], masks)
-    state: Mapping[str, Tensor] = checkpoint["state_dict"]
     return zeros.keys() <= state.keys() and _all_equal([state[name] == 0 for name in zeros], list(zeros.values()))
 
 
