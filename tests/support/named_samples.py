@@ -1,8 +1,9 @@
-"""Samples with a number, batches of classes that this package does not know, and a model that notes what it is given."""
+"""Samples with a number, batches of classes that this package does not know, and a model that notes what it gets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,6 @@ class Recorder(Net):
         return super().training_step((x, y))
 
 
-
 def named_loader(kind: str = "object", dataset: Any = None, **options: Any) -> DataLoader[Any]:
     """Return a loader of :class:`NamedSamples`, whose batches are of a kind in :data:`KINDS`."""
     options = {"collate_fn": KINDS[kind].collate, **options}
@@ -155,7 +155,7 @@ def check_parts(passes: list[Pass], batch: int = BATCH) -> int:
         passes: those of a run.
         batch: number of samples that both have together.
     """
-    pairs = [(before, held) for before, held in zip(passes, passes[1:], strict=False) if held.is_held_out]
+    pairs = [(before, held) for before, held in pairwise(passes) if held.is_held_out]
     for before, held in pairs:
         assert not before.is_held_out
         assert len({*before.numbers, *held.numbers}) == len(before.numbers) + len(held.numbers) == batch
