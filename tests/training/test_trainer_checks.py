@@ -195,7 +195,7 @@ UNSUPPORTED = {
     "manual without loss_fn": (
         AutoPruneCallback(held_out=0.25),
         {"model": ManualNet()},
-        r"ManualNet uses manual optimization, so its `training_step` takes .* Pass `loss_fn`, or `held_out=\"train\"`, w",
+        r"ManualNet uses manual optimization, so its `training_step` takes .* Pass `loss_fn`, or `held_out=",
     ),
     "include without a match": (
         AutoPruneCallback(include=["fc*"]),
