@@ -115,11 +115,6 @@ UNSUPPORTED = {
         {"model": LoaderIteratorNet()},
         "No data can be held out: `training_step` of LoaderIteratorNet takes a `dataloader_iter`, not a batch. Take a",
     ),
-    "train with two optimizers": (
-        AutoPruneCallback(held_out="train"),
-        {"model": OptimizerPerLayerNet()},
-        "gradients of one optimizer's steps, and 2 optimizers train prunable weights: hold data out instead",
-    ),
     "train_gradients with two optimizers": (
         AutoPruneCallback(train_gradients=True, loss_fn=lambda module, batch: batch[0].sum()),
         {"model": OptimizerPerLayerNet()},

@@ -71,6 +71,7 @@ def test_ready_batches_that_are_not_plain_fall_back():
     with pytest.raises(AutoPruneError, match=r"a batch has .*, and each may be a sample"):
         fit(pruning(held_out=0.25), model=Detector(), train=ReadyBatches())
     model, expected = Detector(), Detector()
+    expected.load_state_dict(model.state_dict())
     with pytest.warns(UserWarning, match="nothing can be held out, so M is trained on the training batches"):
         fit(pruning(), model=model, train=ReadyBatches())
     fit(pruning(held_out="train"), model=expected, train=ReadyBatches())
