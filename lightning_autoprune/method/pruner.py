@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
+from lightning_autoprune.method.saved_state import select_layers
 from lightning_autoprune.method.schedule import Phases, make_schedule
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.method.update_rules import make_rule
-from lightning_autoprune.tensors.sharding import gather_whole
+from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
 
@@ -38,6 +39,8 @@ class Pruner:
         neurons: the channels to prune in place of single weights; those parameters produce and read them.
 
     Attributes:
+        weights: the parameters to prune, by layer name.
+        layouts: their layouts when they were taken in.
         step: number of training steps that are over.
         auxiliary: the auxiliary parameters; None in the dense phase.
 
@@ -71,7 +74,8 @@ class Pruner:
         step: int = 0,
         neurons: Neurons | None = None,
     ) -> None:
-        self.weights, self.settings, self.step, self.neurons = dict(weights), settings, step, neurons
+        self.settings, self.step, self.neurons = settings, step, neurons
+        self._set_weights(weights)
         self.phases = Phases.of(total_steps, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
@@ -108,13 +112,59 @@ class Pruner:
                 if by_magnitude:
                     start_like(joining, self.auxiliary)
                 self.auxiliary.join(joining, list(weights))
+        self._set_weights(weights)
+
+    def replace(self, weights: Mapping[str, Tensor], *, ended: bool = False) -> None:
+        """Go on with other tensors in place of the weights, and keep their masks, M, dormant values and averages.
+
+        Pruned weights are 0 in the new tensors from the next :meth:`after_weight_step` on.
+
+        Args:
+            weights: the weight of each layer from now on, in the shapes and the order of now; dtypes and devices may be
+                others. A layer that is missing is forgotten.
+            ended: whether no more steps will be taken.
+
+        Raises:
+            AutoPruneError: if there are steps to come, and the target can't be met with the layers that are left, or a
+                layer is missing while channels are being pruned.
+        """
+        assert all(weight.shape == self.layouts[name].shape for name, weight in weights.items()), "other shapes"
+        if (missing := self.layouts.keys() - weights.keys()) and not ended:
+            self._check_forgetting(missing, weights)
+        if self.neurons:
+            self.neurons = self.neurons.select(weights)
+        if self.auxiliary and not weights:
+            self.auxiliary = None
+        elif self.auxiliary and {name: layout(weight) for name, weight in weights.items()} == self.layouts:
+            self.auxiliary.weights = dict(weights)
+        elif self.auxiliary:
+            replicated = self.auxiliary.granularity.replicated
+            state = select_layers(self.auxiliary.state_dict(), weights, units_by_layer=not replicated)
+            self.auxiliary = self._attach(weights, None)
+            self.auxiliary.load_state_dict(state)
+        self._set_weights(weights)
+
+    def _check_forgetting(self, missing: Collection[str], weights: Mapping[str, Tensor]) -> None:
+        """Raise if the run can't go on without some layers."""
+        if self.masks_final:
+            return
+        if not self.can_extend:
+            raise AutoPruneError(
+                f"The weights of {quote_names(sorted(missing))} were replaced or removed during the run. Neurons are"
+                ' found when fitting starts: change the model before that, or use `granularity="weight"`.'
+            )
+        if weights:
+            self._check_target(weights)
+
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = dict(weights)
+        self.layouts: dict[str, Layout] = {name: layout(weight) for name, weight in weights.items()}
 
     def leave_dense(self, names: Container[str]) -> None:
         """Stop counting some of the weights as prunable, in the dense phase."""
         assert self.can_extend, "channels are found when fitting starts"
         assert self.auxiliary is None, "pruning has begun"
-        self.weights = {name: weight for name, weight in self.weights.items() if name not in names}
+        self._set_weights({name: weight for name, weight in self.weights.items() if name not in names})
 
     def can_meet_target(self, names: Container[str]) -> bool:
         """Return True if some of the weights, one at least, can meet the target without the others."""
@@ -142,7 +192,9 @@ class Pruner:
     @property
     def masks_final(self) -> bool:
         """True once the masks do not change any more."""
-        return self.auxiliary is not None and self.auxiliary.masks_final
+        if self.auxiliary is None:
+            return not self.weights and self.step >= self.phases.end  # the layers were removed from the model
+        return self.auxiliary.masks_final
 
     @property
     def can_extend(self) -> bool:
@@ -206,6 +258,11 @@ class Pruner:
         """Undo :meth:`before_forward` if no weight step follows, as while gradients are accumulated."""
         if GRANULARITIES[self.settings.granularity].prunes_channels:
             self.after_weight_step()
+
+    @property
+    def enters_phase(self) -> bool:
+        """True if the end of the training step under way begins the pruning, or makes the masks final."""
+        return self.step + 1 in (self.phases.start, self.phases.end)
 
     def before_weight_step(self, stepped: Container[int] | None = None) -> None:
         """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.

@@ -14,7 +14,7 @@ from lightning_autoprune.tensors.bitmasks import pack, unpack
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 
-__all__ = ["restore_state", "save_state"]
+__all__ = ["restore_state", "save_state", "select_layers"]
 
 
 def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
@@ -62,6 +62,42 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     if state["frozen"]:
         aux.forget()
     aux.after_weight_step()
+
+
+def select_layers(
+    state: Mapping[str, Any], weights: Mapping[str, Tensor], *, units_by_layer: bool = True
+) -> dict[str, Any]:
+    """Return the part of a saved state that belongs to some of its layers.
+
+    Args:
+        state: what :func:`save_state` gave.
+        weights: the weights of these layers. A bucket is split where their dtypes or devices differ.
+        units_by_layer: whether M and the running averages have one tensor per layer.
+    """
+    names = list(state["shapes"])
+    chosen = [i for i, name in enumerate(names) if name in weights]
+
+    def select(values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in chosen]
+
+    selected = {**state, "shapes": {names[i]: state["shapes"][names[i]] for i in chosen}}
+    selected["masks"] = select(state["masks"])
+    if state["frozen"]:
+        return selected
+    selected["dormant"] = select(state["dormant"])
+    if units_by_layer:
+        selected["M"] = select(state["M"])
+        selected["averages"] = {name: select(values) for name, values in state["averages"].items()}
+    buckets: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for k, numbers in enumerate(state["buckets"]):
+        for i in numbers:
+            if i in chosen:
+                weight = weights[names[i]]
+                buckets.setdefault((k, weight.dtype, weight.device), []).append(chosen.index(i))
+    selected["buckets"] = list(buckets.values())
+    if units_by_layer:
+        selected["updates"] = [state["updates"][k] for k, *_ in buckets]
+    return selected
 
 
 def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:

@@ -83,8 +83,8 @@ class RunHistory:
         if len(self._steps) > _MAX_POINTS:
             self._steps, self._rows, self._interval = self._steps[::2], self._rows[::2], 2 * self._interval
 
-    def add_layers(self, names: Sequence[str]) -> None:
-        """Set the layers in their new order; those that are new were not pruned so far."""
+    def set_layers(self, names: Sequence[str]) -> None:
+        """Set the names of all layers from now on: new ones were dense so far, and missing ones are removed."""
         places = {name: i for i, name in enumerate(self.names)}
         order = [places.get(name) for name in names]
         self._rows = [[*(0.0 if i is None else row[i] for i in order), row[-1]] for row in self._rows]

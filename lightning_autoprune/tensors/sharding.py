@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
+    "Layout",
     "WholeTensors",
     "gather_whole",
     "is_sharded",
     "isolated_pass",
+    "layout",
     "local_shard",
     "loss_gradients",
     "reshard",
@@ -67,6 +69,32 @@ def local_shard(x: Tensor) -> Tensor:
         return x.detach()
     with torch.no_grad():
         return x.to_local().detach()
+
+
+class Layout(NamedTuple):
+    """How a tensor is stored.
+
+    Attributes:
+        shape: the whole shape.
+        dtype: the dtype of its entries.
+        device: where they are.
+        placements: how the ranks share it; None if it is not sharded.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    placements: object
+
+
+def layout(x: Tensor) -> Layout:
+    """Return how a tensor is stored.
+
+    Example:
+        >>> layout(torch.ones(2)).dtype
+        torch.float32
+    """
+    return Layout(x.shape, x.dtype, x.device, x.placements if is_sharded(x) else None)
 
 
 def gather_whole(shard: Tensor, like: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal, SupportsIndex
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,17 +20,17 @@ from lightning_autoprune.model.prunable_layers import WeightChoice, choose_weigh
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
-from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
-from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
-from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
-from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.finished_run import FinishedRun
+from lightning_autoprune.training.held_out.held_out_data import HeldOutData
+from lightning_autoprune.training.lightning_internals import has_stepped, overrides_hook
+from lightning_autoprune.training.lightning_package import BaseCallback, LightningModule, Trainer
 from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
+from lightning_autoprune.training.mailbox import Mailbox
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import (
     check_trainer,
-    check_training_step,
     check_waiting,
     select_trained_weights,
 )
@@ -41,7 +39,7 @@ from lightning_autoprune.training.weight_averages import without_averages
 __all__ = ["AutoPruneCallback"]
 
 
-class AutoPruneCallback(Callback):
+class AutoPruneCallback(BaseCallback):
     """Prunes the model while it trains: add it to the ``Trainer`` and set nothing, or one target.
 
     The run has three phases. First the model trains dense. Then auxiliary parameters M decide by their sign which
@@ -163,12 +161,13 @@ class AutoPruneCallback(Callback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._own_source = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
-        self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
-        self._is_fitting = self._has_logged_settings = False
+        self._held_out = HeldOutData(self.settings)
+        self._is_in_use = False  # by a Trainer that fits, validates, tests or predicts
+        self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
+        self._mailbox = Mailbox()  # gets the state of a run that ended in a process that the Trainer started
 
     @property
     def enabled(self) -> bool:
@@ -177,21 +176,33 @@ class AutoPruneCallback(Callback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting."""
-        return self._run.pruner.sparsity if self._run else 0.0
+        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting.
+
+        It is the fraction of zeros in the model's weights, ``sparsity(model)``, except in the cases that
+        ``docs/logging.md`` lists.
+        """
+        return run.sparsity if (run := self._told_run) else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
         """Return the fraction of each layer's weights that are pruned, by layer name; empty before fitting."""
-        return self._run.pruner.layer_sparsity() if self._run else {}
+        return run.layer_sparsity() if (run := self._told_run) else {}
 
     @property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """The pairs (step, sparsity) of the run so far, by layer name and ``"all"``; for the plots."""
-        return self._run.report.history.curves if self._run else {}
+        return run.curves if (run := self._run or self._told_run) else {}
 
     def layers(self) -> list[LayerSummary]:
         """Return a row per layer: shape, weights, kept weights, operations, revived weights; empty before fitting."""
-        return self._run.layers() if self._run else []
+        return run.layers() if (run := self._told_run) else []
+
+    @property
+    def _told_run(self) -> PruningRun | FinishedRun | None:
+        """The run whose weights the model has: of a restored checkpoint, of this process, or of one that it started."""
+        if self._loaded:
+            return FinishedRun(self._loaded)
+        content = self._mailbox.content
+        return FinishedRun(content["state"], content["shapes"]) if content and not self._run else self._run
 
     # Start
 
@@ -199,21 +210,16 @@ class AutoPruneCallback(Callback):
         """Refuse what can't work, before any data is loaded."""
         if not self.enabled:
             return
+        self._is_in_use = True
         stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._source, self._is_fitting, self._has_logged_settings = self._own_source, True, False
+        self._has_logged_settings = False
         support = support_for(trainer)
-        check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
+        check_trainer(trainer, AutoPruneCallback, self.settings.held_out != "train")
         support.check_run(trainer, self.settings)
-        if self._source.has_batches:
-            try:
-                check_training_step(pl_module, self.settings.loss_fn is not None)
-            except HeldOutError as error:
-                self._source = fall_back(trainer, self.settings, error)
-        self._source.steps_done = self._steps_done
-        self._source.setup(trainer)
+        self._held_out.setup(trainer, self._steps_done)
 
     def _steps_done(self) -> int:
         if self._loaded is not None:
@@ -245,7 +251,7 @@ class AutoPruneCallback(Callback):
             # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
-        joins_gradients = self._source.has_batches and bool(self.settings.train_gradients)
+        joins_gradients = self._held_out.source.has_batches and bool(self.settings.train_gradients)
         trained, optimizers = select_trained_weights(trainer, weights, joins_gradients)
         if not trained:
             check_waiting(trainer, found, self.settings.granularity)
@@ -260,16 +266,9 @@ class AutoPruneCallback(Callback):
         if not self.enabled:
             return
         self._run = None
-        if self._loaded and self._loaded["source"] == TrainSource.description and may_fall_back(self.settings):
-            self._source.stop(trainer)
-            self._source = TrainSource(self.settings.seed)  # the run that is resumed could hold nothing out
-        try:
-            self._source.start(trainer)
-        except HeldOutError as error:
-            self._source.stop(trainer)
-            self._source = fall_back(trainer, self.settings, error)
+        self._held_out.start(trainer, self._loaded)
         weights, optimizers = self._trained_weights(trainer, pl_module)
-        run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._source)
+        run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._held_out)
         if self._loaded is not None:
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
@@ -285,11 +284,11 @@ class AutoPruneCallback(Callback):
             self._has_logged_settings = True
             log_settings(trainer, run.hyperparameters())
         if batch_idx == 0:
-            self._source.on_epoch_start(trainer)
+            self._held_out.source.on_epoch_start(trainer)
             run.measure(late=True)
-            run.take_in_unfrozen(self._choose_weights(pl_module).weights)
+            run.take_in_unfrozen(lambda: self._choose_weights(pl_module).weights)
             run.validated_weights.remember_places()
-        if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
+        if overrides_hook(pl_module, "on_train_batch_end"):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
         run.pruner.before_forward()
 
@@ -312,6 +311,7 @@ class AutoPruneCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
+            run.follow_weights()
             run.validated_weights.before_validation()
 
     def on_validation_batch_start(
@@ -334,6 +334,7 @@ class AutoPruneCallback(Callback):
         if not (run := self._active_run):
             return
         run.measure()
+        run.follow_weights()
         run.pruner.after_weight_step()
         every = self.settings.figures_every_n_epochs
         if not run.is_over and every and (trainer.current_epoch + 1) % every == 0:
@@ -345,12 +346,14 @@ class AutoPruneCallback(Callback):
         """Warn if training ended before pruning did, and remove all hooks."""
         if run := self._active_run:
             run.measure(late=True)
+            run.follow_weights(ended=True)
             run.warn_if_unfinished()
         self._release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log figures, and the pruned checkpoint if asked for; the checkpoint callbacks have saved theirs by now."""
         if self._run is not None:
+            self._run.follow_weights(ended=True)
             self._run.write_zeros()
             if self.settings.figures_every_n_epochs is not None:
                 self._run.log_figures(ended=True)
@@ -360,29 +363,32 @@ class AutoPruneCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks; pruned weights stay zero."""
         self._release(trainer)
+        self._is_in_use = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks, if that has not happened yet."""
+        self._is_in_use = False
         if stage == "fit":
             self._release(trainer)
-            if not self._run and self._last_run and self._last_run.module is pl_module:  # no step was left to train
-                self._run = self._last_run
+            if not (self._run or self._loaded) and self._last_run and self._last_run.module is pl_module:
+                self._run = self._last_run  # no step was left to train
             self._last_run = None
+            if run := self._told_run:
+                shapes = {row.name: row.shape for row in run.layers()}
+                self._mailbox.send_from(trainer, {"state": self.state_dict(), "shapes": shapes})
 
     def _release(self, trainer: Trainer) -> None:
         if self._run is not None:
             self._run.release()
-        self._source.stop(trainer)
-        self._own_source.stop(trainer)
-        self._is_fitting = False
+        self._held_out.stop(trainer)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Return what a pickle or a copy is made of.
 
-        One that is made during a fit, as for spawned workers that are handed the Trainer, is switched off: it could
-        neither have the run nor the user's functions.
+        One that is made while a Trainer uses the callback, as for spawned workers that are handed the Trainer, is
+        switched off: it could neither have the run nor the user's functions.
         """
-        return (_switched_off, (type(self),)) if self._is_fitting else super().__reduce_ex__(protocol)
+        return (_switched_off, (type(self),)) if self._is_in_use else super().__reduce_ex__(protocol)
 
     # Checkpoints
 
@@ -390,9 +396,8 @@ class AutoPruneCallback(Callback):
         """Return all that resuming needs besides weights, optimizers and loops, as plain types and tensors."""
         if not self.enabled:
             return {}
-        if self._loaded is not None:  # a state was restored, and training has not started
-            return dict(self._loaded)
-        return self._run.state_dict() if self._run else {}
+        run = self._told_run  # that of a restored state, if training has not started since
+        return run.state if isinstance(run, FinishedRun) else run.state_dict() if run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts, or go back to it if training is under way."""
@@ -404,7 +409,7 @@ class AutoPruneCallback(Callback):
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
-            self._source.on_masks_final()  # before the training loader is made
+            self._held_out.source.on_masks_final()  # before the training loader is made
 
 
 def _switched_off(kind: type[AutoPruneCallback]) -> AutoPruneCallback:

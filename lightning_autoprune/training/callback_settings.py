@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.errors import check_flag, check_function, check_patterns
 from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.settings import Settings, in_range, setting
+from lightning_autoprune.training.lightning_package import LightningModule
 
 __all__ = ["CallbackSettings"]
 

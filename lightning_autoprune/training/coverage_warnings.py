@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
@@ -12,6 +11,7 @@ from lightning_autoprune.model.coverage import IsTrained, find_adapted_layers, f
 from lightning_autoprune.model.prunable_layers import WeightChoice, describe_obstacles
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.lightning_internals import optimizer_by_parameter
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 
 __all__ = ["warn_of_dense_weights"]
 

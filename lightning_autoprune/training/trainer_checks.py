@@ -6,9 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,11 +14,23 @@ from lightning_autoprune.method.granularity import GRANULARITIES, GranularityNam
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError
 from lightning_autoprune.training.lightning_internals import callbacks_of, optimizer_by_parameter
+from lightning_autoprune.training.lightning_package import (
+    Callback,
+    EarlyStopping,
+    LightningModule,
+    ModelCheckpoint,
+    ModelPruning,
+    Trainer,
+    both,
+    find_package,
+    is_param_in_hook_signature,
+)
 from lightning_autoprune.training.strategies import support_for
 
 __all__ = [
     "check_monitors",
     "check_optimizers",
+    "check_package",
     "check_trainer",
     "check_training_step",
     "check_waiting",
@@ -29,6 +38,19 @@ __all__ = [
 ]
 
 _Weight = TypeVar("_Weight", bound=Tensor)
+
+
+def check_package(trainer: Trainer) -> None:
+    """Raise unless the Trainer is that of Lightning, in either package.
+
+    Raises:
+        AutoPruneError: naming the package that it is from.
+    """
+    if not isinstance(trainer, both(Trainer)):
+        raise AutoPruneError(
+            f"The Trainer is of {find_package(trainer)}, and AutoPruneCallback works with the Trainer of `lightning` or"
+            " `pytorch_lightning`, version 2.6: install one of these, and make the Trainer and the module with it."
+        )
 
 
 def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool) -> None:
@@ -46,7 +68,7 @@ def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool) -> No
     callbacks = callbacks_of(trainer)
     if sum(isinstance(callback, kind) for callback in callbacks) > 1:
         raise AutoPruneError("The Trainer has two AutoPrune callbacks, which would prune the same weights: keep one.")
-    if any(isinstance(callback, ModelPruning) for callback in callbacks):
+    if any(isinstance(callback, both(ModelPruning)) for callback in callbacks):
         raise AutoPruneError(
             "The Trainer also has Lightning's ModelPruning, which puts its own masks over the same weights: keep one."
         )
@@ -64,7 +86,7 @@ def check_monitors(trainer: Trainer, holds_out: bool) -> None:
         AutoPruneError: naming the callback that monitors it.
     """
     for callback in callbacks_of(trainer):
-        if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor == HELD_OUT_LOSS:
+        if isinstance(callback, (both(ModelCheckpoint), both(EarlyStopping))) and callback.monitor == HELD_OUT_LOSS:
             _check_monitor(callback, holds_out)
 
 
@@ -100,8 +122,9 @@ def _check_monitor(callback: ModelCheckpoint | EarlyStopping, holds_out: bool) -
             f'{name} monitors {HELD_OUT_LOSS!r}, which is not logged with `held_out="train"`: monitor a metric of your'
             " own."
         )
-    if isinstance(callback, ModelCheckpoint) or callback.strict:
-        also = "" if isinstance(callback, ModelCheckpoint) else ", or pass `strict=False`"
+    stops = isinstance(callback, both(EarlyStopping))
+    if not stops or getattr(callback, "strict", True):
+        also = ", or pass `strict=False`" if stops else ""
         raise AutoPruneError(
             f"{name} monitors {HELD_OUT_LOSS!r}, which is logged only while masks are being trained: not in the dense"
             f" phase, and not once masks are final. Monitor a metric of your own{also}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -13,6 +12,7 @@ from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.shared_memory import shares_entries
 from lightning_autoprune.training.lightning_internals import optimizer_by_parameter
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
 from lightning_autoprune.training.strategies import support_for
@@ -58,14 +58,17 @@ class UnfrozenLayers:
         owners = optimizer_by_parameter(self._trainer)
         self._hooks.follow(self._pruner.weights.values(), owners)
         known = {*self._pruner.weights, *self.left_dense, *self._without_channels}
+        pruned = {id(weight) for weight in self._pruner.weights.values()}  # maybe by names that they had before
         for name, weight in candidates.items():
-            if name in known or not weight.requires_grad or id(weight) not in owners:
+            if name in known or id(weight) in pruned or not weight.requires_grad or id(weight) not in owners:
                 continue
             if any(shares_entries(weight, other) for other in self._pruner.weights.values()):
                 continue  # memory that is pruned already, under another name
             try:
                 self._check(name, weight, owners[id(weight)])
-                weights = {n: w for n, w in candidates.items() if n in self._pruner.weights or n == name}
+                weights = {**self._pruner.weights, name: weight}
+                order = {n: i for i, n in enumerate(candidates)}
+                weights = dict(sorted(weights.items(), key=lambda item: order.get(item[0], -1)))
                 self._pruner.extend(weights)
                 self._report.extend(weights)
                 self._hooks.follow(weights.values(), owners)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.sharding import local_shard
-from lightning_autoprune.training.lightning_internals import callbacks_of
+from lightning_autoprune.training.lightning_internals import callbacks_of, overrides_hook
+from lightning_autoprune.training.lightning_package import Trainer, WeightAveraging, both
 
 __all__ = ["ValidatedWeights"]
 
@@ -64,8 +62,8 @@ class ValidatedWeights:
         likely = [
             type(callback).__name__
             for callback in callbacks_of(self._trainer)
-            if any(is_overridden(hook, callback) for hook in hooks)
-            and (isinstance(callback, WeightAveraging) or not _is_known(callback))
+            if any(overrides_hook(callback, hook) for hook in hooks)
+            and (isinstance(callback, both(WeightAveraging)) or not _is_known(callback))
         ]
         return " or ".join(likely) or "another hook"
 

@@ -6,8 +6,6 @@ from collections.abc import Container, Iterator, Mapping
 from typing import TypeVar
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -16,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.sharding import local_shard
 from lightning_autoprune.training.lightning_internals import average_model, callbacks_of
+from lightning_autoprune.training.lightning_package import StochasticWeightAveraging, Trainer, both
 
 __all__ = ["prune_again", "prune_averages", "without_averages", "zero_pruned_weights"]
 
@@ -75,7 +74,7 @@ def _averages(trainer: Trainer, pruned: Container[int]) -> Iterator[tuple[nn.Mod
     """
     module, callbacks = trainer.lightning_module, callbacks_of(trainer)
     for callback in callbacks:
-        if isinstance(callback, StochasticWeightAveraging) and (average := average_model(callback)) is not None:
+        if isinstance(callback, both(StochasticWeightAveraging)) and (average := average_model(callback)) is not None:
             yield average, module
     holders = (*callbacks, *module.modules())
     found = {id(x): x for holder in holders for x in tree_leaves(vars(holder)) if isinstance(x, AveragedModel)}

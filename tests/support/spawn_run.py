@@ -1,57 +1,52 @@
-"""Fits with workers that are started anew: ``python spawn_run.py METHOD``; ``test_spawned_workers`` reads the output.
+"""Fit on ranks that Lightning starts by itself, and save what the callback of the main process tells.
 
-Such workers get pickles of the dataset and the ``collate_fn``, and with them whatever these refer to.
+Argument: the folder to write to.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from helpers import Net, loader, trainer
+from lightning.pytorch import Callback
 
-from lightning_autoprune import AutoPruneCallback
-
-
-class Data(LightningDataModule):
-    """Collates by a method of its own, so that each worker gets the Trainer, and with it the callback."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
-
-    def collate(self, samples: list[Tensor]) -> Tensor:
-        assert self.trainer is not None
-        return torch.stack(samples)
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        samples: Any = list(torch.randn(24, 8, generator=torch.Generator().manual_seed(0)))
-        options = {"num_workers": 1, "multiprocessing_context": self.method}
-        return DataLoader(samples, batch_size=8, collate_fn=self.collate, **options)
+from lightning_autoprune import AutoPruneCallback, layer_sparsity, sparsity
 
 
-class Line(LightningModule):
-    """A linear layer that learns to give zeros."""
+class StopAfter(Callback):
+    """A callback that ends training after an epoch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
 
-    def training_step(self, batch: Tensor) -> Tensor:
-        return self.layer(batch).square().mean()
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop |= trainer.current_epoch == self.epoch
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.1)
+
+def tell(strategy: str, devices: int = 1, ckpt_path: Any = None, callbacks: Any = (), **options: Any) -> dict[str, Any]:
+    """Fit, save ``last.ckpt``, and return what the callback tells and what the model has."""
+    callback, model = AutoPruneCallback(**{"target_sparsity": 0.7, "held_out": "train", **options}), Net()
+    t = trainer(epochs=6, callbacks=[callback, *callbacks], strategy=strategy, devices=devices)
+    t.fit(model, loader(), ckpt_path=ckpt_path)
+    t.save_checkpoint("last.ckpt")
+    return {
+        "sparsity": callback.sparsity,
+        "layer_sparsity": callback.layer_sparsity(),
+        "layers": callback.layers(),
+        "curves": callback.curves,
+        "of_model": sparsity(model),
+        "layers_of_model": layer_sparsity(model),
+    }
 
 
 if __name__ == "__main__":
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    callback = AutoPruneCallback(0.5, held_out=0.25, warmup=0.0, finetune=0.2)
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=2, accelerator="cpu", enable_model_summary=False, callbacks=[callback], **options)
-    trainer.fit(Line(), datamodule=Data(sys.argv[1]))
-    print("sparsity", callback.sparsity)
+    torch.manual_seed(0)
+    told = {"spawned": tell("ddp_spawn"), "forked": tell("ddp_notebook", devices=2)}
+    told["dense"] = tell("ddp_fork", callbacks=[StopAfter(0)], warmup=0.5)
+    told["stopped"] = tell("ddp_fork", callbacks=[StopAfter(2)])
+    told["resumed"] = tell("ddp_fork", ckpt_path="last.ckpt")
+    told["done"] = tell("ddp_fork", ckpt_path="last.ckpt")  # no step is left
+    torch.save(told, Path(sys.argv[1]) / "told.pt")

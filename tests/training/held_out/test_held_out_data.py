@@ -113,13 +113,13 @@ def test_no_other_setting_falls_back(options):
 
 def test_a_run_that_fell_back_resumes_as_one_that_trains_m_on_the_training_batches(tmp_path):
     def fitted(held_out=None, **options):
-        save = saving(str(tmp_path / f"saved {held_out}"), every_n_train_steps=3)
+        save = saving(str(tmp_path / f"saved {held_out}"), every_n_train_steps=8)
         *found, _ = run(Net, lambda: loader(batch=2, rows=16), held_out, [save], enable_checkpointing=True, **options)
         return found
 
     with pytest.warns(UserWarning, match="nothing can be held out"):
         whole = fitted()
-    half = tmp_path / "saved None" / "step=12.ckpt"
+    half = tmp_path / "saved None" / "step=16.ckpt"
     assert torch.load(half, weights_only=True)["callbacks"]["AutoPruneCallback"]["source"] == '"train"'
     with warnings.catch_warnings():
         warnings.simplefilter("error")
