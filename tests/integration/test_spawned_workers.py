@@ -32,6 +32,11 @@ HOOKS = (
 )
 
 
+class TestedNet(Net):
+    def test_step(self, batch):
+        return super().validation_step(batch)
+
+
 class Pickler(Callback):
     """Pickles and copies the Trainer in every hook."""
 
@@ -107,13 +112,12 @@ def test_workers_that_are_started_anew_load_training_and_held_out_batches(method
 
 
 def test_a_callback_with_a_local_function_can_be_pickled_while_the_trainer_tests():
-    class Tests(Net):
-        def test_step(self, batch):
-            assert pickle.loads(pickle.dumps(self.trainer)).callbacks
-            return super().validation_step(batch)
+    class Tests(Callback):
+        def on_test_start(self, trainer, pl_module):
+            assert not pickle.loads(pickle.dumps(trainer.callbacks[0])).enabled
 
     callback = AutoPruneCallback(target_sparsity=0.8, loss_fn=lambda module, batch: module.training_step(batch))
-    model, t = fit(callback, model=Tests())
+    model, t = fit([callback, Tests()], model=TestedNet())
     t.test(model, loader(), verbose=False)
     with pytest.raises((AttributeError, pickle.PicklingError)):
         pickle.dumps(callback)

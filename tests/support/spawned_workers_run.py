@@ -1,4 +1,4 @@
-"""Fits with workers that are started anew: ``python spawned_workers_run.py METHOD``; ``test_spawned_workers`` reads the output.
+"""Fits with workers that are started anew, for ``test_spawned_workers``: ``python spawned_workers_run.py METHOD``.
 
 Such workers get pickles of the dataset and the ``collate_fn``, and with them whatever these refer to.
 """
@@ -54,4 +54,4 @@ if __name__ == "__main__":
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, callbacks=[callback], **options)
     trainer.fit(Line(), datamodule=Data(sys.argv[1]))
-    print("sparsity", callback.sparsity)
+    print("sparsity", round(callback.sparsity, 2))
