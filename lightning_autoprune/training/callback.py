@@ -162,7 +162,8 @@ class AutoPruneCallback(BaseCallback):
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
         self._held_out = HeldOutData(self.settings)
-        self._is_fitting = self._has_logged_settings = False
+        self._is_in_use = False  # by a Trainer that fits, validates, tests or predicts
+        self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
@@ -209,11 +210,12 @@ class AutoPruneCallback(BaseCallback):
         """Refuse what can't work, before any data is loaded."""
         if not self.enabled:
             return
+        self._is_in_use = True
         stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._is_fitting, self._has_logged_settings = True, False
+        self._has_logged_settings = False
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self.settings.held_out != "train")
         support.check_run(trainer, self.settings)
@@ -361,9 +363,11 @@ class AutoPruneCallback(BaseCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove all hooks; pruned weights stay zero."""
         self._release(trainer)
+        self._is_in_use = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove all hooks, if that has not happened yet."""
+        self._is_in_use = False
         if stage == "fit":
             self._release(trainer)
             if not (self._run or self._loaded) and self._last_run and self._last_run.module is pl_module:
@@ -377,15 +381,14 @@ class AutoPruneCallback(BaseCallback):
         if self._run is not None:
             self._run.release()
         self._held_out.stop(trainer)
-        self._is_fitting = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Return what a pickle or a copy is made of.
 
-        One that is made during a fit, as for spawned workers that are handed the Trainer, is switched off: it could
-        neither have the run nor the user's functions.
+        One that is made while a Trainer uses the callback, as for spawned workers that are handed the Trainer, is
+        switched off: it could neither have the run nor the user's functions.
         """
-        return (_switched_off, (type(self),)) if self._is_fitting else super().__reduce_ex__(protocol)
+        return (_switched_off, (type(self),)) if self._is_in_use else super().__reduce_ex__(protocol)
 
     # Checkpoints
 

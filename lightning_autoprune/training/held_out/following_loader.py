@@ -56,12 +56,23 @@ class FollowingLoader:
         with isolated_random(self._seed, *seeds, generators=find_generators([self._loader])):
             for _ in range(2):  # workers that ran out of lists start a new pass
                 if self._iterator is None:
-                    self._iterator = iter(self._make_loader())
+                    self._iterator = self._open()
                 batch = next(self._iterator, _END)
                 if batch is not _END:
                     return batch
                 self._iterator = None
         raise LookupError("no indices were added")
+
+    def _open(self) -> Iterator[Any]:
+        own, users = self._make_loader(), vars(self._loader)
+        persistent = users.get("_iterator")
+        if persistent is None:
+            return iter(own)
+        users["_iterator"] = None  # workers may be handed the user's loader, and its live iterator can't be pickled
+        try:
+            return iter(own)
+        finally:
+            users["_iterator"] = persistent
 
     def _make_loader(self) -> DataLoader[Any]:
         if self._own is None:

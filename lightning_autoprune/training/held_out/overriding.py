@@ -64,7 +64,7 @@ def _same(original: T) -> T:
 class MethodHook:
     """Takes the place of a method of one object, until it is removed.
 
-    A pickle of the object has the method of its class again.
+    A pickle of the object has the original method.
 
     Args:
         owner: the object.
@@ -75,6 +75,7 @@ class MethodHook:
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self._owner, self._name, self._function = owner, name, function
         self._original = getattr(owner, name)
+        self._replaced = vars(owner).get(name)  # what the user has set in place of the method
         setattr(owner, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,9 +83,13 @@ class MethodHook:
         return self._function(self._original, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._owner, self._name)
+        return (_same, (self._replaced,)) if self._replaced is not None else (getattr, (self._owner, self._name))
 
     def remove(self) -> None:
         """Put the original method back."""
-        if vars(self._owner).get(self._name) is self:
+        if vars(self._owner).get(self._name) is not self:
+            return
+        if self._replaced is None:
             delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._replaced)

@@ -99,7 +99,8 @@ class RedrawnSource(HeldOutSource):
 
     @override
     def on_epoch_start(self, trainer: Trainer) -> None:
-        show_loaders(trainer, {id(sampled.view): sampled.loader for sampled in self._sampled})
+        if self._sampled:  # once nothing is split, those that were shown last stay
+            show_loaders(trainer, {id(sampled.view): sampled.loader for sampled in self._sampled})
 
     @override
     def follow(self, run: RunUnderWay) -> None:

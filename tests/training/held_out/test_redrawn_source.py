@@ -1,13 +1,13 @@
-"""Holding out a share of each training batch: which batches are split, and which are refused."""
+"""Holding out a share of each training batch: of a loader's samples, or of the rows of ready batches."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, Resumable, fit, loader, same, saving
+from helpers import Net, Resumable, data, fit, loader, same, saving
 from lightning.pytorch import Callback
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_autoprune import AutoPruneCallback, AutoPruneError
 
@@ -22,6 +22,9 @@ class Detector(Net):
         self.sizes: list[int] = []
 
     def training_step(self, batch):
+        if isinstance(batch[0], torch.Tensor):
+            self.sizes.append(len(batch[0]))
+            return super().training_step(batch)
         images, targets = batch
         assert all(image.shape == (3, 4) for image in images)
         labels = torch.stack([target["boxes"][0, 0] for target in targets])
@@ -30,57 +33,88 @@ class Detector(Net):
         return nn.functional.cross_entropy(self(torch.stack([*images]).flatten(1)), labels.long())
 
 
-class Batches(Resumable):
-    """Batches of eight images, as ``tuple(zip(*samples))`` makes them; unclear ones have three boxes in every image."""
+class Images(Dataset):
+    """Images with one to three boxes each."""
 
-    def __init__(self, unclear: range) -> None:
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        x, label = data()[i]
+        return x.view(3, 4), {"boxes": label.float().expand(1 + i % 3, 4)}
+
+
+def collate(samples):
+    return tuple(zip(*samples, strict=True))
+
+
+class ReadyBatches(Resumable):
+    """Batches of eight images that nobody collates, after some plain ones."""
+
+    def __init__(self, plain: int = 0) -> None:
         super().__init__()
-        self.batches = [
-            (tuple(x.view(-1, 3, 4)), tuple({"boxes": label.float().expand(3, 4)} for label in labels))
-            for x, labels in loader(rows=64, batch=8)
-        ]
-        for i, (_, targets) in enumerate(self.batches):
-            if i not in unclear:  # one image has one box, so that one of the two parts is unclear by itself
-                targets[0]["boxes"] = targets[0]["boxes"][:1]
+        self.batches = list(loader(rows=8 * plain, batch=8)) if plain else []
+        self.batches += DataLoader(Images(), 8, collate_fn=collate)
 
 
 def pruning(**options) -> AutoPruneCallback:
     return AutoPruneCallback(target_sparsity=0.8, warmup=0.0, finetune=0.0, **options)
 
 
-def test_unclear_batches_are_split_like_the_batches_before_them():
+def test_lists_of_images_are_held_out_by_image():
     model = Detector()
-    fit(pruning(), model=model, train=Batches(range(1, 8)), epochs=2)
+    fit(pruning(held_out=0.25), model=model, train=DataLoader(Images(), 8, collate_fn=collate), epochs=2)
     assert model.sizes == [6, 2] * 16
 
 
-def test_an_unclear_first_batch_is_refused():
-    with pytest.raises(AutoPruneError, match="2 lists of 8 items with tensors of 3 rows, and it is unclear whether"):
-        fit(pruning(), model=Detector(), train=Batches(range(1)))
+def test_ready_batches_that_are_not_plain_fall_back():
+    with pytest.raises(AutoPruneError, match=r"a batch has .*, and each may be a sample"):
+        fit(pruning(held_out=0.25), model=Detector(), train=ReadyBatches())
+    model, expected = Detector(), Detector()
+    expected.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="nothing can be held out, so M is trained on the training batches"):
+        fit(pruning(), model=model, train=ReadyBatches())
+    fit(pruning(held_out="train"), model=expected, train=ReadyBatches())
+    assert model.sizes == expected.sizes == [8] * 32
+    assert same(dict(model.state_dict()), dict(expected.state_dict()))
 
 
-def test_an_unclear_later_batch_is_trained_on_whole_if_no_batch_was_clear():
-    class Mixed(Detector):
-        def training_step(self, batch):
-            if isinstance(batch[0], tuple):
-                return super().training_step(batch)
-            self.sizes.append(len(batch[0]))
-            return Net.training_step(self, batch)
-
-    train = Batches(range(8))
-    train.batches = [*loader(rows=16, batch=8), *train.batches[:2]]
-    model = Mixed()
-    fit(pruning(), model=model, train=train, epochs=1)
-    assert model.sizes == [6, 2, 6, 2, 8, 8]
+def test_a_later_batch_that_is_not_plain_is_trained_on_whole():
+    model = Detector()
+    fit(pruning(held_out=0.25), model=model, train=ReadyBatches(plain=2), epochs=1)
+    assert model.sizes == [6, 2, 6, 2, *[8] * 8]
 
 
-def test_a_checkpoint_stores_the_layouts_of_earlier_batches(tmp_path):
+# Streams
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(data())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_of_plain_tensors_is_split_like_a_list_of_its_batches(workers):
+    def run(train):
+        callback = pruning(held_out=0.25)
+        torch.manual_seed(0)
+        model, _ = fit(callback, model=Detector(), train=train, epochs=-1, max_steps=24)
+        return model.sizes, dict(model.state_dict()), callback.state_dict()
+
+    sizes, *state = run(DataLoader(Stream(), 16, num_workers=workers))
+    assert sizes == [12, 4] * 24
+    plain_sizes, *plain = run(DataLoader(list(loader()), batch_size=None))
+    assert (plain_sizes, same(plain, state)) == (sizes, True)
+
+
+def test_a_loader_of_ready_batches_resumes_in_the_middle_of_an_epoch(tmp_path):
     def run(**options):
         callback = pruning()
+        torch.manual_seed(0)
         model, _ = fit(
             [callback, saving(str(tmp_path / "saved"), every_n_train_steps=3)],
             model=Detector(),
-            train=Batches(range(1, 8)),
+            train=Resumable(),
             epochs=1,
             enable_checkpointing=True,
             **options,
@@ -89,7 +123,7 @@ def test_a_checkpoint_stores_the_layouts_of_earlier_batches(tmp_path):
 
     sizes, *whole = run()
     resumed_sizes, *resumed = run(ckpt_path=tmp_path / "saved" / "step=3.ckpt")
-    assert (sizes, resumed_sizes) == ([6, 2] * 8, [6, 2] * 5)
+    assert (sizes, resumed_sizes) == ([12, 4] * 8, [12, 4] * 5)
     assert same(resumed, whole)
 
 
@@ -97,13 +131,14 @@ def test_a_checkpoint_stores_the_layouts_of_earlier_batches(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-def test_a_part_with_a_single_sample_is_refused_if_batchnorm_takes_statistics(batch):
-    message = (
-        rf"`held_out=0.25` of a training batch of {batch} samples leaves one side a single sample, of which the"
-        " BatchNorm1d 'norm' can't take statistics: use a batch of at least four samples, `held_out=\"train\"`, or"
-    )
+def test_a_part_with_a_single_sample_falls_back_if_batchnorm_takes_statistics(batch):
+    message = r"raises on (the rest of a|the held-out part of a) batch: ValueError: Expected more than 1 value per chan"
     with pytest.raises(AutoPruneError, match=message):
-        fit(AutoPruneCallback(), train=loader(rows=24, batch=batch))
+        fit(AutoPruneCallback(held_out=0.25), train=loader(rows=24, batch=batch))
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    with pytest.warns(UserWarning, match=message):
+        fit(callback, train=loader(rows=24, batch=batch))
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
 
 
 def test_a_part_with_a_single_sample_is_accepted_if_batchnorm_takes_no_statistics():

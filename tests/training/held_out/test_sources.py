@@ -16,8 +16,8 @@ from lightning_autoprune.training.held_out.sources import HELD_OUT_SOURCES, make
 
 
 def test_the_words_with_a_source_are_those_of_the_callbacks_type():
-    fraction, words, data_loader = get_args(get_type_hints(AutoPruneCallback.__init__)["held_out"])
-    assert (fraction, data_loader) == (float, DataLoader)
+    fraction, words, data_loader, default = get_args(get_type_hints(AutoPruneCallback.__init__)["held_out"])
+    assert (fraction, data_loader, default) == (float, DataLoader, type(None))
     assert get_args(words) == tuple(HELD_OUT_SOURCES)
 
 
@@ -27,10 +27,12 @@ def test_the_words_with_a_source_are_those_of_the_callbacks_type():
         ("val", True, ValidationSource, '"val", seed 3'),
         ("train", True, TrainSource, '"train"'),
         (0.25, True, RedrawnSource, "0.25 of each batch, seed 3"),
+        (None, True, RedrawnSource, "0.25 of each batch, seed 3"),
+        (None, False, FixedSource, "0.25 of the training set for the whole run, seed 3"),
         (0.25, False, FixedSource, "0.25 of the training set for the whole run, seed 3"),
         (loader(), True, LoaderSource, "a DataLoader, seed 3"),
     ],
-    ids=["val", "train", "redrawn", "fixed", "loader"],
+    ids=["val", "train", "redrawn", "default", "fixed default", "fixed", "loader"],
 )
 def test_each_value_makes_its_source_with_the_description_that_checkpoints_have(held_out, redraw, kind, description):
     source = make_source(held_out, redraw, seed=3)
@@ -55,7 +57,6 @@ def test_every_source_with_a_word_has_a_description():
             '`held_out` is 1.0; it must be a number in (0, 1). `held_out` may also be "val", "train" or a DataLoader.',
         ),
         ([0.5], '`held_out` is [0.5]; it must be a number in (0, 1). `held_out` may also be "val", "train" or a'),
-        (None, "`held_out` is None; it must be a number in (0, 1)."),
     ],
 )
 def test_any_other_value_is_refused(held_out, message):
