@@ -30,6 +30,7 @@ from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import (
+    check_package,
     check_trainer,
     check_waiting,
     select_trained_weights,
@@ -210,12 +211,13 @@ class AutoPruneCallback(BaseCallback):
         """Refuse what can't work, before any data is loaded."""
         if not self.enabled:
             return
+        check_package(trainer)
         self._is_in_use = True
         stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._has_logged_settings = False
+        self._has_logged_settings, self._mailbox.content = False, None
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self.settings.held_out != "train")
         support.check_run(trainer, self.settings)
