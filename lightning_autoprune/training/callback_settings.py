@@ -71,6 +71,7 @@ class CallbackSettings(Settings):
         True,
         """whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside that of all
         layers together. Figures and ``callback.curves`` always have the layers.""",
+        check_flag,
     )
     figures_every_n_epochs: int | None = setting(
         0,

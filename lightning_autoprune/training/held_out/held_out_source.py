@@ -140,10 +140,11 @@ class HeldOutSource:
         """Take back all changes to the trainer. Called when training ends or fails, maybe more than once."""
 
     live: Sequence[str] = ()
-    """Attributes that exist only during a fit, such as iterators; a pickle has None in their place."""
+    """Attributes that have content only during a fit, such as iterators; a pickle has None or an empty list instead."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: None if name in self.live else value for name, value in vars(self).items()}
+        state = dict(vars(self))
+        return state | {name: [] if isinstance(state[name], list) else None for name in self.live}
 
 
 class TrainSource(HeldOutSource):

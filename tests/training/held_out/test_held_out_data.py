@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 
 import pytest
@@ -225,3 +227,11 @@ def test_a_held_out_part_of_one_sample_in_mid_run_is_skipped():
     ):
         fit(callback, model=LateNorm(), train=loader(batch=3, rows=48))
     assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_a_copied_callback_holds_samples_out_like_the_original(duplicate):
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    model, _ = fit(duplicate(callback))
+    original, _ = fit(callback)
+    assert same(dict(model.state_dict()), dict(original.state_dict()))
