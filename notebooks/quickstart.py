@@ -68,8 +68,8 @@ print(f"sparsity {prune.sparsity:.2%}, error {result['test_error']:.2f}% ({wrong
 # %% [markdown]
 # ## Look at the curves
 #
-# The sparsity of each layer is logged as `autoprune/sparsity/<layer>`. No layer has a target of its own: the method
-# finds out that the last layer needs a larger share of its weights.
+# The sparsity of each layer is logged as `autoprune/layer_sparsity/<layer>`. No layer has a target of its own: the
+# method finds out that the last layer needs a larger share of its weights.
 
 # %%
 curves = read_curves(f"{logger.log_dir}/metrics.csv")

@@ -149,8 +149,17 @@ class Pruner:
     @property
     def due(self) -> bool:
         """True if an auxiliary step belongs to the training step under way."""
-        pruning = self.auxiliary is not None and not self.auxiliary.masks_final
-        return pruning and (self.step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
+        return self.auxiliary is not None and self.is_due(self.step)
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an auxiliary step belongs to a training step, which may lie ahead.
+
+        Args:
+            step: number of the steps before it.
+        """
+        has_begun = self.auxiliary is not None or step >= self.phases.start
+        is_pruning = has_begun and step < self.phases.end and not self.masks_final
+        return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
     def before_weight_step(self, stepped: Container[int] | None = None) -> None:
         """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.

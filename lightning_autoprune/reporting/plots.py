@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 from lightning_autoprune.errors import AutoPruneError, check_range
+from lightning_autoprune.reporting.metric_names import LAYER_SPARSITY, SPARSITY
 from lightning_autoprune.reporting.run_history import Histogram, MetricPoint, compute_histogram, find_pareto_front
 
 __all__ = [
@@ -50,7 +51,8 @@ def read_curves(metrics: str | os.PathLike[str]) -> dict[str, list[tuple[int, fl
         metrics: path of the file.
 
     Returns:
-        Pairs (step, sparsity) by layer name, and under ``"all"`` for all layers together.
+        Pairs (step, sparsity) by layer name, and under ``"all"`` for all layers together. With ``log_layers=False``
+        there is only ``"all"``.
 
     Raises:
         AutoPruneError: if the file has no curves.
@@ -60,11 +62,11 @@ def read_curves(metrics: str | os.PathLike[str]) -> dict[str, list[tuple[int, fl
     with open(metrics, newline="") as file:
         for row in csv.DictReader(file):
             for key, value in row.items():
-                if value and (key == "autoprune/sparsity" or key.startswith("autoprune/sparsity/")):
-                    name = key.removeprefix("autoprune/sparsity").removeprefix("/") or "all"
+                name = "all" if key == SPARSITY else key.removeprefix(f"{LAYER_SPARSITY}/")
+                if value and name != key:
                     curves.setdefault(name, []).append((int(row["step"]), float(value)))
     if not curves:
-        raise AutoPruneError(f"{metrics} has no column `autoprune/sparsity`: no AutoPruneCallback has logged to it.")
+        raise AutoPruneError(f"{metrics} has no column `{SPARSITY}`: no AutoPruneCallback has logged to it.")
     return curves
 
 

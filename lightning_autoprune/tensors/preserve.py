@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["preserve_buffers", "preserve_values"]
+__all__ = ["preserve_attributes", "preserve_buffers", "preserve_values"]
 
 
 @contextmanager
@@ -51,3 +53,44 @@ def preserve_buffers(module: nn.Module) -> Iterator[None]:
         finally:
             if not isinstance(module, torch.jit.ScriptModule):  # compiled code can't have replaced a buffer
                 module._buffers.update(saved)
+
+
+@contextmanager
+def preserve_attributes(objects: Iterable[object]) -> Iterator[None]:
+    """Restore the attributes of Python objects after the block, and the items of lists, dicts and sets among them.
+
+    Tensors and other objects among them keep the values that they have by then.
+
+    Example:
+        >>> module = nn.Identity()
+        >>> module.count, module.losses = 1, [0.5]
+        >>> with preserve_attributes([module]):
+        ...     module.count += 1
+        ...     module.losses.append(0.25)
+        >>> module.count, module.losses
+        (1, [0.5])
+    """
+    saved = [(vars(thing), {name: (value, _items(value)) for name, value in vars(thing).items()}) for thing in objects]
+    try:
+        yield
+    finally:
+        for attributes, values in saved:
+            for name in attributes.keys() - values.keys():
+                del attributes[name]
+            for name, (value, items) in values.items():
+                attributes[name] = value
+                if items is not None:
+                    _restore(value, items)
+
+
+def _items(value: Any) -> Any:
+    """Return a copy of a container, which holds the same items; None for anything else."""
+    return value.copy() if type(value) in (list, dict, OrderedDict, set, deque) else None
+
+
+def _restore(container: Any, items: Any) -> None:
+    container.clear()
+    if isinstance(container, (list, deque)):
+        container.extend(items)
+    else:
+        container.update(items)

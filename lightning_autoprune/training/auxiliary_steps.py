@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +20,7 @@ from lightning_autoprune.tensors.sharding import is_sharded, local_shard
 from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
-from lightning_autoprune.training.held_out_pass import HeldOutGradients, held_out_gradients
+from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
 from lightning_autoprune.training.metrics import MetricsReporter
 
@@ -56,14 +58,20 @@ class AuxiliarySteps:
         self._settings, self._follows_training = settings, follows_training
         self.last = -1
         self._train_gradients: dict[str, Tensor] = {}  # of the weight step under way, by layer
+        self._stepped_at, self._stepped = -1, set[int]()  # the optimizers that stepped M in that training step
         self._bad_losses = 0  # in a row
         self._overflows = 0  # in a row
+        self._has_warned = False  # of a held-out batch of one sample
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
         self._is_sharded = any(is_sharded(weight) for weight in pruner.weights.values())  # then all weights are
         untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
         self._untrained = WriteDetector(untrained, check_values=True)
         self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
+
+    def hold_nothing_out(self, source: HeldOutSource) -> None:
+        """Let M follow the gradients of the weight steps alone from now on, given the source that stands for this."""
+        self._source, self._follows_training = source, True
 
     # Around the weight step
 
@@ -79,10 +87,11 @@ class AuxiliarySteps:
             self._layers_without_gradient = [n for n in self._layers_without_gradient if weights[n].grad is None]
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
-        is_first = self.last < self._pruner.step  # in this training step
-        if not (self._follows_training and self._pruner.due and trains_weights and is_first):
+        if not (self._follows_training and self._pruner.due and trains_weights):
             return
-        weights = self._trained_weights()
+        weights = self._weights_to_step(optimizer)
+        if not weights:
+            return
         gradients = [
             torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
         ]
@@ -93,18 +102,36 @@ class AuxiliarySteps:
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
 
+    def _weights_to_step(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""
+        if self._source.has_batches:
+            return self._trained_weights() if self.last < self._pruner.step else {}
+        if self._stepped_at != self._pruner.step:
+            self._stepped, self._stepped_at = set(), self._pruner.step
+        if id(optimizer) in self._stepped:
+            return {}
+        self._stepped.add(id(optimizer))
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {name: weight for name, weight in self._trained_weights().items() if id(weight) in trained}
+
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due."""
         weights = self._trained_weights()
         if not (self._source.has_batches and self._pruner.due and weights):
             return
-        batch = self._source.next_batch(self._trainer)
+        with self._naming_errors("loading the held-out batch"):
+            batch = self._source.next_batch(self._trainer)
         train_gradients, self._train_gradients = self._train_gradients, {}
         if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
             if train_gradients:
                 self._step(train_gradients)
             return
         result = self._pass_batch(batch, weights)
+        if result == SINGLE_SAMPLE:
+            self._warn_of_single_sample()
+            if train_gradients:
+                self._step(train_gradients)
+            return
         if isinstance(result, str):
             self._count_bad_loss(f"the held-out loss is {result}")
             return
@@ -119,18 +146,34 @@ class AuxiliarySteps:
         check_values = self._passes & (self._passes - 1) == 0  # slow, so only at the 1st, 2nd, 4th, 8th, … pass
         # parameters that the user's own steps write to, such as a teacher's
         written = [p for p in self._untrained.modified(check_values=check_values) if not p.requires_grad]
-        return held_out_gradients(
-            self._trainer,
-            batch,
-            list(weights.values()),
-            self._settings.loss_fn,
-            self._settings.seed,
-            self._pruner.step,
-            agree=self._all_ranks_agree,
-            factor=self._source.rank_weight if self._is_sharded else 1.0,
-            preserved=written,
-            check_values=check_values,
-        )
+        with self._naming_errors("the held-out pass"):
+            return held_out_gradients(
+                self._trainer,
+                batch,
+                list(weights.values()),
+                self._settings.loss_fn,
+                self._settings.seed,
+                self._pruner.step,
+                agree=self._all_ranks_agree,
+                factor=self._source.rank_weight if self._is_sharded else 1.0,
+                preserved=written,
+                check_values=check_values,
+            )
+
+    @contextmanager
+    def _naming_errors(self, what: str) -> Iterator[None]:
+        """Say of an error in the block that it is not one of the training itself."""
+        try:
+            yield
+        except AutoPruneError:
+            raise
+        except Exception as error:
+            if is_oom_error(error):  # Lightning's tuner waits for this error
+                raise
+            raise AutoPruneError(
+                f"At training step {self._pruner.step}, {what} (`held_out`) raised {type(error).__name__}: {error}. To"
+                ' hold nothing out, pass `held_out="train"`.'
+            ) from error
 
     def _average_over_ranks(self, result: HeldOutGradients) -> HeldOutGradients:
         """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
@@ -167,6 +210,14 @@ class AuxiliarySteps:
         if self._bad_losses >= _MAX_BAD_LOSSES:
             raise AutoPruneError(f"{text}, for the {self._bad_losses}th time in a row: look at the data and the loss.")
         rank_zero_warn(f"{text}: no auxiliary step is taken, and training goes on.")
+
+    def _warn_of_single_sample(self) -> None:
+        if not self._has_warned:
+            rank_zero_warn(
+                f"The held-out batch of training step {self._pruner.step} has a single sample, of which BatchNorm can't"
+                " take statistics: such batches are skipped. `drop_last=True` of their loader leaves them out."
+            )
+        self._has_warned = True
 
     # What the steps need
 

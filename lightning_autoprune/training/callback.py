@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,12 +22,19 @@ from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
 from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
-from lightning_autoprune.training.trainer_checks import check_trainer, select_trained_weights
+from lightning_autoprune.training.trainer_checks import (
+    check_trainer,
+    check_training_step,
+    select_trained_weights,
+)
 
 __all__ = ["AutoPruneCallback"]
 
@@ -69,7 +76,8 @@ class AutoPruneCallback(Callback):
         held_out: the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0,
             1): that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks
             are then fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the
-            weight steps. A ``DataLoader``: its batches.
+            weight steps. A ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where
+            they can't; a line says which, and why.
         redraw_held_out: True: a fraction is drawn anew from each batch, so that no data is lost and no more samples
             pass through the network than without pruning. False: it is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps too, as one mean over the samples of both
@@ -84,8 +92,10 @@ class AutoPruneCallback(Callback):
         exclude: layer-name patterns to leave dense.
         layer_floor: fraction of its weights (or neurons) that each layer always keeps, in [0, 1); at least one.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
-            so that it leaves the run untouched. Required with manual optimization unless nothing is held out.
+            so that it leaves the run untouched. Required for holding data out with manual optimization.
         log_every_n_steps: interval of the logs in training steps, >= 1. None: the Trainer's.
+        log_layers: whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside
+            that of all layers together. Figures and ``callback.curves`` always have the layers.
         figures_every_n_epochs: when loggers get figures beside the curves, as
             :func:`~lightning_autoprune.training.loggers.figures.log_figures` says. 0: when fitting ends; n: also at the
             end of every n-th epoch; None: never.
@@ -130,7 +140,7 @@ class AutoPruneCallback(Callback):
         update_rule: UpdateRuleName | UpdateRule = "adaptive",
         initial_m: InitialM = "magnitude",
         initial_scale: float = 0.1,
-        held_out: float | Literal["val", "train"] | DataLoader = 0.25,  # type: ignore[type-arg]
+        held_out: float | Literal["val", "train"] | DataLoader | None = None,  # type: ignore[type-arg]
         redraw_held_out: bool = True,
         train_gradients: bool | None = None,
         mask_every_n_steps: int = 1,
@@ -141,6 +151,7 @@ class AutoPruneCallback(Callback):
         layer_floor: float = 0.001,
         loss_fn: Callable[[LightningModule, Any], Tensor] | None = None,
         log_every_n_steps: int | None = None,
+        log_layers: bool = True,
         figures_every_n_epochs: int | None = 0,
         log_artifact: bool = False,
         seed: int = 0,
@@ -148,7 +159,9 @@ class AutoPruneCallback(Callback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._source: HeldOutSource = make_source(held_out, redraw_held_out, seed)
+        self._own_source = make_source(held_out, redraw_held_out, seed)
+        self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
+        self._is_fitting = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
@@ -180,12 +193,21 @@ class AutoPruneCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't work, before any data is loaded."""
-        if stage != "fit" or not self.enabled:
+        if not self.enabled:
+            return
+        stage_settings(trainer, self.settings.hyperparameters())  # a validation before the fit may write them
+        if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
+        self._source, self._is_fitting = self._own_source, True
         support = support_for(trainer)
-        check_trainer(trainer, AutoPruneCallback, self._source.has_batches, self.settings.loss_fn is not None)
+        check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
         support.check_run(trainer, self.settings)
+        if self._source.has_batches:
+            try:
+                check_training_step(pl_module, self.settings.loss_fn is not None)
+            except HeldOutError as error:
+                self._source = fall_back(trainer, self.settings, error)
         self._source.steps_done = self._steps_done
         self._source.setup(trainer)
 
@@ -238,13 +260,21 @@ class AutoPruneCallback(Callback):
         if not self.enabled:
             return
         self._run = None
-        self._source.start(trainer, lambda: self._run.upcoming_step() if self._run else None)
+        if self._loaded and self._loaded["source"] == TrainSource.description and may_fall_back(self.settings):
+            self._source.stop(trainer)
+            self._source = TrainSource(self.settings.seed)  # the run that is resumed could hold nothing out
+        try:
+            self._source.start(trainer)
+        except HeldOutError as error:
+            self._source.stop(trainer)
+            self._source = fall_back(trainer, self.settings, error)
         weights, optimizers = self._trained_weights(trainer, pl_module)
         run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._source)
         if self._loaded is not None:
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
         run.start()
+        log_settings(trainer, self.settings.hyperparameters())
 
     # Each step
 
@@ -253,6 +283,7 @@ class AutoPruneCallback(Callback):
         if not (run := self._active_run):
             return
         if batch_idx == 0:
+            self._source.on_epoch_start(trainer)
             run.measure(late=True)
             run.take_in_unfrozen(self._candidates(pl_module))
         if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
@@ -327,6 +358,16 @@ class AutoPruneCallback(Callback):
         if self._run is not None:
             self._run.release()
         self._source.stop(trainer)
+        self._own_source.stop(trainer)
+        self._is_fitting = False
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Return what a pickle or a copy is made of.
+
+        One that is made during a fit, as for spawned workers that are handed the Trainer, is switched off: it could
+        neither have the run nor the user's functions.
+        """
+        return (_switched_off, (type(self),)) if self._is_fitting else super().__reduce_ex__(protocol)
 
     # Checkpoints
 
@@ -349,3 +390,9 @@ class AutoPruneCallback(Callback):
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
             self._source.on_masks_final()  # before the training loader is made
+
+
+def _switched_off(kind: type[AutoPruneCallback]) -> AutoPruneCallback:
+    callback = kind.__new__(kind)
+    AutoPruneCallback.__init__(callback, enabled=False)
+    return callback

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.settings import Settings, in_range, setting
 
 __all__ = ["CallbackSettings"]
+
+_NOT_ABOUT_PRUNING = ("log_every_n_steps", "log_layers", "figures_every_n_epochs", "log_artifact", "enabled")
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,13 @@ class CallbackSettings(Settings):
         AutoPruneError: for a value that is not allowed; says what is.
     """
 
-    held_out: float | Literal["val", "train"] | DataLoader = setting(  # type: ignore[type-arg]
-        0.25,
+    held_out: float | Literal["val", "train"] | DataLoader | None = setting(  # type: ignore[type-arg]
+        None,
         """the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0, 1):
         that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then
         fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the weight steps. A
-        ``DataLoader``: its batches.""",
+        ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where they can't; a line
+        says which, and why.""",
     )
     redraw_held_out: bool = setting(
         True,
@@ -50,10 +54,15 @@ class CallbackSettings(Settings):
     loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
         None,
         """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so
-        that it leaves the run untouched. Required with manual optimization unless nothing is held out.""",
+        that it leaves the run untouched. Required for holding data out with manual optimization.""",
     )
     log_every_n_steps: int | None = setting(
         None, """interval of the logs in training steps, >= 1. None: the Trainer's.""", in_range(1, whole=True)
+    )
+    log_layers: bool = setting(
+        True,
+        """whether loggers get the sparsity of every layer, as ``autoprune/layer_sparsity/<layer>``, beside that of all
+        layers together. Figures and ``callback.curves`` always have the layers.""",
     )
     figures_every_n_epochs: int | None = setting(
         0,
@@ -71,3 +80,11 @@ class CallbackSettings(Settings):
     enabled: bool = setting(
         True, """False switches the callback off: training is the same as without it, bit for bit."""
     )
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that say how a run is pruned, by name, as plain data."""
+        values = {e.name: getattr(self, e.name) for e in fields(self) if e.name not in _NOT_ABOUT_PRUNING}
+        return {
+            name: list(map(str, value)) if isinstance(value, (list, tuple)) else describe(value)
+            for name, value in values.items()
+        }

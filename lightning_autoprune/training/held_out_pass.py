@@ -21,7 +21,9 @@ from lightning_autoprune.tensors.sharding import isolated_pass, local_shard, los
 from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.lightning_internals import grad_scaler, training_step_arguments
 
-__all__ = ["HeldOutGradients", "held_out_gradients", "shielded"]
+__all__ = ["SINGLE_SAMPLE", "HeldOutGradients", "held_out_gradients", "held_out_loss", "problem_of_loss", "shielded"]
+
+SINGLE_SAMPLE = "that of a single sample, of which BatchNorm can't take statistics"
 
 
 class HeldOutGradients(NamedTuple):
@@ -138,14 +140,13 @@ def held_out_gradients(
     module = trainer.lightning_module
     shield = shielded(module, *seeds, preserved=preserved, check_values=check_values)
     with shield, isolated_pass(module, weights), torch.enable_grad():
-        with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
-            output: Any
-            if loss_fn:
-                output = loss_fn(module, batch)
-            else:
-                output = module.training_step(*training_step_arguments(trainer, batch))
-        loss = output.get("loss") if isinstance(output, Mapping) else output
-        problem = _problem(loss)
+        try:
+            loss = held_out_loss(trainer, batch, loss_fn)
+            problem = problem_of_loss(loss)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            problem = SINGLE_SAMPLE
         if not agree(not problem):
             return problem or "bad on another rank"
         assert isinstance(loss, Tensor)
@@ -167,7 +168,16 @@ def held_out_gradients(
     )
 
 
-def _problem(loss: Any) -> str:
+def held_out_loss(trainer: Trainer, batch: Any, loss_fn: Callable[[LightningModule, Any], Tensor] | None) -> Any:
+    """Return what ``training_step``, or the user's ``loss_fn``, gives as the loss of a batch."""
+    module = trainer.lightning_module
+    with trainer.precision_plugin.train_step_context():  # past the strategy: DDP would wait for a backward
+        arguments = [] if loss_fn else training_step_arguments(trainer, batch)
+        output: Any = loss_fn(module, batch) if loss_fn else module.training_step(*arguments)
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+def problem_of_loss(loss: Any) -> str:
     """Return what is wrong with a loss; empty if nothing is."""
     if not isinstance(loss, Tensor):
         return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"

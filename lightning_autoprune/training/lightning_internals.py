@@ -20,6 +20,7 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.errors import AutoPruneError
@@ -31,24 +32,28 @@ __all__ = [
     "combined_validation_loader",
     "drop_metric",
     "dump_weights",
+    "ends_step",
     "grad_scaler",
     "gradient_scale",
     "has_stepped",
     "is_moving_training_batch",
     "is_sequential",
+    "iterated_loaders",
     "log_is_due",
+    "logged_hyperparameters",
     "logger_key",
     "metric_logs",
     "model_averaging_period",
+    "next_batch_index",
     "optimizer_by_parameter",
     "replace_sampler",
     "run_transfer_hook",
     "set_metrics",
+    "show_loaders",
     "steps_done",
     "total_steps",
     "training_data_source",
     "training_step_arguments",
-    "will_step",
 ]
 
 
@@ -121,18 +126,23 @@ def has_stepped(trainer: Trainer) -> bool:
     return not (trainer.lightning_module.automatic_optimization and trainer.fit_loop._should_accumulate())
 
 
-def will_step(trainer: Trainer) -> bool:
-    """Return True if the batch that is being loaded will end in an optimizer step.
+def next_batch_index(trainer: Trainer) -> int:
+    """Return the number in its epoch of the training batch that is loaded next, or being loaded."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    The last batch of an epoch always does.
+
+def ends_step(trainer: Trainer, batch: int) -> bool:
+    """Return True if a batch of this epoch ends in an optimizer step, given its number.
+
+    The last batch of an epoch always does. (If the number of batches is not known, Lightning tells the last one just
+    before it is moved to the device.)
     """
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    ready = progress.current.ready + 1
     return (
         not trainer.lightning_module.automatic_optimization
-        or ready % trainer.accumulate_grad_batches == 0
-        or ready == trainer.num_training_batches
-        or progress.is_last_batch
+        or (batch + 1) % trainer.accumulate_grad_batches == 0
+        or batch + 1 == trainer.num_training_batches
+        or (batch == progress.current.ready and progress.is_last_batch)
     )
 
 
@@ -147,7 +157,8 @@ def is_moving_training_batch(trainer: Trainer) -> bool:
 
 def training_step_arguments(trainer: Trainer, batch: Any) -> list[Any]:
     """Return what Lightning passes to ``training_step``: the batch, and its index if the method asks for it."""
-    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, trainer.fit_loop.batch_idx)
+    index = max(trainer.fit_loop.batch_idx, 0)  # -1 before the first batch of an epoch
+    kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, index)
     return list(kwargs.values())
 
 
@@ -213,6 +224,14 @@ def metric_logs(loop: Any, name: str) -> list[Any]:
 # Loggers, checkpoints and other callbacks
 
 
+def logged_hyperparameters(trainer: Trainer) -> dict[str, Any]:
+    """Return the hyperparameters of module and datamodule that Lightning logs when a run starts."""
+    module, datamodule = trainer.lightning_module, trainer.datamodule  # type: ignore[attr-defined]
+    owners = [owner for owner in (module, datamodule) if owner is not None and owner._log_hyperparams]
+    found = {name: value for owner in owners for name, value in owner.hparams_initial.items()}
+    return {name: value for name, value in found.items() if name != "_class_path"}  # LightningCLI's own
+
+
 def logger_key(logger: WandbLogger | TensorBoardLogger, name: str) -> str:
     """Return the name under which a logger files a scalar: with the logger's `prefix` in front, if it has one."""
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
@@ -234,6 +253,25 @@ def average_model(callback: WeightAveraging | StochasticWeightAveraging) -> nn.M
 def training_data_source(trainer: Trainer) -> Any:
     """Return Lightning's source of the training loader, whose `dataloader()` it calls whenever it needs a loader."""
     return trainer.fit_loop._data_source
+
+
+def show_loaders(trainer: Trainer, by_stand_in: Mapping[int, Any]) -> None:
+    """Let `trainer.train_dataloader` return the user's loaders in place of those that Lightning iterates over.
+
+    Args:
+        trainer: the trainer, with its training loaders.
+        by_stand_in: the user's loader by the ``id`` of what stands in for it.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is not None:
+        shown = [by_stand_in.get(id(loader), loader) for loader in combined.flattened]
+        combined._iterables = tree_unflatten(shown, combined._spec)
+
+
+def iterated_loaders(trainer: Trainer) -> list[Any]:
+    """Return the training loaders that Lightning iterates over, as a flat list."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
 
 
 def replace_sampler(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoader[Any]:

@@ -10,12 +10,15 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
+from lightning_autoprune.reporting.metric_names import LAYER_SPARSITY, SPARSITY, loggable_names
 from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS, followed_metric
 from lightning_autoprune.training.lightning_internals import drop_metric, set_metrics, steps_done
 
 __all__ = ["MetricsReporter"]
+
+_MAX_METRICS_PER_CALL = 900  # MLflow refuses more than 1000, and a large model has more layers
 
 
 class MetricsReporter:
@@ -30,18 +33,21 @@ class MetricsReporter:
       ``example_input_array``;
     * ``autoprune/held_out_loss``: mean since the last log, while M is trained on held-out batches.
 
-    The loggers also get ``autoprune/sparsity/<layer>``, and two counts since the last log: ``autoprune/pruned``, the
-    weights that were pruned, and ``autoprune/revived``, those that came back.
+    The loggers also get two counts since the last log: ``autoprune/pruned``, the weights that were pruned, and
+    ``autoprune/revived``, those that came back. With ``log_layers`` they get ``autoprune/layer_sparsity/<layer>`` too.
+    No name is the folder of another one: some loggers make a file of each.
 
     Args:
         names: names of the layers, in the order in which their masks are given.
+        log_layers: whether the loggers get the sparsity of every layer.
 
     Attributes:
         history: the run so far, for its figures.
     """
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
+    def __init__(self, names: Sequence[str] = (), *, log_layers: bool = True) -> None:
         self.history = RunHistory(names)
+        self._log_layers = log_layers
         self._loss_sum, self._losses = 0.0, 0
         self._logged_masks: list[Tensor] = []  # the masks at the last log, packed
 
@@ -77,7 +83,7 @@ class MetricsReporter:
             over: whether the masks are final. The held-out loss is then withdrawn, as it would never change again.
         """
         metrics = {
-            "autoprune/sparsity": 1 - density,
+            SPARSITY: 1 - density,
             "autoprune/density": density,
             "autoprune/compression": 1 / density,
             "autoprune/pressure": mu,
@@ -88,7 +94,7 @@ class MetricsReporter:
             metrics[HELD_OUT_LOSS] = self._loss_sum / self._losses
         elif over:
             drop_metric(trainer, HELD_OUT_LOSS)
-        set_metrics(trainer, metrics, progress_bar={"sparsity": metrics["autoprune/sparsity"]})
+        set_metrics(trainer, metrics, progress_bar={"sparsity": metrics[SPARSITY]})
         return metrics
 
     def measure(self, trainer: Trainer, pruner: Pruner, *, late: bool = False) -> None:
@@ -123,12 +129,17 @@ class MetricsReporter:
             remember: whether the history must record this moment.
         """
         pruned, revived = self._count_changes(masks)
-        step, overall = steps_done(trainer), metrics["autoprune/sparsity"]
+        step, overall = steps_done(trainer), metrics[SPARSITY]
         self.history.record_sparsity(step, list(layers.values()), overall, always=remember)
         metrics = {**metrics, "autoprune/pruned": float(pruned), "autoprune/revived": float(revived)}
-        metrics |= {f"autoprune/sparsity/{name}": value for name, value in layers.items()}
+        if self._log_layers:
+            names = loggable_names(layers)
+            metrics |= {f"{LAYER_SPARSITY}/{names[layer]}": value for layer, value in layers.items()}
+        items = list(metrics.items())
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step)
+            for start in range(0, len(items), _MAX_METRICS_PER_CALL):
+                # by keyword, as Lightning does: a logger's own class may have other names for what comes first
+                logger.log_metrics(metrics=dict(items[start : start + _MAX_METRICS_PER_CALL]), step=step)
         self._loss_sum, self._losses = 0.0, 0
 
     def _count_changes(self, masks: Iterable[Tensor]) -> tuple[int, int]:

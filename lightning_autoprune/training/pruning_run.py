@@ -14,16 +14,21 @@ from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
+from lightning_autoprune.tensors.collectives import all_ranks_agree
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
+from lightning_autoprune.training.held_out.fallback import fall_back
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError
 from lightning_autoprune.training.held_out.sources import HeldOutSource
+from lightning_autoprune.training.held_out.trial import try_batches
 from lightning_autoprune.training.lightning_internals import (
+    ends_step,
     log_is_due,
+    next_batch_index,
     steps_done,
     total_steps,
-    will_step,
 )
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
@@ -70,7 +75,7 @@ class PruningRun:
         chosen, neurons = self._analysis.weights, self._analysis.neurons
         if trainer.world_size > 1 and neurons:  # all ranks must number the channels alike
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
-        self.report = MetricsReporter(list(chosen))
+        self.report = MetricsReporter(list(chosen), log_layers=settings.log_layers)
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
         follows_training = _follows_training(settings, source, len(optimizers))
         self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
@@ -96,6 +101,7 @@ class PruningRun:
             prune_averages(self._trainer, self.pruner)
         else:
             mark_as_being_pruned(self.module)
+        self._source.follow(self)
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
 
@@ -109,9 +115,46 @@ class PruningRun:
         """True once all steps have been taken."""
         return self.pruner.step >= self.pruner.phases.total
 
-    def upcoming_step(self) -> int | None:
-        """Return the number of the training step that the batch being loaded ends, if an auxiliary step follows it."""
-        return self.pruner.step if self.pruner.due and will_step(self._trainer) else None
+    # What the source of held-out data asks for
+
+    def next_batch_index(self) -> int:
+        """Return the number in its epoch of the batch that is trained on next."""
+        return next_batch_index(self._trainer)
+
+    def ends_step(self, batch: int) -> bool:
+        """Return True if a batch ends in an optimizer step, rather than only adding to the gradients."""
+        return ends_step(self._trainer, batch)
+
+    def step(self) -> int:
+        """Return the number of training steps that are over."""
+        return self.pruner.step
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an auxiliary step belongs to a training step, given the number of steps before it."""
+        return self.pruner.is_due(step)
+
+    def all_ranks_agree(self, ok: bool) -> bool:
+        """Return True on every rank if the argument is True on all of them, else False on every rank."""
+        return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
+
+    def try_batches(self, whole: Any, rest: Any, held_out: Any) -> None:
+        """Try whether the network takes parts of a batch, without effect on the run.
+
+        Raises:
+            HeldOutError: if it does not, on any rank.
+        """
+        loss_fn, seed = self._settings.loss_fn, self._settings.seed
+        try_batches(self._trainer, whole, rest, held_out, loss_fn, self.all_ranks_agree, seed)
+
+    def stop_holding_out(self, error: HeldOutError) -> None:
+        """Train M on the training batches from now on, if the user left open what it is trained on.
+
+        Raises:
+            HeldOutError: the given one, if the user asked for held-out data.
+        """
+        self._source.stop(self._trainer)
+        self._source = fall_back(self._trainer, self._settings, error)
+        self.auxiliary_steps.hold_nothing_out(self._source)
 
     # Each step
 

@@ -14,25 +14,25 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError
 from lightning_autoprune.training.lightning_internals import callbacks_of, optimizer_by_parameter
 
-__all__ = ["check_trainer", "select_trained_weights"]
+__all__ = ["check_monitors", "check_trainer", "check_training_step", "select_trained_weights"]
 
 _Weight = TypeVar("_Weight", bound=Tensor)
 
 
-def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool, has_loss_fn: bool) -> None:
+def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool) -> None:
     """Raise for what can't work, before any data is loaded.
 
     Args:
         trainer: the trainer that is about to fit.
         kind: the class of the pruning callback.
         holds_out: whether data is held out.
-        has_loss_fn: whether the user gave a loss function.
 
     Raises:
-        AutoPruneError: for two pruning callbacks, another callback that does not go with pruning, a ``training_step``
-            that can't give a held-out loss, and a monitor of the held-out loss that would stop the run.
+        AutoPruneError: for two pruning callbacks, another callback that does not go with pruning, and a monitor of the
+            held-out loss that would stop the run.
     """
     callbacks = callbacks_of(trainer)
     if sum(isinstance(callback, kind) for callback in callbacks) > 1:
@@ -41,24 +41,45 @@ def check_trainer(trainer: Trainer, kind: type[Callback], holds_out: bool, has_l
         raise AutoPruneError(
             "The Trainer also has Lightning's ModelPruning, which puts its own masks over the same weights: keep one."
         )
-    if holds_out:
-        _check_training_step(trainer.lightning_module, has_loss_fn)
-    for callback in callbacks:
+    check_monitors(trainer, holds_out)
+
+
+def check_monitors(trainer: Trainer, holds_out: bool) -> None:
+    """Raise for a monitor of the held-out loss that would stop the run.
+
+    Args:
+        trainer: the trainer that is about to fit.
+        holds_out: whether data is held out.
+
+    Raises:
+        AutoPruneError: naming the callback that monitors it.
+    """
+    for callback in callbacks_of(trainer):
         if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and callback.monitor == HELD_OUT_LOSS:
             _check_monitor(callback, holds_out)
 
 
-def _check_training_step(module: LightningModule, has_loss_fn: bool) -> None:
-    """Raise if the module can't give a held-out loss."""
+def check_training_step(module: LightningModule, has_loss_fn: bool) -> None:
+    """Raise if a module can't give a held-out loss.
+
+    Args:
+        module: the module.
+        has_loss_fn: whether the user gave a loss function.
+
+    Raises:
+        HeldOutError: saying why.
+    """
+    name = type(module).__name__
     if not has_loss_fn and not module.automatic_optimization:
-        raise AutoPruneError(
-            f"{type(module).__name__} uses manual optimization: its `training_step` takes optimizer steps and can't"
-            ' give the held-out loss. Pass `loss_fn`, or `held_out="train"`.'
+        raise HeldOutError(
+            f"{name} uses manual optimization, so its `training_step` takes optimizer steps and can't give the held-out"
+            " loss",
+            'Pass `loss_fn`, or `held_out="train"`, which holds nothing out.',
         )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise AutoPruneError(
-            f"`training_step` of {type(module).__name__} takes a `dataloader_iter`, so no batch can be held out: take a"
-            ' `batch`, or pass `held_out="train"`.'
+        raise HeldOutError(
+            f"`training_step` of {name} takes a `dataloader_iter`, not a batch",
+            'Take a `batch`, or pass `held_out="train"`, which holds nothing out.',
         )
 
 

@@ -314,7 +314,7 @@ def test_a_loaded_state_that_was_not_used_does_not_reach_the_next_fit():
             {"held_out": "train"},
             'held out 0.5 of each batch, seed 0; this callback holds out "train". Resume',
         ),
-        ("train", {}, 'held out "train"; this callback holds out 0.25 of each batch, seed 0'),
+        ("train", {"held_out": 0.25}, 'held out "train"; this callback holds out 0.25 of each batch, seed 0'),
         (
             "fixed",
             {**SOURCES["fixed"], "seed": 1},

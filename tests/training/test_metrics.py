@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import csv_logger, fit, loader, rows
+from helpers import Net, csv_logger, fit, loader, rows, trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from paths import SUPPORT
+from torch import nn
 from wandb_file import read_history
 
 from lightning_autoprune import AutoPruneCallback
+from lightning_autoprune.plots import read_curves
+from lightning_autoprune.training.metrics import MetricsReporter
 
 SCALARS = {
     "autoprune/sparsity",
@@ -24,7 +28,7 @@ SCALARS = {
     "autoprune/held_out_loss",
 }
 COUNTS = {"autoprune/pruned", "autoprune/revived"}
-LAYERS = {"autoprune/sparsity/first", "autoprune/sparsity/last"}
+LAYERS = {"autoprune/layer_sparsity/first", "autoprune/layer_sparsity/last"}
 
 
 class WeightRecorder(Callback):
@@ -48,7 +52,7 @@ def test_correct_layer_curves_are_logged_at_the_trainers_interval():
     for row in logged:
         assert row.keys() - {"step", "epoch"} >= SCALARS - {"autoprune/held_out_loss"} | COUNTS | LAYERS
         layers = recorder.sparsity[row["step"] + 1]
-        assert {name: row[f"autoprune/sparsity/{name}"] for name in layers} == pytest.approx(layers, abs=1e-6)
+        assert {name: row[f"autoprune/layer_sparsity/{name}"] for name in layers} == pytest.approx(layers, abs=1e-6)
         expected = (192 * layers["first"] + 64 * layers["last"]) / 256
         assert row["autoprune/sparsity"] == pytest.approx(expected, abs=1e-6)
         assert row["autoprune/density"] == pytest.approx(1 - expected, abs=1e-6)
@@ -94,7 +98,7 @@ def test_a_real_offline_wandb_run_has_every_curve(tmp_path):
     assert len(history) == 16  # every 2nd of 32 steps; masks become final at one of them
     assert history[-1].keys() >= (SCALARS - {"autoprune/held_out_loss"}) | COUNTS | LAYERS | {"trainer/global_step"}
     assert any("autoprune/held_out_loss" in row for row in history)
-    last = {name: history[-1][f"autoprune/sparsity/{name}"] for name in ("first", "last")}
+    last = {name: history[-1][f"autoprune/layer_sparsity/{name}"] for name in ("first", "last")}
     assert last == pytest.approx(callback.layer_sparsity())
 
 
@@ -106,12 +110,89 @@ def test_tensorboard_gets_every_curve(tmp_path):
     fit(callback, logger=logger)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) >= SCALARS | COUNTS | LAYERS
-    assert events.Scalars("autoprune/sparsity/first")[-1].value == pytest.approx(callback.layer_sparsity()["first"])
+    first = events.Scalars("autoprune/layer_sparsity/first")[-1].value
+    assert first == pytest.approx(callback.layer_sparsity()["first"])
 
 
 def test_several_loggers_get_the_same_values():
     fit(AutoPruneCallback(), logger=[csv_logger(Path("a")), csv_logger(Path("b"))])
     assert rows("a") == rows("b") != []
+
+
+class Recorder(Logger):
+    """A logger of the user's own, with exactly the signatures of Lightning's base class."""
+
+    name, version = "recorder", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics, self.hyperparameters = [], []
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, dict(metrics)))
+        metrics.clear()  # what it does with its argument is its own affair
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.hyperparameters.append(params)
+
+
+class KeywordRecorder(Recorder):
+    """It takes the metrics by keyword only, as Lightning gives them."""
+
+    def log_metrics(self, *, step=None, metrics):
+        super().log_metrics(metrics, step)
+
+
+def named_model(*names: str) -> Net:
+    """Return a model with further layers of such names, which a path of files or a logger may not take."""
+    model = Net()
+    model.heads = nn.ModuleDict({name: nn.Linear(12, 4) for name in names})
+    model.forward = lambda x: Net.forward(model, x) + sum(head(x) for head in model.heads.values())
+    return model
+
+
+@pytest.mark.parametrize("kind", [Recorder, KeywordRecorder])
+def test_a_logger_of_the_users_own_is_called_as_lightning_calls_it(kind):
+    loggers = [kind(), kind()]
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    _, t = fit(callback, logger=loggers)
+    a, b = ([(step, row) for step, row in logger.metrics if "autoprune/sparsity" in row] for logger in loggers)
+    assert a == b
+    assert a[-1][1].keys() >= COUNTS | LAYERS
+    assert all(type(value) is float for _, row in a for value in row.values())
+    assert float(t.callback_metrics["autoprune/sparsity"]) == callback.sparsity
+
+
+@pytest.mark.parametrize("heads", [("a", "a/b", "a_b"), ("C", "C++", "C#"), ("x" * 240, "y" + "x" * 239), ("größe",)])
+def test_no_metric_is_a_folder_of_another_whatever_the_layers_are_called(heads):
+    logger = Recorder()
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    fit(callback, model=named_model(*heads), logger=logger)
+    names = {name for _, row in logger.metrics for name in row if name.startswith("autoprune/")}
+    assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_./-]{1,240}", name) for name in names)
+    layers = [name for name in names if name.startswith("autoprune/layer_sparsity/")]
+    assert len(layers) == len(callback.layer_sparsity()) == 2 + len(heads)
+
+
+def test_layer_curves_can_be_left_out_of_the_loggers():
+    logger, callback = Recorder(), AutoPruneCallback(target_sparsity=0.8, log_layers=False)
+    fit(callback, logger=[logger, csv_logger(Path("logs"))])
+    names = {name for _, row in logger.metrics for name in row if name.startswith("autoprune/")}
+    assert names == SCALARS | COUNTS
+    assert callback.curves.keys() == {"first", "last", "all"}
+    assert read_curves("logs/metrics.csv").keys() == {"all"}
+
+
+def test_a_model_of_very_many_layers_is_logged_in_several_calls():
+    """MLflow takes at most 1000 metrics at a time."""
+    metrics, layers = {"autoprune/sparsity": 0.5}, {f"layers.{i}": i / 2000 for i in range(2000)}
+    logger = Recorder()
+    MetricsReporter(list(layers)).log(trainer(logger=logger), metrics, layers, [])
+    assert all(len(row) <= 1000 for _, row in logger.metrics)
+    logged = {name: value for _, row in logger.metrics for name, value in row.items()}
+    assert {name: logged[f"autoprune/layer_sparsity/{name}"] for name in layers} == layers
+    assert logged.keys() >= {"autoprune/sparsity", *COUNTS}
 
 
 def test_model_checkpoint_and_early_stopping_can_monitor_sparsity():

@@ -57,8 +57,8 @@ def test_a_backbone_is_pruned_once_it_is_unfrozen(pruning_first, tmp_path):
     assert model.backbone[0].weight.count_nonzero() < 72
     assert [s for step, s in callback.curves["backbone.0"] if step <= 24] == [0.0] * 12
     assert callback.layers()[2].weights == 144
-    layer_rows = [row for row in rows(tmp_path) if "autoprune/sparsity/backbone.0" in row]
-    assert layer_rows[-1]["autoprune/sparsity/backbone.0"] == callback.layer_sparsity()["backbone.0"]
+    layer_rows = [row for row in rows(tmp_path) if "autoprune/layer_sparsity/backbone.0" in row]
+    assert layer_rows[-1]["autoprune/layer_sparsity/backbone.0"] == callback.layer_sparsity()["backbone.0"]
 
 
 def test_a_backbone_unfrozen_in_the_dense_phase_is_pruned_like_any_layer():

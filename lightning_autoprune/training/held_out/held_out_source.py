@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 
-__all__ = ["HeldOutSource", "TrainSource"]
+from lightning_autoprune.errors import AutoPruneError
+
+__all__ = ["HeldOutError", "HeldOutSource", "RunUnderWay", "TrainSource"]
+
+
+class HeldOutError(AutoPruneError):
+    """No data can be held out in this run; the default setting then trains M on the training batches.
+
+    Args:
+        reason: why, as a clause.
+        way_out: what to do, as a sentence.
+    """
+
+    def __init__(self, reason: str, way_out: str | None = None) -> None:
+        way_out = way_out or (
+            'Pass `held_out="train"`, which holds nothing out, or `held_out=DataLoader(...)` with other samples.'
+        )
+        super().__init__(f"No data can be held out: {reason}. {way_out}")
+        self.reason = reason
+
+
+class RunUnderWay(Protocol):
+    """What a source asks of the run that it serves. Batches are numbered within an epoch, like ``batch_idx``."""
+
+    def next_batch_index(self) -> int:
+        """Return the number of the batch that is trained on next."""
+
+    def ends_step(self, batch: int) -> bool:
+        """Return True if a batch ends in an optimizer step, rather than only adding to the gradients."""
+
+    def step(self) -> int:
+        """Return the number of training steps that are over."""
+
+    def is_due(self, step: int) -> bool:
+        """Return True if an auxiliary step belongs to a training step, given the number of steps before it."""
+
+    def all_ranks_agree(self, ok: bool) -> bool:
+        """Return True on every rank if the argument is True on all of them, else False on every rank."""
+
+    def try_batches(self, whole: Any, rest: Any, held_out: Any) -> None:
+        """Try whether the network takes parts of a batch, without effect on the run.
+
+        Args:
+            whole: a training batch on the model's device.
+            rest: a part of it that W would be trained on.
+            held_out: the other part.
+
+        Raises:
+            HeldOutError: if it does not, on any rank.
+        """
+
+    def stop_holding_out(self, error: HeldOutError) -> None:
+        """Train M on the training batches from now on, if the user left open what it is trained on.
+
+        Raises:
+            HeldOutError: the given one, if the user asked for held-out data.
+        """
 
 
 class HeldOutSource:
@@ -43,13 +99,11 @@ class HeldOutSource:
     def setup(self, trainer: Trainer) -> None:
         """Prepare the trainer. Called when a fit is set up, before the training data is loaded."""
 
-    def start(self, trainer: Trainer, upcoming_step: Callable[[], int | None]) -> None:
+    def start(self, trainer: Trainer) -> None:
         """Get ready to give batches. Called before the first step of a fit, when the loaders exist.
 
-        Args:
-            trainer: the trainer.
-            upcoming_step: returns the number of the training step that the next batch ends, if an auxiliary step
-                follows it, else None.
+        Raises:
+            AutoPruneError: if the source can't give batches in this fit; a :class:`HeldOutError` if another can.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -58,6 +112,12 @@ class HeldOutSource:
         Called after :meth:`start` when a run resumes, and when a run in progress goes back to an earlier state; not if
         the masks are final.
         """
+
+    def follow(self, run: RunUnderWay) -> None:
+        """Serve a run. Called once its first step can begin, after :meth:`start` and :meth:`load_state_dict`."""
+
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        """Called when the first batch of an epoch has been loaded."""
 
     def next_batch(self, trainer: Trainer) -> Any:
         """Return the next held-out batch on the model's device; None if there is none for this step.
@@ -79,6 +139,12 @@ class HeldOutSource:
 
     def stop(self, trainer: Trainer) -> None:
         """Take back all changes to the trainer. Called when training ends or fails, maybe more than once."""
+
+    live: Sequence[str] = ()
+    """Attributes that exist only during a fit, such as iterators; a pickle has None in their place."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if name in self.live else value for name, value in vars(self).items()}
 
 
 class TrainSource(HeldOutSource):

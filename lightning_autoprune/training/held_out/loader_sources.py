@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -23,6 +23,7 @@ from lightning_autoprune.training.held_out.loaders import (
     to_device,
     validation_loaders,
 )
+from lightning_autoprune.training.held_out.overriding import MethodHook
 from lightning_autoprune.training.lightning_internals import training_data_source
 
 __all__ = ["FixedSource", "LoaderSource", "ValidationSource"]
@@ -36,6 +37,8 @@ class LoaderSource(HeldOutSource):
         seed: decides the order of the batches, and the random numbers of the transfer hooks.
     """
 
+    live: Sequence[str] = ("_stream",)
+
     def __init__(self, loader: Any, seed: int) -> None:
         super().__init__(seed)
         self.loader = loader
@@ -43,7 +46,7 @@ class LoaderSource(HeldOutSource):
         self._stream: HeldOutBatches | None = None
 
     @override
-    def start(self, trainer: Trainer, upcoming_step: Callable[[], int | None]) -> None:
+    def start(self, trainer: Trainer) -> None:
         loaders = self.loader.loaders if isinstance(self.loader, ChainedLoaders) else [self.loader]
         if all(isinstance(loader, DataLoader) and number_of_batches(loader) == 0 for loader in loaders):
             raise empty_loader_error()
@@ -89,6 +92,8 @@ class LoaderSource(HeldOutSource):
 class ValidationSource(LoaderSource):
     """Takes batches from the user's validation loaders, in the order of a validation."""
 
+    live = ("_stream", "loader")
+
     def __init__(self, seed: int) -> None:
         super().__init__(None, seed)
         self.description = f'"val", seed {seed}'
@@ -98,7 +103,7 @@ class ValidationSource(LoaderSource):
         return batch  # Lightning gives each rank its own validation batches
 
     @override
-    def start(self, trainer: Trainer, upcoming_step: Callable[[], int | None]) -> None:
+    def start(self, trainer: Trainer) -> None:
         self.loader = validation_loaders(trainer)
         if self.loader is None:
             raise AutoPruneError(
@@ -106,7 +111,7 @@ class ValidationSource(LoaderSource):
                 " choose a fraction of the training data."
             )
         rank_zero_warn('`held_out="val"` fits the masks on the data that is reported: its metrics will look too good.')
-        super().start(trainer, upcoming_step)
+        super().start(trainer)
 
 
 class FixedSource(LoaderSource):
@@ -117,10 +122,13 @@ class FixedSource(LoaderSource):
         seed: decides which samples, and the order of their batches.
     """
 
+    live = ("_stream", "_hook")
+
     def __init__(self, fraction: float, seed: int) -> None:
         super().__init__(None, seed)
         self.fraction = fraction
         self.description = f"{fraction} of the training set for the whole run, seed {seed}"
+        self._hook: MethodHook | None = None
         self._sampler: FixedSplitSampler | None = None
         self._masks_final = False
 
@@ -133,16 +141,16 @@ class FixedSource(LoaderSource):
             )
         if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise AutoPruneError("`overfit_batches` of the Trainer replaces the sampler: use `redraw_held_out=True`.")
-        source = training_data_source(trainer)
-        original, self._masks_final = source.dataloader, False
+        self._masks_final = False
 
-        def dataloader() -> DataLoader[Any]:
+        def dataloader(original: Callable[[], Any]) -> DataLoader[Any]:
             split = split_loader(original(), self.fraction, self.seed, rebuild_loader, self.steps_done)
             self.loader, self._sampler = split.held_out, split.sampler
             self._sampler.redraw_each_epoch = self._masks_final
             return split.train
 
-        source.dataloader = dataloader
+        self.stop(trainer)
+        self._hook = MethodHook(training_data_source(trainer), "dataloader", dataloader)
 
     @override
     def on_masks_final(self) -> None:
@@ -154,7 +162,8 @@ class FixedSource(LoaderSource):
     @override
     def stop(self, trainer: Trainer) -> None:
         super().stop(trainer)
-        vars(training_data_source(trainer)).pop("dataloader", None)
+        if self._hook:
+            self._hook.remove()
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lightning_autoprune.training.lightning_internals import (
     combine_like,
     combined_validation_loader,
     is_sequential,
+    iterated_loaders,
     replace_sampler,
     run_transfer_hook,
 )
@@ -33,8 +34,8 @@ __all__ = [
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
-    """Return the training loaders of a fit as a flat list."""
-    return _flat_list(trainer.train_dataloader)
+    """Return the training loaders that Lightning iterates over, as a flat list."""
+    return iterated_loaders(trainer)
 
 
 def validation_loaders(trainer: Trainer) -> ChainedLoaders | None:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from lightning.pytorch import Trainer
-from torch import nn
-from torch.utils.data import IterableDataset
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.tensors.random_state import isolated_random
 from lightning_autoprune.training.held_out.batch_splitting import (
-    UnclearSamplesError,
-    count_samples,
-    hold_out,
+    count_rows,
+    draw_samples,
     number_to_hold_out,
+    take_rows,
 )
-from lightning_autoprune.training.held_out.fixed_split import iterable_dataset_error
-from lightning_autoprune.training.held_out.held_out_source import HeldOutSource
-from lightning_autoprune.training.held_out.loaders import training_loaders
-from lightning_autoprune.training.lightning_internals import is_moving_training_batch
+from lightning_autoprune.training.held_out.collated_batches import CollatedBatches
+from lightning_autoprune.training.held_out.held_out_source import HeldOutError, HeldOutSource, RunUnderWay
+from lightning_autoprune.training.held_out.loaders import to_device, training_loaders
+from lightning_autoprune.training.held_out.overriding import MethodHook
+from lightning_autoprune.training.held_out.sampled_batches import SampledBatches
+from lightning_autoprune.training.lightning_internals import show_loaders
 
 __all__ = ["RedrawnSource"]
 
@@ -30,8 +34,10 @@ class RedrawnSource(HeldOutSource):
 
     W trains on the rest of the batch. There are as many steps as without pruning, and no more samples pass through the
     network. Each of the two parts has at least two samples, which BatchNorm needs. A batch of fewer than four samples,
-    such as the last of an epoch, is trained on whole, unless the first batch was as small. A later batch whose samples
-    are unclear is trained on whole too, if no batch before it made them clear.
+    such as the last of an epoch, is trained on whole, unless the first batch was as small.
+
+    Where a loader has index lists, the samples are drawn from these, so that a batch may be anything. Elsewhere they
+    are rows of the tensors in the batch.
 
     Args:
         fraction: fraction of the samples of a batch, in (0, 1).
@@ -39,98 +45,241 @@ class RedrawnSource(HeldOutSource):
     """
 
     default_train_gradients = True
+    live = ("_trainer", "_hook", "_sampled", "_collated", "_run", "_held_out")
 
     def __init__(self, fraction: float, seed: int) -> None:
         super().__init__(seed)
         self.fraction = fraction
         self.description = f"{fraction} of each batch, seed {seed}"
-        self._min_samples = 0  # of each part; 0 until a batch has been checked
-        self._layouts: dict[str, str] = {}  # where the batches so far had their samples
-        self._held_out: Any = None  # the held-out part of the batch under way
+        self._trainer: Trainer | None = None
+        self._hook: MethodHook | None = None
+        self._sampled: list[SampledBatches] = []
+        self._collated: CollatedBatches | None = None
+        self._run: RunUnderWay | None = None
+        self._held_out: tuple[Any, float] | None = None  # rows of the batch under way, and their share of it
+        self._min_samples = 0  # of each part; 0 until the first batch has been seen
+        self._was_tried = self._is_over = False
 
     @override
-    def start(self, trainer: Trainer, upcoming_step: Callable[[], int | None]) -> None:
+    def setup(self, trainer: Trainer) -> None:
+        self.stop(trainer)
+        self._trainer, self._is_over = trainer, False
+        self._hook = MethodHook(trainer.strategy, "process_dataloader", self._process_loader)
+
+    def _process_loader(self, original: Callable[[Any], Any], loader: Any) -> Any:
+        """Take the place of the strategy's ``process_dataloader``, the last that Lightning does to a loader."""
+        loader = original(loader)
+        is_training = self._trainer is not None and self._trainer.training
+        if self._is_over or not is_training or not SampledBatches.can_split(loader):
+            return loader
+        for sampled in self._sampled:
+            if sampled.loader is loader:  # its workers may be alive, and know this one
+                return sampled.view
+        sampled = SampledBatches(loader, self.fraction, self.seed)
+        if self._run:  # `reload_dataloaders_every_n_epochs`
+            self._stop_sampling()
+            sampled.follow(self._run, self._try_indices, self._split_indices)
+        self._sampled.append(sampled)
+        return sampled.view
+
+    @override
+    def start(self, trainer: Trainer) -> None:
+        self._min_samples, self._was_tried = 0, False
         loaders = training_loaders(trainer)
-        if any(isinstance(getattr(loader, "dataset", None), IterableDataset) for loader in loaders):
-            raise iterable_dataset_error()
+        used = [sampled for sampled in self._sampled if any(sampled.view is loader for loader in loaders)]
+        unused = [sampled for sampled in self._sampled if sampled not in used]  # of a tuner's runs
+        for sampled in [*unused, *(used if len(loaders) > 1 else [])]:
+            sampled.stop()
+        self._sampled = used
+        self.on_epoch_start(trainer)
         if len(loaders) > 1:
-            raise AutoPruneError(
-                f"There are {len(loaders)} training loaders, whose batches differ in size: no fraction can be held out."
-                ' Pass `held_out=DataLoader(...)` or `held_out="train"`.'
-            )
-        original, self._min_samples, self._layouts = trainer.strategy.batch_to_device, 0, {}
+            raise HeldOutError(f"there are {len(loaders)} training loaders, whose batches differ in size")
+        if not used:
+            self._collated = CollatedBatches(trainer, self._split_rows)
 
-        def batch_to_device(batch: Any, device: Any = None, dataloader_idx: int = 0) -> Any:
-            is_training_batch = is_moving_training_batch(trainer)  # asked first: the move may run the user's hooks
-            batch = original(batch, device=device, dataloader_idx=dataloader_idx)
-            return self._split(batch, upcoming_step(), trainer) if is_training_batch else batch
+    @override
+    def on_epoch_start(self, trainer: Trainer) -> None:
+        show_loaders(trainer, {id(sampled.view): sampled.loader for sampled in self._sampled})
 
-        trainer.strategy.batch_to_device = batch_to_device  # type: ignore[method-assign]
+    @override
+    def follow(self, run: RunUnderWay) -> None:
+        self._run = run
+        for sampled in self._sampled:
+            sampled.follow(run, self._try_indices, self._split_indices)
 
-    def _split(self, batch: Any, step: int | None, trainer: Trainer) -> Any:
-        """Set the held-out part of a training batch aside and return the rest, or the whole batch.
+    # The first batch
+
+    def _try_indices(self, indices: Any) -> None:
+        """Find out whether batches can be split, given the indices of the first one."""
+
+        def load() -> list[Any]:
+            if not (hasattr(indices, "__len__") and hasattr(indices, "__getitem__")):
+                raise HeldOutError(f"the batch sampler gives a {type(indices).__name__} where a list of indices is due")
+            self._check_number(len(indices))
+            parts = self._split_indices(indices, 0) if self._needs_trial() else None
+            return self._load(indices, *parts) if parts else []
+
+        self._try(load)
+
+    def _load(self, *lists: Any) -> list[Any]:
+        """Load a batch for each of some lists of indices, as the held-out batches are loaded."""
+        following, batches = self._sampled[0].following, []
+        for indices in lists:
+            following.add(indices)
+        try:
+            for _ in lists:
+                batches.append(self._to_device(following.next_batch(0), 0))
+        except Exception as error:
+            raise HeldOutError(f"a part of a batch can't be loaded: {type(error).__name__}: {error}") from error
+        finally:
+            following.close()
+        return batches
+
+    def _try(self, load: Callable[[], list[Any]]) -> None:
+        """Try the split out, unless a checkpoint says that this was done.
 
         Args:
-            batch: the batch, on the model's device.
-            step: the training step that the batch ends, if an auxiliary step follows it; else None.
-            trainer: the trainer.
+            load: returns the first batch, the rest of it and its held-out part; nothing if no trial is needed.
         """
-        self._held_out = None
-        if batch is None or (self._min_samples and step is None):  # Lightning skips a batch that is None
-            return batch
+        run = self._run
+        assert run is not None
+        error, batches = None, []
         try:
-            samples = count_samples(batch, self._layouts)
-            count = number_to_hold_out(samples, self.fraction, min_samples=2)
-            rest, held_out = hold_out(batch, samples, count, self.seed, step or 0, layouts=self._layouts)
-        except UnclearSamplesError:
-            if not self._min_samples:
-                raise
-            return batch
+            batches = load()
+        except HeldOutError as problem:
+            error = problem
+        if not run.all_ranks_agree(error is None):
+            run.stop_holding_out(error or HeldOutError("the batches of another rank can't be split"))
+            return
+        self._was_tried = True
+        try:
+            if batches:
+                run.try_batches(*batches)
+        except HeldOutError as problem:
+            run.stop_holding_out(problem)
+
+    def _needs_trial(self) -> bool:
+        return not self._was_tried
+
+    def _check_number(self, samples: int) -> None:
+        """Raise if the first batch is too small to be split."""
+        if self._min_samples:
+            return
+        count = number_to_hold_out(samples, self.fraction, min_samples=2)
         smaller = min(count, samples - count)
-        if not self._min_samples:
-            self._check_first_batch(samples, smaller, trainer.lightning_module)
-            self._min_samples = min(smaller, 2)
-        if step is None or smaller < self._min_samples:
+        if smaller <= 0:
+            number = "1 sample" if samples == 1 else f"{samples} samples"
+            raise HeldOutError(f"{self.fraction} of a training batch of {number} leaves one side empty")
+        self._min_samples = min(smaller, 2)
+
+    # Every batch
+
+    def _number_to_hold_out(self, samples: int) -> int:
+        """Return how many samples of a batch to hold out; 0 if it is to stay whole."""
+        count = number_to_hold_out(samples, self.fraction, min_samples=2)
+        return 0 if min(count, samples - count) < max(self._min_samples, 1) else count
+
+    def _split_indices(self, indices: Any, step: int) -> tuple[Any, Any] | None:
+        samples = len(indices)
+        count = self._number_to_hold_out(samples)
+        if not count:
+            return None
+        rest, held_out = draw_samples(samples, count, self.seed, step)
+        return _choose(indices, rest), _choose(indices, held_out)
+
+    def _split_rows(self, batch: Any) -> Any:
+        """Set the held-out rows of a collated training batch aside and return the rest, or the whole batch."""
+        self._held_out, run = None, self._run
+        if run is None or self._is_over:
             return batch
-        self._held_out, self.held_out_share = held_out, count / (samples * trainer.accumulate_grad_batches)
+        if not (self._min_samples and self._was_tried):
+            self._try(lambda: self._try_rows(batch))
+        step = run.step()
+        if self._is_over or not (run.ends_step(run.next_batch_index()) and run.is_due(step)):
+            return batch
+        parts = self._rows(batch, step)
+        if parts is None:
+            return batch
+        rest, held_out = parts
+        self._held_out = held_out, count_rows(held_out) / count_rows(batch)
         return rest
 
-    def _check_first_batch(self, samples: int, smaller: int, module: nn.Module) -> None:
-        """Raise if the first batch is too small to be split.
+    def _try_rows(self, batch: Any) -> list[Any]:
+        try:
+            rows = count_rows(batch)
+        except AutoPruneError as error:
+            raise HeldOutError(str(error)) from None
+        self._check_number(rows)
+        parts = self._rows(batch, 0) if self._needs_trial() else None
+        return [take_rows(batch, range(rows)), *parts] if parts else []  # copies, which may be written to
 
-        Args:
-            samples: number of samples of the batch.
-            smaller: number of samples of its smaller part.
-            module: the module that is trained.
-        """
-        number = "1 sample" if samples == 1 else f"{samples} samples"
-        start = f"`held_out={self.fraction}` of a training batch of {number} leaves one side"
-        if smaller == 0:
-            raise AutoPruneError(f'{start} empty: use a larger batch, or `held_out="train"`.')
-        for name, norm in module.named_modules() if smaller == 1 else ():
-            if isinstance(norm, nn.BatchNorm1d) and (norm.training or norm.running_mean is None):
-                raise AutoPruneError(
-                    f"{start} a single sample, of which the BatchNorm1d {name!r} can't take statistics: use a batch of"
-                    ' at least four samples, `held_out="train"`, or `held_out=DataLoader(...)`.'
-                )
+    def _rows(self, batch: Any, step: int) -> tuple[Any, Any] | None:
+        try:
+            rows = count_rows(batch)
+        except AutoPruneError:
+            return None
+        count = self._number_to_hold_out(rows)
+        if not count:
+            return None
+        rest, held_out = draw_samples(rows, count, self.seed, step)
+        return take_rows(batch, rest), take_rows(batch, held_out)
 
     @override
     def next_batch(self, trainer: Trainer) -> Any:
-        held_out, self._held_out = self._held_out, None
-        return held_out
+        found, self._held_out = self._held_out, None
+        if self._sampled and self._run:
+            sampled = self._sampled[0].next_batch(self._run.next_batch_index() - 1)
+            if sampled is not None:
+                batch, part = sampled
+                found = self._to_device(batch, part.step), part.share
+        if found is None:
+            return None
+        batch, share = found
+        self.held_out_share = share / trainer.accumulate_grad_batches
+        return batch
+
+    def _to_device(self, batch: Any, step: int) -> Any:
+        assert self._trainer is not None
+        with isolated_random(self.seed, step):
+            return to_device(self._trainer, batch)
+
+    # The end
 
     @override
     def on_masks_final(self) -> None:
-        self._min_samples = 1  # no batch is split from now on, so none needs to be checked
+        self._min_samples, self._was_tried = 1, True  # nothing is split from now on
+        self._leave_batches_whole()
+
+    def _leave_batches_whole(self) -> None:
+        self._is_over = True
+        self._stop_sampling()
+        if self._collated:
+            self._collated.stop()
+
+    def _stop_sampling(self) -> None:
+        for sampled in self._sampled:
+            sampled.stop()
+        self._sampled = []
 
     @override
     def stop(self, trainer: Trainer) -> None:
-        vars(trainer.strategy).pop("batch_to_device", None)
+        self._leave_batches_whole()
+        if self._hook:
+            self._hook.remove()
+        self._hook = self._collated = self._run = self._trainer = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"least": self._min_samples, "layouts": dict(self._layouts)}
+        return {"least": self._min_samples, "tried": self._was_tried}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._min_samples, self._layouts = state["least"], dict(state["layouts"])
+        self._min_samples, self._was_tried = state["least"], state["tried"]
+
+
+def _choose(indices: Any, places: Sequence[int]) -> Any:
+    """Return the indices at some places, in a container of the same kind if it is a usual one."""
+    if isinstance(indices, (Tensor, np.ndarray)):
+        return indices[torch.tensor(places)] if isinstance(indices, Tensor) else indices[np.asarray(places)]
+    chosen = [indices[place] for place in places]
+    return tuple(chosen) if type(indices) is tuple else chosen

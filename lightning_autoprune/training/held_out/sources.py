@@ -15,7 +15,10 @@ from lightning_autoprune.training.held_out.held_out_source import HeldOutSource,
 from lightning_autoprune.training.held_out.loader_sources import FixedSource, LoaderSource, ValidationSource
 from lightning_autoprune.training.held_out.redrawn_source import RedrawnSource
 
-__all__ = ["HELD_OUT_SOURCES", "HeldOutSource", "make_source"]
+__all__ = ["DEFAULT_FRACTION", "HELD_OUT_SOURCES", "HeldOutSource", "make_source"]
+
+DEFAULT_FRACTION = 0.25
+"""What is held out of the training data if the user leaves it open, where it can be."""
 
 HELD_OUT_SOURCES: dict[str, type[TrainSource | ValidationSource]] = {"val": ValidationSource, "train": TrainSource}
 """The sources that have a word, by that word; each is made with the seed alone."""
@@ -25,13 +28,16 @@ def make_source(held_out: Any, redraw: bool, seed: int) -> HeldOutSource:
     """Make the source that ``held_out`` asks for.
 
     Args:
-        held_out: a fraction of the training data in (0, 1), a word in :data:`HELD_OUT_SOURCES`, or a ``DataLoader``.
+        held_out: a fraction of the training data in (0, 1), a word in :data:`HELD_OUT_SOURCES`, or a ``DataLoader``;
+            None stands for :data:`DEFAULT_FRACTION`.
         redraw: whether a fraction is drawn anew from each batch, or once from the training set.
         seed: decides which samples are held out.
 
     Raises:
         AutoPruneError: for anything else.
     """
+    if held_out is None:
+        held_out = DEFAULT_FRACTION
     if isinstance(held_out, str):
         check_choice("held_out", held_out, HELD_OUT_SOURCES)
         return HELD_OUT_SOURCES[held_out](seed)

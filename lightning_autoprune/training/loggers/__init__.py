@@ -1,1 +1,1 @@
-"""Figures of a run for each kind of logger, and the pruned checkpoint for W&B."""
+"""Figures and settings of a run for each kind of logger, and the pruned checkpoint for W&B."""

@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import WarningCache
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from lightning_autoprune.reporting.layer_table import LayerSummary
+from lightning_autoprune.reporting.metric_names import loggable_names
 from lightning_autoprune.reporting.plots import metric_path, sparsity_heatmap
 from lightning_autoprune.reporting.run_history import Histogram, RunHistory
 
@@ -50,7 +51,8 @@ class RunFigures:
     @property
     def histograms(self) -> dict[str, Histogram]:
         """The distribution of M in a few layers, by the figure's name."""
-        return {f"m/{layer}": histogram for layer, histogram in self.history.histograms.items()}
+        names = loggable_names(layer.name for layer in self.layers)
+        return {f"m/{names[layer]}": histogram for layer, histogram in self.history.histograms.items()}
 
     @property
     def path(self) -> list[tuple[float, float]]:

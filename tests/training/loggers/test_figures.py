@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning_utilities.core.rank_zero import WarningCache
+from torch import nn
 from wandb_file import read_history, read_records
 
 from lightning_autoprune import AutoPruneCallback, sparsity
@@ -116,6 +117,25 @@ def test_tensorboard_gets_all_figures(tmp_path):
     first = callback.layers()[0]
     assert f"| first | 16×12 | 192 | {first.kept} | {first.sparsity:.2%} | {first.revived} |" in text
     assert "| all |  | 256 | 51 | 80.08% |" in text
+
+
+def test_no_name_in_tensorboard_is_a_folder_of_another(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Heads(Example):
+        def __init__(self):
+            super().__init__()
+            self.heads = nn.ModuleDict({name: nn.Linear(12, 4) for name in ("a", "a/b")})
+
+        def forward(self, x):
+            return super().forward(x) + sum(head(x) for head in self.heads.values())
+
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    fit(AutoPruneCallback(target_sparsity=0.8), model=Heads(), val=loader(seed=3), logger=logger)
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    names = [name for kind in ("images", "histograms", "tensors", "scalars") for name in tags[kind]]
+    assert {"autoprune/m/heads.a", "autoprune/m/heads.a_b", "autoprune/layer_sparsity/heads.a_b"} <= {*names}
+    assert not [(a, b) for a in names for b in names if b.startswith(f"{a}/")]
 
 
 def test_the_names_of_figures_begin_with_the_loggers_prefix(tmp_path):
