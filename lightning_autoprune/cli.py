@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import nn
 
 from lightning_autoprune import __version__
@@ -28,6 +27,7 @@ from lightning_autoprune.reporting.checkpoint_reader import SavedModel, read_che
 from lightning_autoprune.reporting.html_report import render_html_report
 from lightning_autoprune.reporting.layer_table import align_columns, format_layer_table, sum_layers
 from lightning_autoprune.reporting.mask_comparison import compare_masks, format_comparison_table
+from lightning_autoprune.training.lightning_package import LightningModule, both
 
 __all__ = ["main"]
 
@@ -193,7 +193,7 @@ def _build_model(name: str, saved: SavedModel) -> nn.Module:
     finally:
         sys.path.pop(0)
     try:
-        if isinstance(make, type) and issubclass(make, LightningModule) and saved.by_lightning:
+        if isinstance(make, type) and issubclass(make, both(LightningModule)) and saved.by_lightning:
             return make.load_from_checkpoint(saved.path, map_location="cpu", weights_only=True)
         model: nn.Module = make()
         model.load_state_dict(saved.state)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
 
-__all__ = ["AutoPruneError", "check_choice", "check_range", "quote_names"]
+__all__ = [
+    "AutoPruneError",
+    "check_choice",
+    "check_flag",
+    "check_function",
+    "check_patterns",
+    "check_range",
+    "quote_names",
+]
 
 
 class AutoPruneError(ValueError):
@@ -62,6 +70,56 @@ def check_range(
     above = is_number and (low < value if low_open else low <= value)
     below = is_number and (value < high if high_open else value <= high)
     if not (above and below):
-        interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+        interval = f"{'(' if low_open else '['}{low:.15g}, {high:.15g}{')' if high_open else ']'}"
         kind = "an integer" if whole else "a number"
         raise AutoPruneError(f"`{name}` is {value!r}; it must be {kind} in {interval}.{' ' + hint if hint else ''}")
+
+
+def check_flag(name: str, value: object, *, also: str = "") -> None:
+    """Raise an error unless ``value`` is True or False, or one of NumPy's two.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        also: what else is allowed, for the message.
+
+    Raises:
+        AutoPruneError: names the argument and the value.
+    """
+    kind = type(value)
+    if kind is not bool and (kind.__module__, kind.__name__.rstrip("_")) != ("numpy", "bool"):
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be True or False{also}.")
+
+
+def check_function(name: str, value: object, arguments: str) -> None:
+    """Raise an error unless ``value`` can be called.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        arguments: what it is called with, for the message.
+
+    Raises:
+        AutoPruneError: names the argument, the value and what is allowed.
+    """
+    if not callable(value):
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be a function of {arguments}, or None.")
+
+
+def check_patterns(name: str, value: object, *, empty: str = "") -> None:
+    """Raise an error unless ``value`` is a list of texts, or another sequence of them.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what was given.
+        empty: what is wrong with an empty list; "": it is allowed.
+
+    Raises:
+        AutoPruneError: names the argument, the value and what is allowed.
+    """
+    if isinstance(value, str):
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be a list of patterns: [{value!r}].")
+    if not isinstance(value, Sequence) or not all(isinstance(pattern, str) for pattern in value):
+        raise AutoPruneError(f"`{name}` is {value!r}; it must be a list of patterns, each of them a text, or None.")
+    if empty and not value:
+        raise AutoPruneError(f"`{name}` is empty, {empty}")

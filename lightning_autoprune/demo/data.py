@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_autoprune.training.lightning_package import LightningDataModule
 
 __all__ = ["DataError", "DigitImages", "DigitsData", "Split", "load_digits", "load_mnist", "make_loader"]
 

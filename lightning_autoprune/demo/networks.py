@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+
+from lightning_autoprune.training.lightning_package import LightningModule, OptimizerLRSchedulerConfig
 
 __all__ = ["Classifier", "DigitsClassifier", "lenet5", "lenet_300_100"]
 

@@ -10,9 +10,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from lightning_autoprune.argument_types import parse_positive_int, parse_seed
 from lightning_autoprune.demo.data import DigitImages, load_digits, load_mnist, make_loader
@@ -21,6 +18,15 @@ from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.plots import read_curves, sparsity_curves
 from lightning_autoprune.reporting.layer_table import align_columns, format_layer_table, sum_layers, summarize_layers
 from lightning_autoprune.training.callback import AutoPruneCallback
+from lightning_autoprune.training.lightning_package import (
+    Callback,
+    CSVLogger,
+    Logger,
+    ModelCheckpoint,
+    Trainer,
+    WandbLogger,
+    seed_everything,
+)
 
 __all__ = ["add_arguments", "run_demo"]
 

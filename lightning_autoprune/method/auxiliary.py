@@ -29,12 +29,19 @@ from lightning_autoprune.errors import AutoPruneError, check_range
 from lightning_autoprune.method.estimators import Estimator, EstimatorName, straight_through
 from lightning_autoprune.method.exact_topk import check_count
 from lightning_autoprune.method.granularity import Granularity, WeightGranularity
+from lightning_autoprune.method.granularity.base import StepPiece
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.masked_weights import MaskedWeights, fetch_numbers
 from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.saved_state import restore_state, save_state
 from lightning_autoprune.method.settings import check_setting
-from lightning_autoprune.method.update_rules import GradientScale, UpdateRule, UpdateRuleName, make_rule
+from lightning_autoprune.method.update_rules import (
+    GradientScale,
+    SparseGradientRule,
+    UpdateRule,
+    UpdateRuleName,
+    make_rule,
+)
 from lightning_autoprune.tensors.flat_buckets import Bucket
 
 __all__ = ["AuxiliaryParameters"]
@@ -46,7 +53,9 @@ class AuxiliaryParameters(MaskedWeights):
     Creating an instance attaches it: from then on each weight's storage holds T = W ⊙ h(M), in place. The network, its
     ``state_dict`` and its optimizer see plain parameters. Each training step is then::
 
-        aux.mask_gradients()          # after backward, before clipping
+        aux.before_forward()          # needed with neurons only
+        loss(...).backward()
+        aux.mask_gradients()          # before clipping
         optimizer.step()
         aux.after_weight_step()       # pruned weights are 0 again, their values dormant
         aux.step(dL_dT, lr, mu)       # gradients on a held-out batch
@@ -60,7 +69,8 @@ class AuxiliaryParameters(MaskedWeights):
         granularity: which units have an m. None: each weight.
         initial_m: ``"magnitude"``: m = ``initial_scale`` · abs(w) / std(w) of its layer, so that small weights are the
             first to be pruned; ``"constant"``: m = ``initial_scale``. With the former, a weight of exactly 0 starts
-            pruned. None: no weight is written until ``load_state_dict`` restores a state.
+            pruned, except in a layer whose weights are all 0 or not all finite, which starts at the constant with a
+            warning. None: no weight is written until ``load_state_dict`` restores a state.
         initial_scale: size of the initial m, > 0.
         update_rule: a name in ``update_rules.UPDATE_RULES``, or an instance of an ``UpdateRule``.
         estimator: the straight-through estimator h'(m): a name in ``estimators.ESTIMATORS``, or a function of M.
@@ -153,6 +163,15 @@ class AuxiliaryParameters(MaskedWeights):
 
     # The auxiliary step
 
+    def before_forward(self) -> None:
+        """Prepare the weights for forward and backward passes whose gradients M follows; needed with neurons only.
+
+        The weights that produce pruned channels have values in these passes, which change no output. Afterwards
+        :meth:`after_weight_step` or :meth:`update_masks` sets them back to 0.
+        """
+        if not self.masks_final:
+            self.granularity.before_forward(self)
+
     def step(self, dL_dT: Sequence[Tensor | None], lr: float, mu: float) -> bool:
         """Take one auxiliary step by the update rule (see ``update_rules``). The masks are not updated.
 
@@ -165,10 +184,11 @@ class AuxiliaryParameters(MaskedWeights):
         Returns:
             False if a gradient is not finite, in which case no step was taken.
         """
-        pieces = list(self.granularity.sensitivities(self, dL_dT, self.rule))
+        pieces, mean_square = self._sensitivities(dL_dT, self.rule)
+        if not math.isfinite(mean_square):  # a layer that the loss does not use may hold anything, NaN included
+            pieces, mean_square = self._sensitivities(dL_dT, SparseGradientRule(self.rule))
         if not pieces:
             return True
-        mean_square = self._mean_square([piece.G for piece in pieces])
         if not math.isfinite(mean_square):
             return False
         s = self.scale.update(mean_square) or 1.0
@@ -182,6 +202,11 @@ class AuxiliaryParameters(MaskedWeights):
             slope = straight_through(self.estimator, M, self.leaky_slope)
             M.sub_(g if slope is None else g * slope, alpha=lr)
         return True
+
+    def _sensitivities(self, dL_dT: Sequence[Tensor | None], rule: UpdateRule) -> tuple[list[StepPiece], float]:
+        """Return the sensitivities by a rule, in pieces, and their mean square; 0 if there are none."""
+        pieces = list(self.granularity.sensitivities(self, dL_dT, rule))
+        return pieces, self._mean_square([piece.G for piece in pieces]) if pieces else 0.0
 
     def _mean_square(self, sensitivities: Sequence[Tensor]) -> float:
         """Return the mean square of sensitivities over all entries of M, those of other ranks included."""
@@ -219,8 +244,6 @@ class AuxiliaryParameters(MaskedWeights):
 
     def finalize_masks(self) -> None:
         """Make the masks final and forget M and dormant values: pruned weights stay 0, kept ones train on."""
-        if not self.masks_final:
-            self.granularity.before_final(self)
         self.forget()
 
     def forget(self) -> None:

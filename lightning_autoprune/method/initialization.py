@@ -8,17 +8,18 @@ To add a starting value, write a function here and give it a name in :data:`INIT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.errors import quote_names
 from lightning_autoprune.method.registry import look_up
 from lightning_autoprune.tensors.dtypes import at_least_float32
 
-__all__ = ["INITIAL_M", "InitialM", "check_finite", "check_weights", "initial_m", "starting_values"]
+__all__ = ["INITIAL_M", "InitialM", "can_start", "initial_m", "starting_values", "warn_of_constant"]
 
 InitialM = Literal["magnitude", "constant"]
 
@@ -58,7 +59,7 @@ def initial_m(T: Tensor, name: InitialM, scale: float) -> Tensor:
     """Return the m that each weight of a layer starts with.
 
     Args:
-        T: the layer's weights, of any shape, finite and not all 0.
+        T: the layer's weights, of any shape. If they are all 0 or not all finite, the result fails :func:`can_start`.
         name: ``"magnitude"``: ``scale`` · abs(w) / std(w); ``"constant"``: ``scale``.
         scale: size of the initial m, > 0.
 
@@ -76,31 +77,17 @@ def initial_m(T: Tensor, name: InitialM, scale: float) -> Tensor:
     return starting_values(name, wide.abs(), unit, scale)
 
 
-def check_finite(layer: str, T: Tensor) -> None:
-    """Raise if a layer has weights that are not finite.
-
-    Raises:
-        AutoPruneError: naming the layer.
-    """
-    if not T.isfinite().all():
-        raise AutoPruneError(f"Layer {layer!r} has weights that are not finite: the training has diverged.")
+def can_start(m: Tensor) -> bool:
+    """Return True if pruning can start with the m of a layer: all are finite, and not all weights start pruned."""
+    return bool(m.isfinite().all() and (m > 0).any())
 
 
-def check_weights(layer: str, T: Tensor, name: InitialM) -> None:
-    """Raise if a layer's weights give no M to start with.
-
-    Args:
-        layer: name of the layer.
-        T: its weights.
-        name: a name in :data:`INITIAL_M`.
-
-    Raises:
-        AutoPruneError: naming the layer, if weights are not finite, or if all are 0 and would all start pruned.
-    """
-    check_finite(layer, T)
-    zero_starts_pruned = starting_values(name, torch.zeros(1), torch.ones(()), 1.0).item() <= 0
-    if zero_starts_pruned and T.count_nonzero() == 0:
-        raise AutoPruneError(
-            f"All weights of layer {layer!r} are 0, so their magnitude does not say which ones to keep: start pruning"
-            ' later (`warmup`), exclude the layer, or use `initial_m="constant"`.'
+def warn_of_constant(layers: Collection[str]) -> None:
+    """Warn of layers whose M starts at a constant because their weights give nothing better; none: no warning."""
+    if layers:
+        warnings.warn(
+            f"The weights of {quote_names(layers)} are all 0, or some are not finite, so their magnitude does not say"
+            ' which ones to keep: their M starts at `initial_scale`, as with `initial_m="constant"`. `exclude` layers'
+            " that are not trained. If the loss is not finite either, the training has diverged.",
+            stacklevel=2,
         )

@@ -93,6 +93,11 @@ class MaskedWeights:
         for T, mask in zip(self.effective(), self._final or self.bits, strict=True):
             zero_pruned(T, mask)
 
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned entries of T are 0 on this rank: nothing else has written to them."""
+        layers = zip(self.effective(), self._final or self.bits, strict=True)
+        return not any(fetch_numbers([torch.count_nonzero(T.masked_fill(mask.bool(), 0)) for T, mask in layers]))
+
     # Masks
 
     def write_masks(self, which: Iterable[int], scores: Sequence[Tensor]) -> None:
@@ -166,4 +171,5 @@ def latent_weights(T: Tensor, bits: Tensor, dormant: Tensor) -> Tensor:
 
 def fetch_numbers(tensors: Sequence[Tensor]) -> list[float]:
     """Return the entries of small tensors as Python numbers, fetched from their device at once."""
-    return torch.cat([tensor.view(-1).to(tensors[0].device, torch.float64) for tensor in tensors]).tolist()
+    # in the tensors' own dtype: not every device has float64
+    return torch.cat([tensor.view(-1).to(tensors[0].device) for tensor in tensors]).tolist()

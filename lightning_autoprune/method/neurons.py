@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +50,12 @@ class Neurons:
             rows={name: numbers.to(device) for name, numbers in self.rows.items()},
             columns={name: numbers.to(device) for name, numbers in self.columns.items()},
         )
+
+    def select(self, names: Container[str]) -> Neurons:
+        """Return a copy that has only some of the layers; the channels stay the same."""
+        maps = (self.rows, self.columns, self.dims, self.sizes, self.costs)
+        rows, columns, dims, sizes, costs = ({n: x for n, x in m.items() if n in names} for m in maps)
+        return replace(self, rows=rows, columns=columns, dims=dims, sizes=sizes, costs=costs)  # type: ignore[arg-type]
 
     def shares(self, alive: Tensor) -> dict[str, tuple[float, float]]:
         """Return the fractions of each layer's rows and columns that remain; ``alive`` is bool, one per channel."""

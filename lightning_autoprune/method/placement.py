@@ -18,6 +18,7 @@ from lightning_autoprune.tensors.sharding import (
     is_sharded,
     shard_along,
     shard_like,
+    sum_numbers_over_ranks,
     sum_over_lower_ranks,
     sum_over_ranks,
 )
@@ -73,7 +74,7 @@ class ShardedPlacement(Placement):
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Return the sums of some numbers over all ranks."""
-        return self.sum_tensor(torch.tensor(numbers, dtype=torch.float64, device=self._device)).tolist()
+        return sum_numbers_over_ranks(numbers, self._device)
 
     def sum_tensor(self, x: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, in place; each rank gets the same bits."""

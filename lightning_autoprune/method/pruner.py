@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
+from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.pressure_controller import PressureController
+from lightning_autoprune.method.saved_state import select_layers
 from lightning_autoprune.method.schedule import Phases, make_schedule
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.method.update_rules import make_rule
-from lightning_autoprune.tensors.sharding import gather_whole
+from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
 
@@ -24,17 +27,20 @@ class Pruner:
     """Drives :class:`~lightning_autoprune.method.auxiliary.AuxiliaryParameters` through the phases of a run.
 
     Call ``start`` first, after ``load_state_dict`` if a run is resumed. Then, in each training step, call
-    ``before_weight_step``, the optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there
-    are gradients (it may also come before the weight step), and ``end_step``.
+    ``before_forward`` (needed with neurons only), the forward and backward pass, ``before_weight_step``, the
+    optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there are gradients (it may also
+    come before the weight step), and ``end_step``.
 
     Args:
-        weights: the parameters to prune, by layer name.
+        weights: the parameters to prune, by layer name; there may be none until ``extend`` gives some.
         settings: how to prune.
         total_steps: length of the run in training steps.
         step: number of steps that are over.
         neurons: the channels to prune in place of single weights; those parameters produce and read them.
 
     Attributes:
+        weights: the parameters to prune, by layer name.
+        layouts: their layouts when they were taken in.
         step: number of training steps that are over.
         auxiliary: the auxiliary parameters; None in the dense phase.
 
@@ -68,7 +74,8 @@ class Pruner:
         step: int = 0,
         neurons: Neurons | None = None,
     ) -> None:
-        self.weights, self.settings, self.step, self.neurons = dict(weights), settings, step, neurons
+        self.settings, self.step, self.neurons = settings, step, neurons
+        self._set_weights(weights)
         self.phases = Phases.of(total_steps, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
@@ -83,23 +90,98 @@ class Pruner:
     def extend(self, weights: Mapping[str, Tensor]) -> None:
         """Take in weights that are trained from now on. Those that are pruned already are left unchanged.
 
+        With a target, the new weights start at the present density, those of the largest magnitude kept: a dense layer
+        would raise the pressure, and the others would be pruned far beyond the target to make up for it.
+
         Args:
             weights: all weights, by layer name, in the order that they will have.
 
         Raises:
-            AutoPruneError: if the target can't be met with them, or they give no M to start with. In that case nothing
-                is changed.
+            AutoPruneError: if the target can't be met with them. In that case nothing is changed.
         """
         assert self.can_extend, "channels are found when fitting starts"
-        assert not self.masks_final, "final masks do not change"
+        assert self.step < self.phases.end, "final masks do not change"
         self._check_target(weights)
-        if self.auxiliary:
+        if self.step >= self.phases.start:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            self.auxiliary.join(self._attach(new, self.settings.initial_m), list(weights))
+            by_magnitude = self.auxiliary and self._target is not None
+            joining = self._attach(new, "magnitude" if by_magnitude else self.settings.initial_m)
+            if self.auxiliary is None:
+                self.auxiliary = joining
+            else:
+                if by_magnitude:
+                    start_like(joining, self.auxiliary)
+                self.auxiliary.join(joining, list(weights))
+        self._set_weights(weights)
+
+    def replace(self, weights: Mapping[str, Tensor], *, ended: bool = False) -> None:
+        """Go on with other tensors in place of the weights, and keep their masks, M, dormant values and averages.
+
+        Pruned weights are 0 in the new tensors from the next :meth:`after_weight_step` on.
+
+        Args:
+            weights: the weight of each layer from now on, in the shapes and the order of now; dtypes and devices may be
+                others. A layer that is missing is forgotten.
+            ended: whether no more steps will be taken.
+
+        Raises:
+            AutoPruneError: if there are steps to come, and the target can't be met with the layers that are left, or a
+                layer is missing while channels are being pruned.
+        """
+        assert all(weight.shape == self.layouts[name].shape for name, weight in weights.items()), "other shapes"
+        if (missing := self.layouts.keys() - weights.keys()) and not ended:
+            self._check_forgetting(missing, weights)
+        if self.neurons:
+            self.neurons = self.neurons.select(weights)
+        if self.auxiliary and not weights:
+            self.auxiliary = None
+        elif self.auxiliary and {name: layout(weight) for name, weight in weights.items()} == self.layouts:
+            self.auxiliary.weights = dict(weights)
+        elif self.auxiliary:
+            replicated = self.auxiliary.granularity.replicated
+            state = select_layers(self.auxiliary.state_dict(), weights, units_by_layer=not replicated)
+            self.auxiliary = self._attach(weights, None)
+            self.auxiliary.load_state_dict(state)
+        self._set_weights(weights)
+
+    def _check_forgetting(self, missing: Collection[str], weights: Mapping[str, Tensor]) -> None:
+        """Raise if the run can't go on without some layers."""
+        if self.masks_final:
+            return
+        if not self.can_extend:
+            raise AutoPruneError(
+                f"The weights of {quote_names(sorted(missing))} were replaced or removed during the run. Neurons are"
+                ' found when fitting starts: change the model before that, or use `granularity="weight"`.'
+            )
+        if weights:
+            self._check_target(weights)
+
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = dict(weights)
+        self.layouts: dict[str, Layout] = {name: layout(weight) for name, weight in weights.items()}
+
+    def leave_dense(self, names: Container[str]) -> None:
+        """Stop counting some of the weights as prunable, in the dense phase."""
+        assert self.can_extend, "channels are found when fitting starts"
+        assert self.auxiliary is None, "pruning has begun"
+        self._set_weights({name: weight for name, weight in self.weights.items() if name not in names})
+
+    def can_meet_target(self, names: Container[str]) -> bool:
+        """Return True if some of the weights, one at least, can meet the target without the others."""
+        weights = {name: weight for name, weight in self.weights.items() if name in names}
+        try:
+            self._check_target(weights)
+        except AutoPruneError:
+            return False
+        return bool(weights)
+
+    def _path_density(self, step: int) -> float:
+        """Return the density that pruning to the target should have reached once so many steps are over."""
+        assert self._target is not None
+        return self._path(self.phases.progress(step), 1.0, self._target)
 
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
-        if self._target is not None:
+        if self._target is not None and weights:
             self._make_granularity().check_density(weights, self._target, self.settings.layer_floor)
 
     @property
@@ -110,7 +192,9 @@ class Pruner:
     @property
     def masks_final(self) -> bool:
         """True once the masks do not change any more."""
-        return self.auxiliary is not None and self.auxiliary.masks_final
+        if self.auxiliary is None:
+            return not self.weights and self.step >= self.phases.end  # the layers were removed from the model
+        return self.auxiliary.masks_final
 
     @property
     def can_extend(self) -> bool:
@@ -161,6 +245,25 @@ class Pruner:
         is_pruning = has_begun and step < self.phases.end and not self.masks_final
         return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
+    def before_forward(self) -> None:
+        """Prepare the weights for passes whose gradients M follows; needed with neurons only.
+
+        In these passes the weights that produce pruned channels have values, which change no output: without them the
+        channels would get no gradient and never come back.
+        """
+        if self.auxiliary:
+            self.auxiliary.before_forward()
+
+    def after_backward(self) -> None:
+        """Undo :meth:`before_forward` if no weight step follows, as while gradients are accumulated."""
+        if GRANULARITIES[self.settings.granularity].prunes_channels:
+            self.after_weight_step()
+
+    @property
+    def enters_phase(self) -> bool:
+        """True if the end of the training step under way begins the pruning, or makes the masks final."""
+        return self.step + 1 in (self.phases.start, self.phases.end)
+
     def before_weight_step(self, stepped: Container[int] | None = None) -> None:
         """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.
 
@@ -174,6 +277,10 @@ class Pruner:
         """Set pruned weights back to 0, after each optimizer step."""
         if self.auxiliary:
             self.auxiliary.after_weight_step()
+
+    def pruned_are_zero(self) -> bool:
+        """Return True if all pruned weights are 0 on this rank: nothing else has written to them."""
+        return self.auxiliary is None or self.auxiliary.pruned_are_zero()
 
     def auxiliary_step(self, dL_dT: Sequence[Tensor | None]) -> bool:
         """Step M on one unmasked gradient per weight; return False if a gradient is not finite.
@@ -201,14 +308,15 @@ class Pruner:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
             if self._target is not None and self._m_was_stepped:
-                path = self._path(self.phases.progress(self.step + 1), 1.0, self._target)
-                self._controller.update(self.auxiliary.density, path)
+                self._controller.update(self.auxiliary.density, self._path_density(self.step + 1))
+        else:
+            self.after_backward()
         self._m_was_stepped = False
         self.step += 1
         return self._enter_phase(before_forgetting)
 
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
-        if self.auxiliary is None and self.step >= self.phases.start:
+        if self.auxiliary is None and self.weights and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False

@@ -6,7 +6,7 @@ never becomes some other choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 
-__all__ = ["describe", "describe_result", "look_up", "plain_number"]
+__all__ = ["describe", "describe_result", "look_up", "plain_value"]
 
 Entry = TypeVar("Entry")
 
@@ -70,14 +70,20 @@ def describe_result(value: object) -> str:
     return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def plain_number(value: Any) -> Any:
-    """Return a number from another library, such as NumPy, as an int or a float; anything else unchanged.
+def plain_value(value: Any) -> Any:
+    """Return a number or flag from another library, such as NumPy, as Python's, and a sequence as a list.
+
+    Anything else is returned unchanged.
 
     Example:
         >>> from fractions import Fraction
-        >>> plain_number(Fraction(1, 2)), plain_number(3), plain_number("cubic")
-        (0.5, 3, 'cubic')
+        >>> plain_value(Fraction(1, 2)), plain_value(3), plain_value("cubic"), plain_value(("a", "b"))
+        (0.5, 3, 'cubic', ['a', 'b'])
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, (bool, str)):
         return value
-    return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():  # a flag: no number to NumPy
+        return value.item()
+    return list(value) if isinstance(value, Sequence) else value

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.initialization import check_finite
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 
-__all__ = ["restore_state", "save_state"]
+__all__ = ["restore_state", "save_state", "select_layers"]
 
 
 def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
@@ -48,8 +47,6 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
             or by a rule with other running averages.
     """
     _check_state(aux, state)
-    for layer, T in zip(aux.weights, aux.effective(), strict=True):
-        check_finite(layer, T)
     aux.granularity.load_state_dict(state["granularity_state"])
     aux.scale.mean_square, aux.scale.updates = state["scale"]
     layers, shapes = list(aux.weights.values()), state["shapes"].values()
@@ -67,6 +64,42 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     aux.after_weight_step()
 
 
+def select_layers(
+    state: Mapping[str, Any], weights: Mapping[str, Tensor], *, units_by_layer: bool = True
+) -> dict[str, Any]:
+    """Return the part of a saved state that belongs to some of its layers.
+
+    Args:
+        state: what :func:`save_state` gave.
+        weights: the weights of these layers. A bucket is split where their dtypes or devices differ.
+        units_by_layer: whether M and the running averages have one tensor per layer.
+    """
+    names = list(state["shapes"])
+    chosen = [i for i, name in enumerate(names) if name in weights]
+
+    def select(values: Sequence[Any]) -> list[Any]:
+        return [values[i] for i in chosen]
+
+    selected = {**state, "shapes": {names[i]: state["shapes"][names[i]] for i in chosen}}
+    selected["masks"] = select(state["masks"])
+    if state["frozen"]:
+        return selected
+    selected["dormant"] = select(state["dormant"])
+    if units_by_layer:
+        selected["M"] = select(state["M"])
+        selected["averages"] = {name: select(values) for name, values in state["averages"].items()}
+    buckets: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for k, numbers in enumerate(state["buckets"]):
+        for i in numbers:
+            if i in chosen:
+                weight = weights[names[i]]
+                buckets.setdefault((k, weight.dtype, weight.device), []).append(chosen.index(i))
+    selected["buckets"] = list(buckets.values())
+    if units_by_layer:
+        selected["updates"] = [state["updates"][k] for k, *_ in buckets]
+    return selected
+
+
 def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     """Restore M and the rule's running averages."""
     pairs = [(aux.M, state["M"]), *((aux.averages[name], saved) for name, saved in state["averages"].items())]
@@ -78,7 +111,7 @@ def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
 def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Restore the values of pruned weights, given those of each layer in order, and the masks of whole layers."""
     for dormant, weight, own, mask in zip(aux.dormant, aux.weights.values(), values, masks, strict=True):
-        whole = torch.zeros(mask.shape, dtype=dormant.dtype)
+        whole = torch.zeros(mask.shape, dtype=dormant.dtype, device="cpu")
         whole.masked_scatter_(~mask, own.to("cpu", dormant.dtype))
         dormant.copy_(aux.placement.shard(whole.to(dormant.device), weight))
 

@@ -15,7 +15,7 @@ from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
 from lightning_autoprune.method.estimators import Estimator, EstimatorName, check_estimator
 from lightning_autoprune.method.granularity import GRANULARITIES, GranularityName
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM
-from lightning_autoprune.method.registry import describe, plain_number
+from lightning_autoprune.method.registry import describe, plain_value
 from lightning_autoprune.method.schedule import Schedule, ScheduleName, check_schedule
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName, check_rule
 
@@ -156,7 +156,7 @@ class Settings:
             value = getattr(self, entry.name)
             if value is not None or entry.default is not None:
                 entry.metadata["check"](entry.name, value)
-            object.__setattr__(self, entry.name, plain_number(value))
+            object.__setattr__(self, entry.name, plain_value(value))
         self._check_targets()
         check_schedule(self.schedule, 0.1 if self.target_density is None else self.target_density)
         if self.warmup < 1 <= self.warmup + self.finetune:

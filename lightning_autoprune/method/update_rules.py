@@ -44,6 +44,7 @@ __all__ = [
     "AdaptiveRule",
     "AutoPruneRule",
     "GradientScale",
+    "SparseGradientRule",
     "UpdateRule",
     "UpdateRuleName",
     "VanillaRule",
@@ -178,6 +179,25 @@ class AdaptiveRule(UpdateRule):
         v = state["v"].mul_(decay).addcmul_(g0, g0, value=1 - decay)
         root = (v / (1 - decay**updates)).sqrt_()
         return g0.div_(root.clamp_min_(1e-6))
+
+
+class SparseGradientRule(UpdateRule):
+    """Another rule's sensitivities, but 0 where the gradient is exactly 0, even if the weight there is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> rule = SparseGradientRule(VanillaRule())
+        >>> rule.sensitivity(torch.tensor([0.0, 2.0]), torch.tensor([torch.nan, 4.0]))
+        tensor([0., 8.])
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self._rule = rule
+        self.removes_scale = rule.removes_scale  # type: ignore[misc]
+
+    def sensitivity(self, dL_dT: Tensor, W: Tensor) -> Tensor:
+        """Return the other rule's result, or 0 without a gradient."""
+        return torch.where(dL_dT == 0, 0.0, self._rule.sensitivity(dL_dT, W))
 
 
 UPDATE_RULES: Mapping[str, type[UpdateRule]] = {

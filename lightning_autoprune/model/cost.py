@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_autoprune.model.forward import ExampleInput, run_model
-from lightning_autoprune.model.prunable_layers import is_transposed_linear
+from lightning_autoprune.model.weight_places import is_plain_linear
 
 __all__ = ["LayerCost", "ModelCost", "model_cost"]
 
@@ -149,6 +149,6 @@ def _weight(module: nn.Module) -> nn.Parameter | None:
 def _density(module: nn.Module) -> float:
     """Return the fraction of nonzero weights in a linear layer or convolution; 1 for other modules."""
     weight = _weight(module)
-    if weight is not None and (isinstance(module, (nn.Linear, _ConvNd)) or is_transposed_linear(module)):
+    if weight is not None and (isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)) or is_plain_linear(module)):
         return float(weight.count_nonzero()) / max(weight.numel(), 1)
     return 1.0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_autoprune.tensors.preserve import preserve_buffers
+from lightning_autoprune.tensors.random_state import preserve_random
 
 __all__ = [
     "ExampleInput",
@@ -57,7 +58,7 @@ def map_values(function: Callable[[Any], Any], example_input: ExampleInput) -> A
 def run_model(model: nn.Module, inputs: ExampleInput) -> list[Tensor]:
     """Return the tensors that a model outputs in evaluation mode.
 
-    The model's modes and buffers, the inputs and the random number generator stay as they were.
+    The model's modes and buffers, the inputs and all random numbers stay as they were.
     """
     args, kwargs = as_arguments(inputs)
     with evaluation_mode(model):
@@ -71,7 +72,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     eager = set_stance("force_eager") if set_stance else nullcontext()  # compiled code calls no hooks
     try:
-        with torch.random.fork_rng(devices=[]), eager, ExitStack() as stack:
+        with preserve_random(), eager, ExitStack() as stack:
             for module in modes:
                 stack.enter_context(preserve_buffers(module))
             model.eval()

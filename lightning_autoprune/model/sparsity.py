@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import choose_weights
 
 __all__ = ["Sparsity", "layer_sparsity", "sparsity"]
 
@@ -18,7 +18,7 @@ def sparsity(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> float:
     """Return the fraction of zeros in a weight, in several together, or in all prunable weights of a model.
 
     Args:
-        weights: a tensor, tensors by name, or a module, whose :func:`prunable_weights` are counted.
+        weights: a tensor, tensors by name, or a module, whose :func:`prunable_weights` are counted, trained or not.
 
     Returns:
         The fraction of entries that are exactly 0, in [0, 1]; 0 if there are no entries.
@@ -40,14 +40,14 @@ def layer_sparsity(model: nn.Module) -> dict[str, float]:
         >>> layer_sparsity(model)
         {'0': 1.0, '2': 0.0}
     """
-    return {name: sparsity(weight) for name, weight in prunable_weights(model, trained_only=False).items()}
+    return {name: sparsity(weight) for name, weight in choose_weights(model).weights.items()}
 
 
 class Sparsity(Metric):
     """Fraction of zeros over all weights given to ``update``, as a torchmetrics metric.
 
     ``update`` accepts what :func:`sparsity` accepts, and ``compute`` returns a scalar tensor in [0, 1]. Counts are
-    summed over updates and over processes.
+    summed over updates and over processes, and stay integers whatever ``set_dtype`` asks for.
 
     Example:
         >>> metric = Sparsity()
@@ -62,8 +62,9 @@ class Sparsity(Metric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
 
-    zeros: Tensor
-    total: Tensor
+    if TYPE_CHECKING:  # TorchScript would take an annotation for the type itself, and it is a string here
+        zeros: Tensor
+        total: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -79,6 +80,14 @@ class Sparsity(Metric):
     def compute(self) -> Tensor:
         """Return the fraction of zeros so far, a scalar in [0, 1]; 0 before any update."""
         return self.zeros / self.total.clamp_min(1)
+
+    def set_dtype(self, dst_type: str | torch.dtype) -> Sparsity:
+        """Return the metric unchanged: a count in another type would not be exact.
+
+        Args:
+            dst_type: has no effect.
+        """
+        return self
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one value, or several values over steps; return the figure and the axes.
@@ -99,6 +108,6 @@ def _count_zeros(weights: Tensor | Mapping[str, Tensor] | nn.Module) -> tuple[in
     """Return the number of zeros and the number of all entries."""
     if isinstance(weights, Tensor):
         return weights.numel() - int(torch.count_nonzero(weights)), weights.numel()
-    named = prunable_weights(weights, trained_only=False) if isinstance(weights, nn.Module) else weights
+    named = choose_weights(weights).weights if isinstance(weights, nn.Module) else weights
     counts = [_count_zeros(weight) for weight in named.values()]
     return sum(zeros for zeros, _ in counts), sum(total for _, total in counts)

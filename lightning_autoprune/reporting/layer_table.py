@@ -36,7 +36,7 @@ class LayerSummary:
     @property
     def sparsity(self) -> float:
         """Fraction of zeros, in [0, 1]."""
-        return 1 - self.kept / self.weights if self.weights else 0.0
+        return (self.weights - self.kept) / self.weights if self.weights else 0.0
 
     @property
     def flops_kept(self) -> int | None:

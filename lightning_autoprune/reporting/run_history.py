@@ -83,8 +83,8 @@ class RunHistory:
         if len(self._steps) > _MAX_POINTS:
             self._steps, self._rows, self._interval = self._steps[::2], self._rows[::2], 2 * self._interval
 
-    def add_layers(self, names: Sequence[str]) -> None:
-        """Add layers that were not pruned so far; ``names`` is the new order of all layers."""
+    def set_layers(self, names: Sequence[str]) -> None:
+        """Set the names of all layers from now on: new ones were dense so far, and missing ones are removed."""
         places = {name: i for i, name in enumerate(self.names)}
         order = [places.get(name) for name in names]
         self._rows = [[*(0.0 if i is None else row[i] for i in order), row[-1]] for row in self._rows]
@@ -141,8 +141,8 @@ class RunHistory:
         """Return the whole history in plain types and tensors, which ``torch.load(weights_only=True)`` accepts."""
         return {
             "names": self.names,
-            "steps": torch.tensor(self._steps, dtype=torch.int64),
-            "rows": torch.tensor(self._rows, dtype=torch.float64),
+            "steps": torch.tensor(self._steps, dtype=torch.int64, device="cpu"),
+            "rows": torch.tensor(self._rows, dtype=torch.float64, device="cpu"),
             "thinned": (self._interval, self._offered),
             "metric": self.metric,
             "points": [tuple(point) for point in self.points],
@@ -200,7 +200,7 @@ def compute_histogram(M: Tensor, bins: int = 60) -> Histogram:
     low, high = min(float(m.min()), 0.0), max(float(m.max()), 0.0)
     width = (high - low) / bins or 1.0
     first, last = min(math.floor(low / width), -1), math.ceil(high / width)
-    edges = torch.arange(first, last + 1, dtype=torch.float64) * width
+    edges = torch.arange(first, last + 1, dtype=torch.float64, device="cpu") * width
     # torch.histogram gives an edge to the bin on its right: negated, an edge falls to the bin on its left.
     counts = torch.histogram(-m, -edges.float().flip(0)).hist.flip(0)
     return [int(count) for count in counts], edges.tolist()

@@ -85,10 +85,10 @@ def zero_pruned(x: Tensor, mask: Tensor | PackedMask) -> None:
 def pack(mask: Tensor) -> Tensor:
     """Pack a bool tensor into bytes of eight entries each, shape (ceil(numel / 8),), on the CPU."""
     flat = torch.nn.functional.pad(mask.flatten().cpu().to(torch.uint8), (0, -mask.numel() % 8))
-    return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (flat.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Unpack the bytes that :func:`pack` made into a bool tensor of the given shape."""
-    flat = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    flat = (packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
     return flat.flatten()[: math.prod(shape)].view(tuple(shape)).bool()

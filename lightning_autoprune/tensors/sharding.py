@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,18 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 __all__ = [
+    "Layout",
     "WholeTensors",
     "gather_whole",
     "is_sharded",
     "isolated_pass",
+    "layout",
     "local_shard",
     "loss_gradients",
     "reshard",
     "shard_along",
     "shard_like",
+    "sum_numbers_over_ranks",
     "sum_over_lower_ranks",
     "sum_over_ranks",
 ]
@@ -66,6 +69,32 @@ def local_shard(x: Tensor) -> Tensor:
         return x.detach()
     with torch.no_grad():
         return x.to_local().detach()
+
+
+class Layout(NamedTuple):
+    """How a tensor is stored.
+
+    Attributes:
+        shape: the whole shape.
+        dtype: the dtype of its entries.
+        device: where they are.
+        placements: how the ranks share it; None if it is not sharded.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    placements: object
+
+
+def layout(x: Tensor) -> Layout:
+    """Return how a tensor is stored.
+
+    Example:
+        >>> layout(torch.ones(2)).dtype
+        torch.float32
+    """
+    return Layout(x.shape, x.dtype, x.device, x.placements if is_sharded(x) else None)
 
 
 def gather_whole(shard: Tensor, like: Tensor) -> Tensor:
@@ -169,6 +198,20 @@ def sum_over_ranks(numbers: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place; every rank gets the same bits. Call it on all ranks."""
     dist.all_reduce(numbers)
     return numbers
+
+
+def sum_numbers_over_ranks(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Sum each number over all ranks in double precision; every rank gets the same bits. Call it on all ranks.
+
+    Args:
+        numbers: those of this rank; all ranks pass as many.
+        device: a device from which tensors can be sent. It need not have float64: the bits travel as integers.
+    """
+    mine = torch.tensor(numbers, dtype=torch.float64, device="cpu").view(torch.int64).to(device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    sums: list[float] = torch.stack(gathered).cpu().view(torch.float64).sum(0).tolist()
+    return sums
 
 
 def sum_over_lower_ranks(number: int) -> int:

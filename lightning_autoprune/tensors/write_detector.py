@@ -32,9 +32,21 @@ class WriteDetector:
     """
 
     def __init__(self, tensors: Iterable[Tensor], *, check_values: bool = False) -> None:
-        watched = [tensor for tensor in tensors if not tensor.is_inference()]
-        self._before = [(t, t._version, _sum_bits(t) if check_values else None) for t in watched]
+        self._before: list[tuple[Tensor, int, int | None]] = []
         self._changed_values: set[int] = set()  # the ids of tensors that were found by their values
+        self.watch(tensors, check_values=check_values)
+
+    def watch(self, tensors: Iterable[Tensor], *, check_values: bool = False) -> None:
+        """Watch these tensors from now on; those that were watched already keep their remembered state.
+
+        Args:
+            tensors: as for the class.
+            check_values: as for the class.
+        """
+        known = {id(entry[0]): entry for entry in self._before}
+        watched = [tensor for tensor in tensors if not tensor.is_inference()]
+        self._before = [known.get(id(t)) or (t, t._version, _sum_bits(t) if check_values else None) for t in watched]
+        self._changed_values &= {id(t) for t in watched}
 
     def modified(self, *, check_values: bool = False) -> list[Tensor]:
         """Return the tensors that have been written to since the detector was made.

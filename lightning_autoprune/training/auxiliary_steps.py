@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.memory import is_oom_error
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoprune.errors import AutoPruneError, quote_names
+from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
@@ -22,6 +20,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.metrics import MetricsReporter
 
 __all__ = ["AuxiliarySteps"]
@@ -64,14 +63,18 @@ class AuxiliarySteps:
         self._has_warned = False  # of a held-out batch of one sample
         self._is_scaled = False  # whether a gradient scaler lets gradients overflow now and then
         self._passes = 0  # held-out passes in this fit
-        self._is_sharded = any(is_sharded(weight) for weight in pruner.weights.values())  # then all weights are
-        untrained = [p for p in trainer.lightning_module.parameters() if not p.requires_grad]
-        self._untrained = WriteDetector(untrained, check_values=True)
-        self._layers_without_gradient = list(pruner.weights)  # so far, in the dense phase
+        self._untrained = WriteDetector([])
+        self.watch_untrained()
+        self._layers_with_gradient: set[str] = set()  # so far, in the dense phase
 
     def hold_nothing_out(self, source: HeldOutSource) -> None:
         """Let M follow the gradients of the weight steps alone from now on, given the source that stands for this."""
         self._source, self._follows_training = source, True
+
+    def watch_untrained(self) -> None:
+        """Watch the parameters that are not trained now, for the user's own steps may write to them."""
+        untrained = [p for p in self._trainer.lightning_module.parameters() if not p.requires_grad]
+        self._untrained.watch(untrained, check_values=True)
 
     # Around the weight step
 
@@ -83,8 +86,7 @@ class AuxiliarySteps:
             trains_weights: whether it trains prunable weights.
         """
         if self._pruner.auxiliary is None:
-            weights = self._pruner.weights
-            self._layers_without_gradient = [n for n in self._layers_without_gradient if weights[n].grad is None]
+            self._layers_with_gradient |= {n for n, w in self._pruner.weights.items() if w.grad is not None}
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
         if not (self._follows_training and self._pruner.due and trains_weights):
@@ -225,24 +227,26 @@ class AuxiliarySteps:
         """Return the weights that are trained now, by layer name; others may be frozen for a while."""
         return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
 
+    @property
+    def _is_sharded(self) -> bool:
+        """True if the weights are sharded: all are, or none is."""
+        return any(is_sharded(weight) for weight in self._pruner.weights.values())
+
     def _all_ranks_agree(self, ok: bool) -> bool:
         return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
 
-    def warn_of_unused_layers(self) -> None:
-        """Warn, as pruning begins after a dense phase, of layers that the loss does not depend on."""
-        trained = self._trained_weights()
-        if unused := [name for name in self._layers_without_gradient if name in trained]:
-            rank_zero_warn(
-                f"No loss so far depends on {quote_names(unused)}, so the pressure prunes nearly all of their weights"
-                " and few others: `exclude` layers that the loss does not train, such as an average of the weights."
-            )
+    def unused_layers(self) -> list[str]:
+        """Return the layers that are trained now and that no loss has depended on, at the end of the dense phase."""
+        return [name for name in self._trained_weights() if name not in self._layers_with_gradient]
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs."""
-        return {"last": self.last, "bad_losses": self._bad_losses}
+        with_gradient = sorted(self._layers_with_gradient)
+        return {"last": self.last, "bad_losses": self._bad_losses, "layers_with_gradient": with_gradient}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.last, self._bad_losses = state["last"], state["bad_losses"]
+        self._layers_with_gradient = set(state["layers_with_gradient"])

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Literal, SupportsIndex
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -19,27 +16,33 @@ from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.schedule import Schedule, ScheduleName
 from lightning_autoprune.method.settings import Cost
 from lightning_autoprune.method.update_rules import UpdateRule, UpdateRuleName
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import WeightChoice, choose_weights
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
+from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
+from lightning_autoprune.training.finished_run import FinishedRun
 from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
 from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
-from lightning_autoprune.training.lightning_internals import has_stepped
+from lightning_autoprune.training.lightning_internals import has_stepped, overrides_hook
+from lightning_autoprune.training.lightning_package import BaseCallback, LightningModule, Trainer
 from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
+from lightning_autoprune.training.mailbox import Mailbox
 from lightning_autoprune.training.model_analysis import check_example
 from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import (
     check_trainer,
     check_training_step,
+    check_waiting,
     select_trained_weights,
 )
+from lightning_autoprune.training.weight_averages import without_averages
 
 __all__ = ["AutoPruneCallback"]
 
 
-class AutoPruneCallback(Callback):
+class AutoPruneCallback(BaseCallback):
     """Prunes the model while it trains: add it to the ``Trainer`` and set nothing, or one target.
 
     The run has three phases. First the model trains dense. Then auxiliary parameters M decide by their sign which
@@ -87,9 +90,10 @@ class AutoPruneCallback(Callback):
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
-        include: layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention
-            layers. Embeddings are pruned only if a pattern matches them.
-        exclude: layer-name patterns to leave dense.
+        include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+            recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are
+            pruned only if a pattern matches them.
+        exclude: patterns of the layers or parameters to leave dense.
         layer_floor: fraction of its weights (or neurons) that each layer always keeps, in [0, 1); at least one.
         loss_fn: takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded
             so that it leaves the run untouched. Required for holding data out with manual optimization.
@@ -101,7 +105,8 @@ class AutoPruneCallback(Callback):
             end of every n-th epoch; None: never.
         log_artifact: whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of
             type ``model`` with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.
-        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass.
+        seed: seed of the draw of held-out samples, and of the random numbers in the held-out pass: an integer in [0,
+            4294967295], as for ``seed_everything``.
         enabled: False switches the callback off: training is the same as without it, bit for bit.
 
     Raises:
@@ -159,12 +164,13 @@ class AutoPruneCallback(Callback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._own_source = make_source(held_out, redraw_held_out, seed)
+        self._own_source = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
         self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
-        self._is_fitting = False
+        self._is_fitting = self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
         self._last_run: PruningRun | None = None
+        self._mailbox = Mailbox()  # gets the state of a run that ended in a process that the Trainer started
 
     @property
     def enabled(self) -> bool:
@@ -173,21 +179,33 @@ class AutoPruneCallback(Callback):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting."""
-        return self._run.pruner.sparsity if self._run else 0.0
+        """Fraction of all prunable weights that are pruned, in [0, 1); 0 before fitting.
+
+        It is the fraction of zeros in the model's weights, ``sparsity(model)``, except in the cases that
+        ``docs/logging.md`` lists.
+        """
+        return run.sparsity if (run := self._told_run) else 0.0
 
     def layer_sparsity(self) -> dict[str, float]:
         """Return the fraction of each layer's weights that are pruned, by layer name; empty before fitting."""
-        return self._run.pruner.layer_sparsity() if self._run else {}
+        return run.layer_sparsity() if (run := self._told_run) else {}
 
     @property
     def curves(self) -> dict[str, list[tuple[int, float]]]:
         """The pairs (step, sparsity) of the run so far, by layer name and ``"all"``; for the plots."""
-        return self._run.report.history.curves if self._run else {}
+        return run.curves if (run := self._run or self._told_run) else {}
 
     def layers(self) -> list[LayerSummary]:
         """Return a row per layer: shape, weights, kept weights, operations, revived weights; empty before fitting."""
-        return self._run.layers() if self._run else []
+        return run.layers() if (run := self._told_run) else []
+
+    @property
+    def _told_run(self) -> PruningRun | FinishedRun | None:
+        """The run whose weights the model has: of a restored checkpoint, of this process, or of one that it started."""
+        if self._loaded:
+            return FinishedRun(self._loaded)
+        content = self._mailbox.content
+        return FinishedRun(content["state"], content["shapes"]) if content and not self._run else self._run
 
     # Start
 
@@ -199,7 +217,7 @@ class AutoPruneCallback(Callback):
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._source, self._is_fitting = self._own_source, True
+        self._source, self._is_fitting, self._has_logged_settings = self._own_source, True, False
         support = support_for(trainer)
         check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
         support.check_run(trainer, self.settings)
@@ -228,32 +246,28 @@ class AutoPruneCallback(Callback):
         weights, _ = self._trained_weights(trainer, pl_module)
         check_example(pl_module, self.settings.granularity)
         known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
-        dense = [name for name in self._candidates(pl_module) if name not in known]
-        if dense:
-            rank_zero_warn(
-                "Layers that are not trained (frozen, or in no optimizer) stay dense until they are:"
-                f" {', '.join(dense)}."
-            )
+        warn_of_dense_weights(trainer, pl_module, self._choose_weights(pl_module), known, self.settings)
 
     def _trained_weights(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        weights = prunable_weights(pl_module, self.settings.include, self.settings.exclude)
+        found = self._choose_weights(pl_module).weights
+        weights = {name: weight for name, weight in found.items() if weight.requires_grad}
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
             chosen = {*pruned, *weights}.difference(dense)
-            found = self._candidates(pl_module)  # a change of the code may have put them in another order
+            # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
-        needs_train_gradients = None
-        if not self._source.has_batches:
-            needs_train_gradients = 'held_out="train"'
-        elif self.settings.train_gradients:
-            needs_train_gradients = "train_gradients=True"
-        return select_trained_weights(trainer, weights, needs_train_gradients)
+        joins_gradients = self._source.has_batches and bool(self.settings.train_gradients)
+        trained, optimizers = select_trained_weights(trainer, weights, joins_gradients)
+        if not trained:
+            check_waiting(trainer, found, self.settings.granularity)
+        return trained, optimizers
 
-    def _candidates(self, pl_module: LightningModule) -> dict[str, nn.Parameter]:
-        return prunable_weights(pl_module, self.settings.include, self.settings.exclude, trained_only=False)
+    def _choose_weights(self, pl_module: LightningModule) -> WeightChoice:
+        choice = choose_weights(pl_module, self.settings.include, self.settings.exclude)
+        return replace(choice, weights=without_averages(pl_module, choice.weights))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the phases, restore a checkpoint's state if there is one, and hook into the optimizers."""
@@ -274,20 +288,24 @@ class AutoPruneCallback(Callback):
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
         run.start()
-        log_settings(trainer, self.settings.hyperparameters())
 
     # Each step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """At the start of an epoch, record what the last epoch's hooks logged and take in unfrozen layers."""
+        """Prepare the weights; at the start of an epoch, record what was logged and take in unfrozen layers."""
         if not (run := self._active_run):
             return
+        if not self._has_logged_settings:  # now that the first batch has shown what is held out
+            self._has_logged_settings = True
+            log_settings(trainer, run.hyperparameters())
         if batch_idx == 0:
             self._source.on_epoch_start(trainer)
             run.measure(late=True)
-            run.take_in_unfrozen(self._candidates(pl_module))
-        if is_overridden("on_train_batch_end", pl_module):  # the module's hook may have written to pruned weights
+            run.take_in_unfrozen(lambda: self._choose_weights(pl_module).weights)
+            run.validated_weights.remember_places()
+        if overrides_hook(pl_module, "on_train_batch_end"):  # the module's hook may have written to pruned weights
             run.pruner.after_weight_step()
+        run.pruner.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -298,13 +316,25 @@ class AutoPruneCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Step M on a held-out batch, update the masks, move on to the next phase, and report."""
-        if (run := self._active_run) and has_stepped(trainer):
+        if not (run := self._active_run):
+            return
+        if has_stepped(trainer):
             run.end_step()
+        else:
+            run.pruner.after_backward()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero pruned weights, which the module's own hooks may have written to, before validating and saving."""
         if run := self._active_run:
-            run.pruner.after_weight_step()
+            run.follow_weights()
+            run.validated_weights.before_validation()
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look once, after all hooks of the start, whether what is validated is pruned."""
+        if batch_idx == dataloader_idx == 0 and (run := self._active_run):
+            run.validated_weights.before_first_batch()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metric that is followed alongside the sparsity."""
@@ -319,6 +349,7 @@ class AutoPruneCallback(Callback):
         if not (run := self._active_run):
             return
         run.measure()
+        run.follow_weights()
         run.pruner.after_weight_step()
         every = self.settings.figures_every_n_epochs
         if not run.is_over and every and (trainer.current_epoch + 1) % every == 0:
@@ -330,12 +361,14 @@ class AutoPruneCallback(Callback):
         """Warn if training ended before pruning did, and remove all hooks."""
         if run := self._active_run:
             run.measure(late=True)
+            run.follow_weights(ended=True)
             run.warn_if_unfinished()
         self._release(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log figures, and the pruned checkpoint if asked for; the checkpoint callbacks have saved theirs by now."""
         if self._run is not None:
+            self._run.follow_weights(ended=True)
             self._run.write_zeros()
             if self.settings.figures_every_n_epochs is not None:
                 self._run.log_figures(ended=True)
@@ -350,9 +383,12 @@ class AutoPruneCallback(Callback):
         """Remove all hooks, if that has not happened yet."""
         if stage == "fit":
             self._release(trainer)
-            if not self._run and self._last_run and self._last_run.module is pl_module:  # no step was left to train
-                self._run = self._last_run
+            if not (self._run or self._loaded) and self._last_run and self._last_run.module is pl_module:
+                self._run = self._last_run  # no step was left to train
             self._last_run = None
+            if run := self._told_run:
+                shapes = {row.name: row.shape for row in run.layers()}
+                self._mailbox.send_from(trainer, {"state": self.state_dict(), "shapes": shapes})
 
     def _release(self, trainer: Trainer) -> None:
         if self._run is not None:
@@ -375,9 +411,8 @@ class AutoPruneCallback(Callback):
         """Return all that resuming needs besides weights, optimizers and loops, as plain types and tensors."""
         if not self.enabled:
             return {}
-        if self._loaded is not None:  # a state was restored, and training has not started
-            return dict(self._loaded)
-        return self._run.state_dict() if self._run else {}
+        run = self._told_run  # that of a restored state, if training has not started since
+        return run.state if isinstance(run, FinishedRun) else run.state_dict() if run else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts, or go back to it if training is under way."""

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_autoprune.errors import check_flag, check_function, check_patterns
 from lightning_autoprune.method.registry import describe
 from lightning_autoprune.method.settings import Settings, in_range, setting
+from lightning_autoprune.training.lightning_package import LightningModule
 
 __all__ = ["CallbackSettings"]
 
@@ -38,23 +39,30 @@ class CallbackSettings(Settings):
         True,
         """True: a fraction is drawn anew from each batch, so that no data is lost and no more samples pass through the
         network than without pruning. False: it is one part of the training set for the whole run.""",
+        check_flag,
     )
     train_gradients: bool | None = setting(
         None,
         """whether M follows the gradients of the weight steps too, as one mean over the samples of both (with a
         loader's batches: half and half). None: yes if a fraction of each batch is held out and one optimizer trains all
         prunable weights. It takes one more tensor per weight while pruning.""",
+        lambda name, value: check_flag(name, value, also=", or None"),
     )
     include: list[str] | None = setting(
         None,
-        """layer-name patterns (``fnmatch``) to prune. None: all linear, convolution, recurrent and attention layers.
-        Embeddings are pruned only if a pattern matches them.""",
+        """patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
+        recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are pruned
+        only if a pattern matches them.""",
+        lambda name, value: check_patterns(
+            name, value, empty="so nothing would be pruned: leave it out, or switch pruning off with `enabled=False`."
+        ),
     )
-    exclude: list[str] | None = setting(None, "layer-name patterns to leave dense.")
+    exclude: list[str] | None = setting(None, "patterns of the layers or parameters to leave dense.", check_patterns)
     loss_fn: Callable[[LightningModule, Any], Tensor] | None = setting(
         None,
         """takes the module and a held-out batch and returns the loss. None: ``training_step`` is called, shielded so
         that it leaves the run untouched. Required for holding data out with manual optimization.""",
+        lambda name, value: check_function(name, value, "the module and a held-out batch"),
     )
     log_every_n_steps: int | None = setting(
         None, """interval of the logs in training steps, >= 1. None: the Trainer's.""", in_range(1, whole=True)
@@ -75,10 +83,16 @@ class CallbackSettings(Settings):
         False,
         """whether a ``WandbLogger`` gets the best pruned checkpoint when fitting ends, as an artifact of type ``model``
         with the alias ``pruned``. Sparsity, operations and the monitored metric are its metadata.""",
+        check_flag,
     )
-    seed: int = setting(0, "seed of the draw of held-out samples, and of the random numbers in the held-out pass.")
+    seed: int = setting(
+        0,
+        """seed of the draw of held-out samples, and of the random numbers in the held-out pass: an integer in [0,
+        4294967295], as for ``seed_everything``.""",
+        in_range(0, 2**32 - 1, whole=True),
+    )
     enabled: bool = setting(
-        True, """False switches the callback off: training is the same as without it, bit for bit."""
+        True, """False switches the callback off: training is the same as without it, bit for bit.""", check_flag
     )
 
     def hyperparameters(self) -> dict[str, Any]:

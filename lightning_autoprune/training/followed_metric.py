@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.training.lightning_internals import metric_logs
+from lightning_autoprune.training.lightning_package import Callback, EarlyStopping, ModelCheckpoint, Trainer, both
 
 __all__ = ["HELD_OUT_LOSS", "best_values", "followed_metric"]
 
@@ -67,7 +66,7 @@ def _monitored_metrics(trainer: Trainer) -> dict[str, str]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     modes: dict[str, str] = {}
     for callback in callbacks:
-        if isinstance(callback, (ModelCheckpoint, EarlyStopping)):
+        if isinstance(callback, (both(ModelCheckpoint), both(EarlyStopping))):
             name = callback.monitor
             if name and not name.startswith("autoprune/"):
                 modes.setdefault(name, callback.mode)

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -20,6 +19,7 @@ from lightning_autoprune.tensors.random_state import isolated_random
 from lightning_autoprune.tensors.sharding import isolated_pass, local_shard, loss_gradients
 from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.lightning_internals import grad_scaler, training_step_arguments
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer, both
 
 __all__ = ["SINGLE_SAMPLE", "HeldOutGradients", "held_out_gradients", "held_out_loss", "problem_of_loss", "shielded"]
 
@@ -62,7 +62,7 @@ def shielded(
         stack.enter_context(preserve_values(preserved))
         stack.enter_context(isolated_random(*seeds))
         for module in model.modules():
-            if isinstance(module, LightningModule):
+            if isinstance(module, both(LightningModule)):
                 stack.enter_context(_attributes(module, log=_ignore, log_dict=_ignore))
             elif isinstance(module, Metric):
                 stack.enter_context(_fresh_metric(module))

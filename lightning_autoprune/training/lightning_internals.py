@@ -11,11 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.data import _update_dataloader
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.amp import GradScaler
 from torch.amp.grad_scaler import OptState
@@ -24,6 +19,20 @@ from torch.utils._pytree import tree_unflatten
 from torch.utils.data import DataLoader
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.training.lightning_package import (
+    Callback,
+    CombinedLoader,
+    GradientAccumulationScheduler,
+    LightningModule,
+    StochasticWeightAveraging,
+    TensorBoardLogger,
+    Trainer,
+    WandbLogger,
+    WeightAveraging,
+    both,
+    is_overridden,
+    submodule,
+)
 
 __all__ = [
     "average_model",
@@ -46,6 +55,7 @@ __all__ = [
     "model_averaging_period",
     "next_batch_index",
     "optimizer_by_parameter",
+    "overrides_hook",
     "replace_sampler",
     "run_transfer_hook",
     "set_metrics",
@@ -69,6 +79,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 def model_averaging_period(trainer: Trainer) -> int | None:
     """Return the number of steps between two averages of the ranks' weights under DDP; None without averages."""
     return getattr(trainer.strategy, "_model_averaging_period", None)
+
+
+def overrides_hook(owner: LightningModule | Callback, name: str) -> bool:
+    """Return True if the class of a module or a callback, or the object itself, overrides a hook."""
+    parents: tuple[type, ...] = (*both(LightningModule), *both(Callback))
+    return is_overridden(name, owner, next(parent for parent in parents if isinstance(owner, parent)))
 
 
 # Steps
@@ -108,10 +124,10 @@ def _accumulation_by_epoch(trainer: Trainer, epochs: int) -> list[int]:
     """Return the number of batches over which gradients are accumulated, for each epoch with optimizer steps."""
     factors = [trainer.accumulate_grad_batches] * epochs
     for callback in callbacks_of(trainer):
-        if isinstance(callback, GradientAccumulationScheduler):
+        if isinstance(callback, both(GradientAccumulationScheduler)):
             factors = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
     for callback in callbacks_of(trainer):
-        if isinstance(callback, StochasticWeightAveraging):  # it may add an epoch without optimizer steps
+        if isinstance(callback, both(StochasticWeightAveraging)):  # it may add an epoch without optimizer steps
             factors = factors[: callback._max_epochs]
     return factors
 
@@ -280,7 +296,8 @@ def replace_sampler(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoad
     Raises:
         MisconfigurationException, TypeError: if Lightning can't make another loader of that class.
     """
-    return _update_dataloader(loader, sampler)
+    updated: DataLoader[Any] = submodule("fabric.utilities.data")._update_dataloader(loader, sampler)
+    return updated
 
 
 def run_transfer_hook(trainer: Trainer, batch: Any) -> Any:
@@ -300,6 +317,6 @@ def is_sequential(combined: CombinedLoader) -> bool:
 
 def combine_like(combined: CombinedLoader, loaders: Sequence[Any]) -> CombinedLoader:
     """Combine loaders in the mode and the nesting of another combined loader, which stays as it is."""
-    result = CombinedLoader(combined.iterables, combined._mode)
+    result = type(combined)(combined.iterables, combined._mode)
     result.flattened = list(loaders)
     return result

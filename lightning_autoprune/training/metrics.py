@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
@@ -15,6 +14,7 @@ from lightning_autoprune.reporting.run_history import RunHistory
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 from lightning_autoprune.training.followed_metric import HELD_OUT_LOSS, followed_metric
 from lightning_autoprune.training.lightning_internals import drop_metric, set_metrics, steps_done
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["MetricsReporter"]
 
@@ -52,7 +52,7 @@ class MetricsReporter:
         self._logged_masks: list[Tensor] = []  # the masks at the last log, packed
 
     def extend(self, weights: Mapping[str, Tensor]) -> None:
-        """Add layers that have not been pruned so far.
+        """Set which layers are pruned; some may be new, and in the dense phase some may be left out.
 
         Args:
             weights: the weights of all layers from now on, in the order in which their masks are given.
@@ -63,7 +63,13 @@ class MetricsReporter:
                 before[name] if name in before else pack(torch.ones(weight.shape, dtype=torch.bool))
                 for name, weight in weights.items()
             ]
-        self.history.add_layers(list(weights))
+        self.history.set_layers(list(weights))
+
+    def forget(self, names: Container[str]) -> None:
+        """Remove layers that are not pruned any more, in the same way as if they had never been."""
+        kept = [i for i, name in enumerate(self.history.names) if name not in names]
+        self._logged_masks = [self._logged_masks[i] for i in kept] if self._logged_masks else []
+        self.history.set_layers([self.history.names[i] for i in kept])
 
     def record_held_out_loss(self, loss: float) -> None:
         """Record the loss of a held-out batch."""

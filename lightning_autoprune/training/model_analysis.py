@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
@@ -18,8 +17,9 @@ from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.cost import ModelCost, model_cost
 from lightning_autoprune.model.prunable_neurons import find_neurons
+from lightning_autoprune.training.lightning_package import LightningModule
 
-__all__ = ["ModelAnalysis", "analyze_model", "check_example"]
+__all__ = ["ModelAnalysis", "analyze_model", "check_example", "measure_cost"]
 
 
 @dataclass
@@ -69,23 +69,38 @@ def analyze_model(module: LightningModule, weights: Mapping[str, nn.Parameter], 
     Raises:
         AutoPruneError: if channels are to be pruned and none can be, or the module does not run on its example.
     """
-    if module.example_input_array is None:
-        return ModelAnalysis(dict(weights))
-    dtype = next(iter(weights.values())).dtype
-    inputs: Any = apply_to_collection(
-        module.example_input_array,
-        torch.Tensor,
-        lambda x: x.to(module.device, dtype if x.is_floating_point() else None),  # for "64-true" and the like
-    )
-    if not GRANULARITIES[settings.granularity].prunes_channels:
-        try:
-            return ModelAnalysis(dict(weights), cost=model_cost(module, inputs))
-        except Exception as error:  # a figure in a log is no reason to stop
-            rank_zero_warn(f"`example_input_array` does not run, so `autoprune/flops` is not logged: {error}")
-            return ModelAnalysis(dict(weights))
+    if module.example_input_array is None or not GRANULARITIES[settings.granularity].prunes_channels:
+        return ModelAnalysis(dict(weights), cost=measure_cost(module, weights))
+    inputs = _example(module, weights)
     neurons = find_neurons(module, weights, inputs)
     cost = model_cost(module, inputs)
     if settings.counts_flops:
         neurons.costs = {name: float(cost.layers[name].flops) for name in neurons.rows}
         neurons.rest = cost.flops - sum(neurons.costs.values())
     return ModelAnalysis({name: weights[name] for name in neurons.rows}, neurons, cost)
+
+
+def measure_cost(module: LightningModule, weights: Mapping[str, torch.Tensor]) -> ModelCost | None:
+    """Return what the dense model costs; None if the module has no example, or, with a warning, does not run on it.
+
+    Args:
+        module: the module; it is run as :func:`analyze_model` runs it.
+        weights: some of its weights. The example gets their dtype.
+    """
+    if module.example_input_array is None or not weights:
+        return None
+    try:
+        return model_cost(module, _example(module, weights))
+    except Exception as error:  # a figure in a log is no reason to stop
+        rank_zero_warn(f"`example_input_array` does not run, so `autoprune/flops` is not logged: {error}")
+        return None
+
+
+def _example(module: LightningModule, weights: Mapping[str, torch.Tensor]) -> Any:
+    """Return the module's example on its device, in the dtype of the weights."""
+    dtype = next(iter(weights.values())).dtype
+    return apply_to_collection(
+        module.example_input_array,
+        torch.Tensor,
+        lambda x: x.to(module.device, dtype if x.is_floating_point() else None),  # for "64-true" and the like
+    )

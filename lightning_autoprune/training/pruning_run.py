@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +20,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
 from lightning_autoprune.training.held_out.fallback import fall_back
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError
-from lightning_autoprune.training.held_out.sources import HeldOutSource
+from lightning_autoprune.training.held_out.sources import DEFAULT_FRACTION, HeldOutSource
 from lightning_autoprune.training.held_out.trial import try_batches
 from lightning_autoprune.training.lightning_internals import (
     ends_step,
@@ -30,11 +29,14 @@ from lightning_autoprune.training.lightning_internals import (
     steps_done,
     total_steps,
 )
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 from lightning_autoprune.training.loggers.figures import log_figures
 from lightning_autoprune.training.metrics import MetricsReporter
-from lightning_autoprune.training.model_analysis import analyze_model
+from lightning_autoprune.training.model_analysis import analyze_model, measure_cost
 from lightning_autoprune.training.optimizer_hooks import OptimizerHooks
+from lightning_autoprune.training.replaced_weights import ReplacedWeights
 from lightning_autoprune.training.unfrozen_layers import UnfrozenLayers
+from lightning_autoprune.training.validated_weights import ValidatedWeights
 from lightning_autoprune.training.weight_averages import prune_again, prune_averages
 
 __all__ = ["PruningRun"]
@@ -56,6 +58,7 @@ class PruningRun:
         pruner: the course of the run.
         report: what is logged.
         auxiliary_steps: takes the auxiliary steps.
+        validated_weights: keeps pruned weights zero in validations.
 
     Raises:
         AutoPruneError: if the length of the run can't be known, the target can't be met, or there are no channels.
@@ -80,9 +83,12 @@ class PruningRun:
         follows_training = _follows_training(settings, source, len(optimizers))
         self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
         manual = not module.automatic_optimization
-        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self.pruner.after_weight_step)
+        self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self._finish_weight_step)
         without_channels = [name for name in weights if name not in chosen]
+        self.validated_weights = ValidatedWeights(trainer, self.pruner)
         self._unfrozen = UnfrozenLayers(trainer, self.pruner, self.report, self._hooks, without_channels)
+        self._replaced = ReplacedWeights(trainer, module, self.pruner, self.report, self._hooks)
+        self._warned_of_candidates = False
 
     # Start
 
@@ -104,6 +110,7 @@ class PruningRun:
         self._source.follow(self)
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
+        self.validated_weights.remember_places()
 
     @property
     def is_training(self) -> bool:
@@ -158,9 +165,37 @@ class PruningRun:
 
     # Each step
 
-    def take_in_unfrozen(self, candidates: Mapping[str, nn.Parameter]) -> None:
-        """Also prune layers that have been unfrozen, given all weights that may be pruned, by layer name."""
+    def follow_weights(self, *, ended: bool = False) -> None:
+        """Go on with the parameters that the module has now, where the user's code has replaced some.
+
+        Args:
+            ended: whether training has ended.
+
+        Raises:
+            AutoPruneError: if the run can't go on with them.
+        """
+        names = list(self.pruner.weights)
+        self._unfrozen.left_dense += self._replaced.follow(ended=ended)
+        self.auxiliary_steps.watch_untrained()
+        if names != list(self.pruner.weights) and not ended:
+            self._analysis.cost = measure_cost(self.module, self.pruner.weights)
+
+    def take_in_unfrozen(self, find_candidates: Callable[[], Mapping[str, nn.Parameter]]) -> None:
+        """Also prune layers that have been unfrozen, after following replaced weights.
+
+        Args:
+            find_candidates: returns all weights that may be pruned, by layer name.
+        """
+        self.follow_weights()
+        try:
+            candidates = find_candidates()
+        except AutoPruneError as error:  # the user's code has changed a layer that was all right at the start
+            if not self._warned_of_candidates:
+                rank_zero_warn(f"Layers that are unfrozen from now on stay dense. {error}")
+            self._warned_of_candidates = True
+            candidates = {}
         self._unfrozen.take_in(candidates)
+        self.pruner.after_weight_step()
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
         """Mask the gradients before they are clipped; M may need them unmasked."""
@@ -171,14 +206,19 @@ class PruningRun:
         self.auxiliary_steps.before_weight_step(optimizer, trains_weights)
         self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
 
+    def _finish_weight_step(self) -> None:
+        self.pruner.after_weight_step()
+        self.pruner.before_forward()  # the training step may go on with another pass, and a held-out pass may follow
+
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
-        was_dense = self.pruner.auxiliary is None
+        if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
+            self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())
+        if self.pruner.enters_phase:
+            self.follow_weights()
         became_final = self.pruner.end_step(self.report.history.record_histograms)
-        if was_dense and self.pruner.auxiliary is not None:
-            self.auxiliary_steps.warn_of_unused_layers()
         if became_final:
             self._finish_pruning()
         self._report_step(became_final)
@@ -204,6 +244,26 @@ class PruningRun:
             rank_zero_warn("No auxiliary step was taken, so the masks follow the weights' magnitude alone: run longer.")
 
     # What is reported
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return the settings that say how the run is pruned, by name, as plain data."""
+        found = DEFAULT_FRACTION if self._source.has_batches else "train"
+        chosen = {"held_out": found} if self._settings.held_out is None else {}
+        return {**self._settings.hyperparameters(), **chosen}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all prunable weights that are pruned, in [0, 1)."""
+        return self.pruner.sparsity
+
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """The pairs (step, sparsity) so far, by layer name and ``"all"``."""
+        return self.report.history.curves
+
+    def layer_sparsity(self) -> dict[str, float]:
+        """Return the fraction of each layer's weights that are pruned, by layer name."""
+        return self.pruner.layer_sparsity()
 
     def layers(self) -> list[LayerSummary]:
         """Return a row for each layer."""
@@ -243,7 +303,9 @@ class PruningRun:
 
     def warn_if_unfinished(self) -> None:
         """Warn if training has ended before pruning did."""
-        if not self.pruner.masks_final:
+        if not self.pruner.weights:
+            rank_zero_warn("Nothing was pruned: no optimizer trained a prunable weight before the masks became final.")
+        elif not self.pruner.masks_final:
             rank_zero_warn(
                 f"Training ended after {self.pruner.step} of {self.pruner.phases.total} steps, before the masks were"
                 f" final: sparsity is {self.pruner.sparsity:.2%}. Resume to go on."
@@ -255,6 +317,8 @@ class PruningRun:
 
     def release(self) -> None:
         """Remove all hooks and marks; pruned weights stay zero."""
+        if self.is_training:
+            self.pruner.after_backward()  # training may have been interrupted within a step
         remove_mark(self.module)
         self._hooks.remove()
 
@@ -323,7 +387,7 @@ def _follows_training(settings: CallbackSettings, source: HeldOutSource, optimiz
         return True
     if settings.train_gradients is not None:
         return settings.train_gradients
-    return source.default_train_gradients and optimizers == 1
+    return source.default_train_gradients and optimizers <= 1  # if there is none yet, there will be one
 
 
 def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:

@@ -41,7 +41,7 @@ PAGES = (
     "contributing",
     "changelog",
 )
-RAISED = ("AutoPruneError", "rank_zero_warn", "warn")
+RAISED = ("AutoPruneError", "Obstacle", "rank_zero_warn", "warn")
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +166,14 @@ def messages() -> list[re.Pattern[str]]:
     found = []
     for path in sorted(Path(lightning_autoprune.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in RAISED and node.args:
+            function = ast.unparse(node.func).split(".")[-1] if isinstance(node, ast.Call) else ""
+            if isinstance(node, ast.Call) and function in RAISED and node.args:
                 text = node.args[0]
                 parts = text.values if isinstance(text, ast.JoinedStr) else [text]
                 constants = [str(part.value) if isinstance(part, ast.Constant) else None for part in parts]
                 if sum(len(constant or "") for constant in constants) >= 20:
                     pattern = "".join(".*" if constant is None else re.escape(constant) for constant in constants)
-                    found.append(re.compile(pattern))
+                    found.append(re.compile(f"Layer .* {pattern}\\." if function == "Obstacle" else pattern))
     return found
 
 

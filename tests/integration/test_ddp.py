@@ -11,7 +11,7 @@ from helpers import rows, same
 from processes import finish, results, run_on_two_ranks, start
 from wandb_file import read_models
 
-PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "unfrozen")]
+PRUNED = [name for name in ddp_run.RUNS if name not in ("fixed", "averaging", "not wrapped", "unfrozen")]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,9 @@ def test_settings_that_do_not_work_with_several_ranks_are_refused(ranks):
         "AutoPruneError: DDPStrategy has a `model_averaging_period`: between two averages the weights of the ranks"
         " differ, and so would their masks. Leave it out."
     )
+    assert ranks[0]["not wrapped"][0].startswith(
+        "AutoPruneError: UnwrappedDDP does not wrap the model in DistributedDataParallel, so the gradients of the ranks"
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn"])
@@ -115,7 +118,10 @@ def test_ranks_that_lightning_starts_by_itself_prune_to_the_target(tmp_path, str
 
 def test_a_unfrozen_layer_stays_dense_because_ddp_does_not_share_its_gradients(ranks):
     (one, texts), (two, _) = (found["unfrozen"] for found in ranks)
-    assert "DDP does not share the gradients of parameters that were frozen when fitting started." in " ".join(texts)
+    assert (
+        "DDP does not share the gradients of parameters that were frozen, or not in the model, when fitting started."
+        in " ".join(texts)
+    )
     assert same(one["masks"], two["masks"])
     assert one["sparsity"] == pytest.approx(0.7, abs=0.01)
     assert (one["state"]["backbone.weight"] != 0).all()

@@ -213,12 +213,33 @@ def test_channels_last_weights_are_pruned_like_contiguous_ones():
     assert same(dict(model.state_dict()), dict(other.state_dict()))
 
 
-def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
+@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
+def test_a_layer_without_a_usable_magnitude_starts_at_a_constant_with_a_warning(value):
     model = make_network()
-    nn.init.zeros_(model[5].weight)
-    with pytest.raises(AutoPruneError, match="All weights of layer '5' are 0"):
-        attach(model)
-    assert attach(model, initial_m="constant").sparsity == 0
+    other = copy.deepcopy(model)
+    nn.init.constant_(model[5].weight, value)
+    with pytest.warns(UserWarning, match="The weights of '5' are all 0, or some are not finite"):
+        aux = attach(model)
+    assert (aux.M[-1] == torch.tensor(0.1)).all()
+    assert same(aux.M[:-1], attach(other).M[:-1])
+
+
+def test_a_layer_that_was_never_written_and_gets_no_gradient_stops_no_step():
+    model = make_network()
+    nn.init.constant_(model[5].weight, torch.nan)
+    with pytest.warns(UserWarning, match="'5'"):
+        aux = attach(model)
+    gradients = random_gradients(aux)
+    assert not aux.step(gradients, 0.1, 1)  # NaN where the loss uses the weights
+    gradients[-1].zero_()
+    before = [M.clone() for M in aux.M]
+    assert aux.step(gradients, 0.1, 1)
+    aux.update_masks()
+    assert all(M.isfinite().all() and not torch.equal(M, old) for M, old in zip(aux.M, before, strict=True))
+    state, weights = aux.state_dict(), copy.deepcopy(model)
+    resumed = attach(weights, initial_m=None)
+    resumed.load_state_dict(state)
+    assert same(resumed.masks(), aux.masks())
 
 
 # Floors and counts
@@ -327,11 +348,3 @@ def test_invalid_settings_are_refused(options, message):
 def test_a_state_of_an_earlier_version_is_refused():
     with pytest.raises(AutoPruneError, match="was written by an earlier version and can't be resumed: start from the"):
         attach(make_network()).load_state_dict({"shapes": {}, "frozen": False, "squares": []})
-
-
-def test_resuming_with_weights_that_are_not_finite_is_refused_by_name():
-    model = make_network()
-    state = attach(model).state_dict()
-    model[3].weight.data[0, 0] = torch.nan
-    with pytest.raises(AutoPruneError, match="Layer '3' has weights that are not finite: the training has diverged"):
-        attach(model, initial_m=None).load_state_dict(state)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_autoprune import AutoPruneError
-from lightning_autoprune.method.initialization import check_weights, initial_m
+from lightning_autoprune.method.initialization import can_start, initial_m, warn_of_constant
 
 seeds, scales = st.integers(0, 99), st.floats(1e-3, 10)
 
@@ -39,13 +38,26 @@ def test_m_has_at_least_single_precision(dtype, wide):
     assert initial_m(make_weights(0, 4).to(dtype), "magnitude", 0.1).dtype == wide
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value):
-    with pytest.raises(AutoPruneError, match="Layer 'a' has weights that are not finite: the training has diverged"):
-        check_weights("a", torch.tensor([1.0, value]), "constant")
+UNUSABLE = {
+    "zeros": torch.zeros(2, 3),
+    "never written": torch.full((2, 3), torch.nan),
+    "one NaN": torch.tensor([[1.0, torch.nan, 2.0]]),
+    "infinite": torch.tensor([[1.0, -torch.inf]]),
+}
 
 
-def test_a_layer_of_zeros_is_refused_unless_m_is_constant():
-    with pytest.raises(AutoPruneError, match=r"All weights of layer 'a' are 0.*or use `initial_m=\"constant\"`"):
-        check_weights("a", torch.zeros(3), "magnitude")
-    check_weights("a", torch.zeros(3), "constant")
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_weights_without_a_usable_magnitude_can_start_with_a_constant_only(name):
+    assert not can_start(initial_m(UNUSABLE[name], "magnitude", 0.1))
+    assert can_start(initial_m(UNUSABLE[name], "constant", 0.1))
+
+
+def test_a_layer_with_one_weight_above_0_can_start():
+    assert can_start(initial_m(torch.tensor([0.0, 0.0, 1.0]), "magnitude", 0.1))
+
+
+def test_layers_that_start_at_a_constant_are_named_in_one_warning(recwarn):
+    warn_of_constant([])
+    assert not recwarn
+    warn_of_constant(["a", "b"])
+    assert "The weights of 'a', 'b' are all 0, or some are not finite" in str(recwarn.pop(UserWarning).message)

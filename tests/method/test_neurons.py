@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_autoprune import AutoPruneError, Pruner, Settings, model_cost, prunable_weights, shrink
+from lightning_autoprune import (
+    AutoPruneError,
+    Pruner,
+    Settings,
+    layer_sparsity,
+    model_cost,
+    prunable_weights,
+    shrink,
+    sparsity,
+)
 from lightning_autoprune.demo.networks import lenet5
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
 from lightning_autoprune.method.granularity import NeuronGranularity
@@ -76,20 +85,79 @@ def test_density_equals_that_of_the_shrunk_model(name, seed):
 
 
 @pytest.mark.parametrize("name", CHANNELS)
-def test_pruned_channels_are_zero_and_final_masks_change_no_output(name):
+@pytest.mark.parametrize("final", [False, True])
+def test_the_reported_sparsity_is_that_of_the_weights(name, final):
+    network, neurons, _ = build_architecture(name)
+    aux = make_auxiliary(network, neurons)
+    for seed in range(3, 6):
+        aux.M[0] = torch.where(choose_alive(neurons, seed), 1.0, -1.0)
+        aux.update_masks()
+        if final:
+            aux.finalize_masks()
+        assert aux.sparsity == pytest.approx(sparsity(network), abs=1e-12)
+        assert aux.layer_sparsity() == pytest.approx(layer_sparsity(network), abs=1e-12)
+        if final:
+            break
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_preparing_the_forward_pass_changes_no_output_and_is_undone(name):
     network, neurons, inputs = build_architecture(name)
     inputs = torch.randn_like(inputs)
     aux = make_auxiliary(network, neurons)
+    latent = [W.clone() for W in aux.W]
     aux.M[0] = torch.where(choose_alive(neurons, 3), 1.0, -1.0)
     aux.update_masks()
+    masked = [weight.detach().clone() for weight in aux.weights.values()]
     before = network.eval()(inputs)
-    aux.finalize_masks()
+    aux.before_forward()
+    assert any(not torch.equal(weight, T) for weight, T in zip(aux.weights.values(), masked, strict=True))
     torch.testing.assert_close(network(inputs), before, rtol=1e-5, atol=1e-6)
-    zeros = sum(int((w == 0).sum()) for w in prunable_weights(network).values())
-    size = sum(w.numel() for w in prunable_weights(network).values())
-    assert zeros / size == pytest.approx(aux.sparsity, abs=1e-6)
-    literal = {name: float((w == 0).float().mean()) for name, w in prunable_weights(network).items()}
-    assert aux.layer_sparsity() == pytest.approx(literal, abs=1e-6)
+    aux.after_weight_step()
+    assert all(torch.equal(weight, T) for weight, T in zip(aux.weights.values(), masked, strict=True))
+    aux.before_forward()
+    aux.M[0].fill_(1.0)
+    aux.update_masks()
+    assert all(torch.equal(weight, W) for weight, W in zip(aux.weights.values(), latent, strict=True))
+
+
+def test_the_weights_of_a_pruned_channel_keep_their_values_whatever_the_optimizer_does():
+    network, x, y = make_problem()
+    aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), x))
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for step in range(3):
+        if step == 2:  # with momentum by now
+            latent = [W.clone() for W in aux.W]
+            aux.M[0][:20] = -1.0
+            aux.update_masks()
+        optimizer.zero_grad()
+        aux.before_forward()
+        nn.functional.cross_entropy(network(x), y).backward()
+        aux.mask_gradients()
+        optimizer.step()
+        aux.after_weight_step()
+    assert torch.equal(aux.W[0][:20], latent[0][:20])
+    assert torch.equal(aux.W[1][:, :20], latent[1][:, :20])
+    assert not torch.equal(aux.W[0][20:], latent[0][20:])
+
+
+def test_gradients_without_the_activations_of_pruned_channels_are_refused():
+    network, x, y = make_problem()
+    aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), x))
+
+    def step(prepare):
+        network.zero_grad()
+        if prepare:
+            aux.before_forward()
+        nn.functional.cross_entropy(network(x), y).backward()
+        return aux.step([weight.grad for weight in aux.weights.values()], lr=0.1, mu=0.0)
+
+    assert step(prepare=False)  # no channel is pruned yet
+    aux.M[0][:20] = -1.0
+    aux.update_masks()
+    with pytest.raises(AutoPruneError, match=r"Pruned channels got no gradient, .* call `before_forward` before it"):
+        step(prepare=False)
+    assert step(prepare=True)
 
 
 @given(st.integers(0, 2**16))
@@ -121,6 +189,7 @@ def test_the_gradient_equals_that_of_masks_on_the_activations():
     aux = make_auxiliary(network, find_neurons(network, prunable_weights(network), x), update_rule="vanilla")
     aux.M[0] = torch.tensor([1.0, -1, 1, 1, -1, 1, 1, 1, -1, 1, 1])
     aux.update_masks()
+    aux.before_forward()
     h = (aux.M[0] > 0).float().requires_grad_()
     masked_forward(plain, h, x).square().sum().backward()
     network(x).square().sum().backward()
@@ -259,3 +328,15 @@ def test_density_includes_the_cost_of_the_rest_of_the_model():
     alive = torch.zeros(8, dtype=torch.bool)
     alive[0] = True
     assert neurons.density(alive) == pytest.approx((16 + 16 + 3200) / 3456)
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_channels_without_a_usable_norm_start_at_a_constant_with_a_warning(value):
+    network, neurons, _ = build_architecture("lenet5")
+    torch.nn.init.constant_(network[7].weight, value)  # reads the second group of channels
+    with pytest.warns(UserWarning, match="The weights of '7' are all 0, or some are not finite"):
+        aux = make_auxiliary(network, neurons)
+    first, second, third = (aux.M[0][group] for group in neurons.groups)
+    assert (second == torch.tensor(0.1)).all()
+    assert first.std() > 0
+    assert third.std() > 0

@@ -14,6 +14,7 @@ from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.sparsity import sparsity
 
 
 def make_problem(seed: int = 0):
@@ -199,3 +200,78 @@ def test_the_last_recorded_m_is_positive_for_exactly_the_kept_weights():
         pruner.after_weight_step()
         pruner.end_step(lambda M: seen.append(int((M["layer"] > 0).sum())))
     assert seen == [int(layer.weight.count_nonzero())] == [162]
+
+
+def make_pruner(dtype=torch.float32, granularity="weight"):
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in (("a", (9, 7)), ("b", (150, 120)))}
+    weights |= {"c": torch.randn(3, 4, 2, 2, generator=generator).to(memory_format=torch.channels_last)}
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    pruner = Pruner(weights, Settings(target_sparsity=0.5, warmup=0.1, finetune=0.2, auxiliary_lr=5), 20)
+    pruner.start()
+    return pruner
+
+
+def take_pruner_steps(pruner, first, last):
+    for step in range(first, last):
+        gradients = {
+            name: torch.randn(weight.shape, generator=torch.Generator().manual_seed(100 * step + ord(name)))
+            for name, weight in pruner.weights.items()
+        }
+        if pruner.due:
+            pruner.auxiliary_step([gradients[name].to(weight) for name, weight in pruner.weights.items()])
+        for name, weight in pruner.weights.items():
+            weight.sub_(gradients[name].to(weight), alpha=0.01)
+        pruner.after_weight_step()
+        pruner.end_step()
+
+
+@pytest.mark.parametrize("step", [1, 8, 18])  # in each phase
+def test_replaced_tensors_are_pruned_as_those_before_bit_by_bit(step):
+    plain, replaced = make_pruner(), make_pruner()
+    take_pruner_steps(plain, 0, 20)
+    take_pruner_steps(replaced, 0, step)
+    old = dict(replaced.weights)
+    replaced.replace({name: weight.clone() for name, weight in old.items()})
+    take_pruner_steps(replaced, step, 20)
+    assert same(dict(replaced.weights), dict(plain.weights))
+    assert same(replaced.state_dict(), plain.state_dict())
+    assert not any(replaced.weights[name] is weight for name, weight in old.items())
+
+
+@pytest.mark.parametrize("step", [1, 8, 18])
+def test_masks_and_dormant_values_survive_a_change_of_dtype_of_one_layer(step):
+    pruner = make_pruner()
+    take_pruner_steps(pruner, 0, step)
+    masks, M = pruner.masks(), dict(pruner.M)
+    wide = {name: weight.double() if name == "a" else weight for name, weight in pruner.weights.items()}
+    pruner.replace(wide)
+    pruner.after_weight_step()
+    assert same(pruner.masks(), masks)
+    assert all(torch.equal(pruner.M[name], m.to(pruner.M[name])) for name, m in M.items())
+    assert all((weight[~mask] == 0).all() for weight, mask in zip(wide.values(), masks, strict=False))
+    take_pruner_steps(pruner, step, 20)
+    assert pruner.sparsity == sparsity(pruner.weights) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 8, 18])
+def test_a_missing_layer_is_forgotten_and_the_target_is_met_without_it(step):
+    pruner = make_pruner()
+    take_pruner_steps(pruner, 0, step)
+    before = pruner.layer_sparsity()
+    pruner.replace({name: weight for name, weight in pruner.weights.items() if name != "b"})
+    assert pruner.layer_sparsity() == {name: before[name] for name in ("a", "c")}
+    take_pruner_steps(pruner, step, 20)
+    assert pruner.sparsity == sparsity(pruner.weights)
+    if step < 18:
+        assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("step", [1, 8, 18])
+def test_a_pruner_without_layers_prunes_nothing(step):
+    pruner = make_pruner()
+    take_pruner_steps(pruner, 0, step)
+    pruner.replace({})
+    take_pruner_steps(pruner, step, 20)
+    assert (pruner.sparsity, pruner.layer_sparsity(), pruner.masks(), dict(pruner.M)) == (0, {}, [], {})
+    assert pruner.masks_final

@@ -6,7 +6,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.model.prunable_layers import prunable_weights
+from lightning_autoprune.model.prunable_layers import choose_weights, prunable_weights
+from lightning_autoprune.model.sparsity import sparsity
 
 
 class Mixed(nn.Module):
@@ -98,14 +99,28 @@ def test_a_weight_without_entries_is_left_out():
         (weight_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight by a parametrization, .* remove it"),
         (
             nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
-            {},
+            {"include": ["weight_hh_l0"]},
             "Layer 'weight_hh_l0' computes its weight_hh_l0 before each forward",
         ),
-        (weight_norm(nn.LSTM(2, 2), "weight_hh_l0"), {}, "Layer 'weight_hh_l0' computes its weight_hh_l0 by a param"),
+        (
+            weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
+            {"include": ["weight_hh_l0"]},
+            "Layer 'weight_hh_l0' computes its weight_hh_l0 by a param",
+        ),
         (
             nn.utils.spectral_norm(nn.GRUCell(2, 2), "weight_hh"),
-            {},
+            {"include": ["weight_hh"]},
             "Layer 'weight_hh' computes its weight_hh before each forward",
+        ),
+        (
+            nn.Sequential(weight_norm(nn.Linear(2, 2)), weight_norm(nn.Conv1d(2, 2, 1)), nn.Linear(2, 2)),
+            {"include": ["0", "1", "2"]},
+            "Each of the layers '0', '1' computes its weight by a parametrization, so there is no weight to prune",
+        ),
+        (
+            nn.ParameterList([torch.ones(2, 2)]),
+            {"include": ["weight"]},
+            "`include` has 'weight', which matches no layer; `include` can name '0'",
         ),
         (nn.utils.spectral_norm(nn.Linear(2, 2)), {}, "Layer 'weight' computes its weight before each forward"),
         (nn.Linear(4, 0), {}, "None of the layers 'weight' has a trainable weight of its own: .* or it is empty"),
@@ -120,6 +135,87 @@ def test_models_that_can_not_be_pruned_are_refused_with_the_way_out(model, optio
 def test_a_layer_that_can_not_be_pruned_can_be_excluded():
     model = nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.Linear(2, 2))
     assert list(prunable_weights(model, exclude=["0"])) == ["1"]
+
+
+def test_a_computed_weight_stays_out_unless_a_pattern_matches_it_alone():
+    model = nn.Sequential(weight_norm(nn.Linear(2, 2)), nn.utils.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"))
+    assert list(prunable_weights(model)) == ["1.weight_ih_l0"]
+    assert list(prunable_weights(model, include=["*"])) == ["1.weight_ih_l0"]
+    assert list(prunable_weights(model, include=["1.weight_hh_l0_v"])) == ["1.weight_hh_l0_v"]  # what it is made of
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        self.mix = nn.Parameter(torch.ones(4, 4))
+        self.token = nn.Parameter(torch.ones(1, 1, 4))
+        self.steps = nn.Parameter(torch.ones(3, 3), requires_grad=False)
+        self.counts = nn.Parameter(torch.ones(3, 3, dtype=torch.long), requires_grad=False)
+        self.experts = nn.ParameterDict({"up": torch.ones(2, 4, 4)})
+
+
+def test_bare_parameters_are_found_if_a_pattern_matches_their_name():
+    assert list(prunable_weights(Bare())) == ["head"]
+    assert list(prunable_weights(Bare(), include=["mix", "experts.*"])) == ["mix", "experts.up"]
+    assert list(prunable_weights(Bare(), include=["*"])) == ["mix", "head", "experts.up"]
+    assert list(prunable_weights(Bare(), include=["*"], exclude=["m*"])) == ["head", "experts.up"]
+    assert list(prunable_weights(Bare(), include=["st*", "head"], trained_only=False)) == ["steps", "head"]
+
+
+def test_a_vector_in_the_shape_of_a_matrix_is_found_only_by_a_pattern_of_its_own():
+    assert list(prunable_weights(Bare(), include=["token"])) == ["token"]
+
+
+def test_a_model_of_bare_parameters_alone_is_refused_with_their_names():
+    model = nn.ParameterDict({"mix": torch.ones(2, 2)})
+    with pytest.raises(AutoPruneError, match="ParameterDict has no layer to prune: `include` can name 'mix'"):
+        prunable_weights(model)
+    assert sparsity(model) == 0
+
+
+def test_patterns_match_the_names_of_parameters_too():
+    assert list(prunable_weights(Bare(), include=["*.weight"])) == ["head"]
+    assert list(prunable_weights(Mixed(), exclude=["*v.weight", "up.weight"])) == [
+        "attention.in_proj_weight",
+        "attention.out_proj",
+        "head",
+    ]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_memory_that_two_layers_share_is_listed_once(transposed):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data = model[0].weight.data.t() if transposed else model[0].weight.data
+    assert list(prunable_weights(model)) == ["0", "2"]
+    model[0].weight.requires_grad_(False)
+    assert list(prunable_weights(model)) == ["1", "2"]
+
+
+def test_of_a_weight_and_a_part_of_it_the_whole_is_listed():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(3, 4), nn.Linear(3, 2))
+    model[0].weight.data, model[2].weight.data = model[1].weight.data[:2], model[1].weight.data[2:]
+    assert list(prunable_weights(model)) == ["1"]
+
+
+def test_weights_that_lie_side_by_side_in_one_storage_are_all_listed():
+    model, storage = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4)), torch.ones(4, 6)
+    model[0].weight.data, model[1].weight.data = storage[:, ::2], storage[:, 1::2]
+    assert list(prunable_weights(model)) == ["0", "1"]
+
+
+def test_a_weight_that_shares_only_a_part_of_its_memory_is_left_out():
+    model, storage = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 4)), torch.ones(6, 3)
+    model[0].weight.data, model[1].weight.data = storage[:4], storage[2:]
+    choice = choose_weights(model)
+    assert list(choice.weights) == ["0"]
+    assert "shares a part of its memory" in choice.obstacles["1"]
+
+
+def test_a_weight_in_the_memory_of_an_embedding_counts_as_an_embedding():
+    model = Mixed()
+    model.head.weight = nn.Parameter(model.embed.weight.data)
+    assert "head" not in prunable_weights(model)
 
 
 def test_weights_have_the_shapes_of_the_model():

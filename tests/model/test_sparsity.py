@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torchmetrics import MetricCollection
 
 from lightning_autoprune.model.sparsity import Sparsity, layer_sparsity, sparsity
 
@@ -74,3 +75,38 @@ def test_plot_draws_a_value_and_a_curve():
     _, axes = metric.plot(values)
     assert axes.lines[0].get_ydata().tolist() == [0.5, 1.0]
     plt.close("all")
+
+
+@pytest.mark.parametrize("convert", ["set_dtype", "half", "parent", "collection"])
+def test_counts_stay_exact_integers_in_every_dtype(convert):
+    metric = Sparsity()
+    if convert == "set_dtype":
+        metric.set_dtype(torch.bfloat16)
+    elif convert == "half":
+        metric.half()
+    elif convert == "parent":
+        parent = nn.ModuleList([metric]).half()
+        assert parent.bfloat16().type(torch.float16)[0] is metric
+    else:
+        MetricCollection([metric]).set_dtype(torch.float16)
+    count = 2**24 + 1  # float32 has no such number
+    metric.update(torch.zeros(()).expand(count))
+    metric.update(torch.ones(()).expand(2))
+    assert (int(metric.zeros), int(metric.total)) == (count, count + 2)
+    metric.reset()
+    assert metric.total.dtype == torch.int64
+
+
+def test_the_metric_and_a_module_that_has_one_can_be_scripted():
+    class Scripted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.metric = nn.Linear(4, 2), Sparsity()
+
+        def forward(self, x):
+            return self.layer(x)
+
+    torch.jit.script(Sparsity())
+    module = Scripted()
+    x = torch.randn(3, 4)
+    assert torch.equal(torch.jit.script(module)(x), module(x))

@@ -201,8 +201,16 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "unfrozen": unfrozen,
     "logged": logged,
     "fixed": lambda folder: refused(folder, options={"redraw_held_out": False}),
+    "not wrapped": lambda folder: refused(folder, strategy=UnwrappedDDP()),
     "averaging": lambda folder: refused(folder, strategy=DDPStrategy(model_averaging_period=2)),
 }
+
+
+class UnwrappedDDP(DDPStrategy):
+    """A strategy under which no gradients are averaged."""
+
+    def configure_ddp(self) -> None:
+        """Leave the model as it is."""
 
 
 def neuron_net() -> Net:

@@ -139,6 +139,7 @@ def train(pruner: Pruner, model: nn.Module, x: Tensor, y: Tensor, steps: int, op
     optimizer = optimizer or torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
         optimizer.zero_grad()
+        pruner.before_forward()
         nn.functional.cross_entropy(model(x), y).backward()
         if pruner.due:
             pruner.auxiliary_step([weight.grad for weight in pruner.weights.values()])

@@ -7,11 +7,20 @@ import warnings
 
 import pytest
 import torch
-from helpers import FEATURES, Net, Resumable, csv_logger, fit, rows
+from helpers import FEATURES, Net, Resumable, csv_logger, fit, loader, rows, saving
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_autoprune import AutoPruneCallback, AutoPruneError, model_cost, prunable_weights, shrink
+from lightning_autoprune import (
+    AutoPruneCallback,
+    AutoPruneError,
+    layer_sparsity,
+    model_cost,
+    prunable_weights,
+    shrink,
+    sparsity,
+)
 
 
 class ExampleNet(Net):
@@ -127,6 +136,99 @@ def test_a_checkpoint_of_the_other_granularity_is_refused(tmp_path):
         )
         with pytest.raises(AutoPruneError, match=message):
             fit_with(both[resumed](target_sparsity=0.5), ckpt_path=tmp_path / "last.ckpt")
+
+
+class Compare(Callback):
+    """Compares what the callback reports with the weights, and with the files that are saved."""
+
+    def __init__(self, pruning):
+        self.pruning, self.seen = pruning, []
+
+    def _compare(self, weights):
+        expected, literal = self.pruning.layer_sparsity(), layer_sparsity(weights)
+        assert expected == pytest.approx(literal, abs=1e-12)
+        assert self.pruning.sparsity == pytest.approx(sparsity(weights), abs=1e-12)
+        assert [row.kept / row.weights for row in self.pruning.layers()] == pytest.approx(
+            [1 - literal[name] for name in expected], abs=1e-12
+        )
+        self.seen.append(self.pruning.sparsity)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self._compare(pl_module)
+        if "autoprune/sparsity" in trainer.callback_metrics:
+            assert float(trainer.callback_metrics["autoprune/sparsity"]) == pytest.approx(self.pruning.sparsity)
+
+    def on_validation_batch_end(self, trainer, pl_module, *_):
+        self._compare(pl_module)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self._compare(pl_module)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        saved = copy.deepcopy(pl_module)
+        saved.load_state_dict(checkpoint["state_dict"])
+        self._compare(saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer_options"),
+    [
+        ({}, {}),
+        ({"held_out": "train"}, {"accumulate_grad_batches": 3}),
+        ({"held_out": "val"}, {"val_check_interval": 3}),
+        ({"mask_every_n_steps": 3}, {"accumulate_grad_batches": 2}),
+    ],
+)
+def test_at_any_step_the_reported_sparsity_is_that_of_the_model_and_of_each_file(options, trainer_options, tmp_path):
+    callback = neuron_callback(target_sparsity=0.5, auxiliary_lr=100.0, **options)
+    compare, keep = Compare(callback), saving(tmp_path, every_n_train_steps=1)
+    fit(
+        [callback, compare, keep],
+        model=ExampleNet(),
+        val=loader(),
+        epochs=6,
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        **trainer_options,
+    )
+    assert len({*compare.seen}) > 3
+
+
+@pytest.mark.parametrize("hook", ["on_before_backward", "on_before_optimizer_step"])
+def test_a_run_that_is_interrupted_within_a_step_leaves_what_is_reported(hook):
+    def interrupt(trainer, *_):
+        if trainer.global_step == 12:
+            raise ValueError("interrupted")
+
+    callback, interrupting, model = neuron_callback(auxiliary_lr=300.0, pressure=1.0), Callback(), ExampleNet()
+    setattr(interrupting, hook, interrupt)
+    with pytest.raises(ValueError, match="interrupted"):
+        fit([callback, interrupting], model=model)
+    assert callback.sparsity == pytest.approx(sparsity(model), abs=1e-12) != 0
+
+
+@pytest.mark.parametrize(("held_out", "manual"), [("train", False), (0.25, False), ("val", False), ("train", True)])
+def test_neurons_come_back(held_out, manual):
+    class WithoutBiases(ExampleNet):
+        """Its pruned neurons get a gradient only if the weights that produce them have values."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(FEATURES, 32, bias=False), nn.Identity()
+            self.automatic_optimization = not manual
+
+        def training_step(self, batch):
+            loss = super().training_step(batch)
+            if not manual:
+                return loss
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return None
+
+    callback = neuron_callback(target_sparsity=0.5, held_out=held_out, auxiliary_lr=100.0)
+    fit(callback, model=WithoutBiases(), val=loader(), epochs=6)
+    assert sum(row.revived for row in callback.layers()) > 0
 
 
 def test_rows_and_columns_of_pruned_neurons_are_zero():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import fields
-from typing import get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -110,3 +111,75 @@ def test_numbers_of_numpy_are_stored_as_plain_numbers():
 def test_a_granularity_that_is_no_name_is_refused(value):
     with pytest.raises(AutoPruneError, match=r"`granularity` is .*; allowed are 'weight', 'neuron'"):
         CallbackSettings(granularity=value)
+
+
+def allowed_kinds(annotation: Any) -> set[Any]:
+    """Return what an annotation allows: types, ``Literal`` as ``str``, and ``Callable``."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin in (list, Callable) or not get_args(annotation):
+        return {origin or annotation}
+    return {kind for member in get_args(annotation) for kind in allowed_kinds(member)}
+
+
+WRONG = (None, True, 3, 0.5, "no such name", b"bytes", 1j, float("nan"), [3], [None], ["a", 3], {}, {"a"}, object())
+HINTS = get_type_hints(CallbackSettings)
+
+
+def wrong_values(name: str) -> list[Any]:
+    """Return values of a type that a setting does not allow, and a text that is none of its names."""
+    kinds = allowed_kinds(HINTS[name])
+    kinds |= {int} if float in kinds else set()
+    # a whole number may be out of the range of a float, and an object may have the base class that is asked for
+    return [value for value in WRONG if type(value) not in kinds - {str, list} or value != value]
+
+
+def test_wrong_values_are_derived_for_every_kind_of_setting():
+    assert allowed_kinds(HINTS["schedule"]) == {str, Callable}
+    assert allowed_kinds(HINTS["include"]) == {list, type(None)}
+    assert True in wrong_values("pressure")
+    assert None not in wrong_values("include")
+    assert [3] in wrong_values("include")
+    assert 0.5 in wrong_values("seed")
+    assert all(len(wrong_values(name)) >= 8 for name in HINTS)
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_value_of_a_wrong_type_is_refused_by_name(name):
+    for value in wrong_values(name):
+        with pytest.raises(AutoPruneError, match=f"`{name}`") as caught:
+            AutoPruneCallback(**{name: value})
+        assert re.search(r"must be|allowed are", str(caught.value)), value
+
+
+@pytest.mark.parametrize("name", [name for name, entry in SETTINGS.items() if isinstance(entry.default, (int, float))])
+def test_numbers_and_flags_of_numpy_are_taken_as_pythons(name):
+    default = SETTINGS[name].default
+    kinds = {bool: [np.bool_], int: [np.int64, np.int32, np.uint8], float: [np.float64, np.float32]}
+    for kind in kinds[type(default)]:
+        stored = getattr(AutoPruneCallback(**{name: kind(default)}).settings, name)
+        assert stored == pytest.approx(default), kind
+        assert type(stored) is type(default), kind
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": -1}, r"`seed` is -1; it must be an integer in \[0, 4294967295\]"),
+        ({"seed": 2**70}, r"`seed` is 1180591620717411303424; it must be an integer in \[0, 4294967295\]"),
+        ({"enabled": "no"}, "`enabled` is 'no'; it must be True or False"),
+        ({"include": "fc"}, r"`include` is 'fc'; it must be a list of patterns: \['fc'\]"),
+        ({"exclude": [None]}, r"`exclude` is \[None\]; it must be a list of patterns"),
+        ({"include": []}, "`include` is empty, so nothing would be pruned: leave it out, or switch pruning off"),
+        ({"loss_fn": 3}, "`loss_fn` is 3; it must be a function of the module and a held-out batch, or None"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(options, message):
+    with pytest.raises(AutoPruneError, match=message):
+        AutoPruneCallback(**options)
+
+
+def test_patterns_may_be_any_sequence_of_texts_and_exclude_may_be_empty():
+    settings = AutoPruneCallback(include=("a", "b"), exclude=[]).settings
+    assert (settings.include, settings.exclude) == (["a", "b"], [])

@@ -7,22 +7,59 @@ import warnings
 import pytest
 import torch
 import torch.utils.checkpoint
-from helpers import Net, fit, loader
+from helpers import Net, fit, flat, loader
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_autoprune import AutoPruneCallback, sparsity
 
 
-def test_layers_that_no_loss_depends_on_are_named_when_pruning_begins():
-    class UnusedLayerNet(Net):
-        def __init__(self):
-            super().__init__()
-            self.average = nn.Linear(12, 16)
+class UnusedLayerNet(Net):
+    """A model with a layer that the loss depends on in some epochs only."""
 
-    with pytest.warns(
-        UserWarning, match="No loss so far depends on 'average', so the pressure prunes nearly all of their"
-    ):
-        fit(AutoPruneCallback(target_sparsity=0.6), model=UnusedLayerNet())
+    def __init__(self, used=()):
+        super().__init__()
+        self.average, self.used = nn.Linear(12, 16), used
+        self.example_input_array = torch.zeros(2, 12)
+
+    def training_step(self, batch):
+        loss = super().training_step(batch)
+        return loss + self.average(batch[0]).square().mean() if self.current_epoch in self.used else loss
+
+
+def test_layers_that_no_loss_depends_on_stay_dense_and_do_not_count_toward_the_target(tmp_path):
+    callback, checkpoint = AutoPruneCallback(target_sparsity=0.6), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    with pytest.warns(UserWarning, match="No loss so far depends on 'average', so they stay dense and do not count"):
+        model, _ = fit([callback, checkpoint], UnusedLayerNet(used=[2, 3]), epochs=8, enable_checkpointing=True)
+    assert (model.average.weight != 0).all()
+    assert list(callback.layer_sparsity()) == list(callback.curves)[:-1] == ["first", "last"]
+    assert callback.sparsity == pytest.approx(0.6, abs=0.01)
+    assert callback.sparsity == sparsity({name: getattr(model, name).weight for name in callback.layer_sparsity()})
+    for epoch in (0, 3):  # in the dense phase, and later
+        again = AutoPruneCallback(target_sparsity=0.6)
+        resumed, _ = fit(again, UnusedLayerNet(used=[2, 3]), epochs=8, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert torch.equal(flat(resumed), flat(model))
+        assert again.curves == callback.curves
+
+
+def test_a_layer_that_was_used_before_a_checkpoint_is_used_after_resuming(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    options = {"epochs": 8, "enable_checkpointing": True}
+    model, _ = fit([AutoPruneCallback(0.6), checkpoint], UnusedLayerNet(used=[0]), **options)
+    assert sparsity(model) == pytest.approx(0.6, abs=0.01)
+    resumed, _ = fit(AutoPruneCallback(0.6), UnusedLayerNet(used=[0]), epochs=8, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert torch.equal(flat(resumed), flat(model))
+
+
+def test_unused_layers_are_pruned_with_a_warning_if_the_others_can_not_meet_the_target():
+    text = "No loss so far depends on 'average', so the pressure prunes nearly all of their"
+    with pytest.warns(UserWarning, match=text):
+        fit(AutoPruneCallback(0.9943, layer_floor=0.0), UnusedLayerNet())  # 3 of 448 weights, but 1 of 256
+    with pytest.warns(UserWarning, match=text):
+        fit(AutoPruneCallback(granularity="neuron"), UnusedLayerNet())
+
+
+def test_excluded_layers_that_no_loss_depends_on_are_not_warned_about():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(AutoPruneCallback(target_sparsity=0.6, exclude=["average"]), model=UnusedLayerNet())

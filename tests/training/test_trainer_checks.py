@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Net, data, fit, loader, trainer
+from helpers import Net, data, fit, flat, loader, trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
-from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from manual_models import ManualNet, TwoOptimizersNet
 from torch.distributed.tensor import Shard
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SubsetRandomSampler
@@ -37,8 +38,39 @@ class Stream(IterableDataset):
         return iter(data())
 
 
-class UnsupportedStrategy(SingleDeviceStrategy):
-    pass
+class UnsupportedStrategy(Strategy):
+    """A strategy that is related to none of those that work."""
+
+    root_device, is_global_zero, world_size, global_rank, local_rank = torch.device("cpu"), True, 1, 0, 0
+
+    def all_gather(self, tensor, group=None, sync_grads=False):
+        return tensor
+
+    def barrier(self, name=None):
+        """Do nothing."""
+
+    def broadcast(self, obj, src=0):
+        return obj
+
+    def model_to_device(self):
+        """Do nothing."""
+
+    def reduce(self, tensor, *_, **__):
+        return tensor
+
+
+class TwiceSteppingStrategy(SingleDeviceStrategy):
+    def optimizer_step(self, optimizer, closure, model=None, **options):
+        super().optimizer_step(optimizer, closure, model, **options)
+        return super().optimizer_step(optimizer, closure, model, **options)
+
+
+class ScalingDDPStrategy(DDPStrategy):
+    def backward(self, closure_loss, *args, **options):
+        return super().backward(2 * closure_loss, *args, **options)
+
+    def training_step(self, *args, **options):
+        return super().training_step(*args, **options)
 
 
 class LBFGSNet(Net):
@@ -173,28 +205,34 @@ UNSUPPORTED = {
     ),
     "unsupported strategy": (
         AutoPruneCallback(),
-        {"strategy": UnsupportedStrategy("cpu")},
+        {"strategy": UnsupportedStrategy()},
         r"under UnsupportedStrategy yet: use one device \(`Trainer\(devices=1\)`\), `strategy=\"ddp\"`, or FSDP2 by",
+    ),
+    "strategy that overrides the optimizer's step": (
+        AutoPruneCallback(),
+        {"strategy": TwiceSteppingStrategy("cpu")},
+        "under TwiceSteppingStrategy, which overrides `optimizer_step` of SingleDeviceStrategy: pruning relies on what",
+    ),
+    "DDP strategy that overrides the gradients": (
+        AutoPruneCallback(),
+        {"strategy": ScalingDDPStrategy(), "devices": 1},
+        "under ScalingDDPStrategy, which overrides `training_step`, `backward` of DDPStrategy: pruning relies on what",
     ),
     "overfit_batches": (
         AutoPruneCallback(held_out=0.25, redraw_held_out=False),
         {"overfit_batches": 2},
         "`overfit_batches` of the Trainer replaces the sampler",
     ),
-    "include is a string": (
-        AutoPruneCallback(include="first"),
-        {},
-        r"`include` is 'first'; it must be a list of patterns: \['first'\]",
-    ),
-    "only biases are trained": (
-        AutoPruneCallback(),
+    "only biases are trained, with neurons": (
+        AutoPruneCallback(granularity="neuron"),
         {"model": BiasesOnlyNet()},
-        r"No optimizer trains any of the prunable weights \(first, last\)",
+        r"No optimizer trains any of the prunable weights \(first, last\) when fitting starts, and none can be pruned"
+        ' later: with `granularity="neuron"`, channels are found when fitting starts',
     ),
     "no optimizer": (
         AutoPruneCallback(),
         {"model": NoOptimizerNet()},
-        "No optimizer trains any of the prunable weights",
+        r"No optimizer trains any of the prunable weights \(first, last\) when fitting starts, .* no optimizer has any",
     ),
     "manual without loss_fn": (
         AutoPruneCallback(),
@@ -280,6 +318,32 @@ def test_offloaded_weights_are_refused():
         support_for(trainer).check_weights(trainer, {"a": weight})
     weight.device = torch.device("cuda:0")
     support_for(trainer).check_weights(trainer, {"a": weight})
+
+
+class CountingStrategy(SingleDeviceStrategy):
+    """A subclass that overrides nothing that pruning relies on."""
+
+    batches = 0
+
+    def batch_to_device(self, *args, **options):
+        self.batches += 1
+        return super().batch_to_device(*args, **options)
+
+    def process_dataloader(self, dataloader):
+        return super().process_dataloader(dataloader)
+
+
+def test_a_subclass_of_a_supported_strategy_gives_the_same_bits():
+    strategy = CountingStrategy("cpu")
+    (plain, _), (counting, _) = (fit(AutoPruneCallback(0.8), strategy=s) for s in ("auto", strategy))
+    assert torch.equal(flat(plain), flat(counting))
+    assert strategy.batches >= 32
+
+
+def test_the_xla_subclass_is_refused():
+    trainer: Any = SimpleNamespace(strategy=object.__new__(SingleDeviceXLAStrategy))
+    with pytest.raises(AutoPruneError, match="does not work under SingleDeviceXLAStrategy yet"):
+        support_for(trainer)
 
 
 def test_lightning_refuses_two_callbacks_of_the_same_class():

@@ -10,7 +10,7 @@ from helpers import Net, Resumable, csv_logger, fit, flat, held_out_loss, rows
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 
-from lightning_autoprune import AutoPruneCallback
+from lightning_autoprune import AutoPruneCallback, sparsity
 
 
 class BackboneNet(Net):
@@ -180,16 +180,23 @@ class LateLayerNet(Net):
         self.more.requires_grad_(self.current_epoch >= 2)
 
 
+def test_an_unfrozen_layer_of_zeros_is_pruned_from_a_constant_m():
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.1)
+    with pytest.warns(UserWarning, match="The weights of 'more' are all 0"):
+        fit(callback, LateLayerNet(zeros=True), epochs=8)
+    assert set(callback.layer_sparsity()) == {"first", "more", "last"}
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        ({"zeros": True}, "All weights of layer 'more' are 0"),
         (
             {"separate_optimizer": True},
             "It has an optimizer of its own, which trained no prunable weight when fitting started.",
         ),
     ],
-    ids=["all zeros", "separate optimizer"],
+    ids=["separate optimizer"],
 )
 def test_an_unfrozen_layer_that_cannot_be_pruned_stays_dense_with_a_warning(model, why, tmp_path):
     callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.1, loss_fn=held_out_loss)
@@ -208,3 +215,115 @@ def test_an_unfrozen_layer_that_cannot_be_pruned_stays_dense_with_a_warning(mode
     fit(resumed_callback, resumed_model, epochs=8, ckpt_path=tmp_path / "epoch=4.ckpt")
     assert list(resumed_callback.layer_sparsity()) == ["first", "last"]
     assert torch.equal(flat(resumed_model), flat(trained))
+
+
+class FrozenNet(Net):
+    """A model of which only the normalization is trained at first, and whose other layers are unfrozen later."""
+
+    def __init__(self, when: int | None, in_optimizer: bool = False):
+        super().__init__()
+        self.when, self.in_optimizer = when, in_optimizer
+        self.layers.requires_grad_(False)
+
+    @property
+    def layers(self):
+        return torch.nn.ModuleList([self.first, self.last])
+
+    def configure_optimizers(self):
+        parameters = self.parameters() if self.in_optimizer else self.norm.parameters()
+        return torch.optim.SGD(parameters, 0.05, momentum=0.9)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == self.when:
+            self.layers.requires_grad_(True)
+            if not self.in_optimizer:
+                self.trainer.optimizers[0].add_param_group({"params": [*self.layers.parameters()]})
+
+
+@pytest.mark.parametrize("held_out", [0.25, "train"])
+@pytest.mark.parametrize(("when", "in_optimizer"), [(1, False), (1, True), (5, False)])
+def test_a_model_that_is_frozen_at_the_start_is_pruned_once_it_is_unfrozen(when, in_optimizer, held_out):
+    callback = AutoPruneCallback(0.8, held_out=held_out)  # the dense phase ends with epoch 3, the masks are final at 8
+    with pytest.warns(UserWarning, match="No optimizer trains a prunable weight when fitting starts, so pruning waits"):
+        model, _ = fit(callback, FrozenNet(when, in_optimizer), epochs=12)
+    assert callback.sparsity == sparsity(model) == pytest.approx(0.8, abs=0.01)
+    assert list(callback.layer_sparsity()) == ["first", "last"]
+
+
+def test_a_run_in_which_no_layer_is_ever_unfrozen_stays_dense_and_says_so(tmp_path):
+    callback = AutoPruneCallback(0.8, figures_every_n_epochs=1)
+    with pytest.warns(
+        UserWarning, match="dense phase is over, and no optimizer trains a prunable weight yet"
+    ) as caught:
+        model, run = fit(callback, FrozenNet(None), epochs=12, logger=csv_logger(tmp_path))
+    texts = [str(warning.message) for warning in caught]
+    assert any("Nothing was pruned: no optimizer trained a prunable weight" in text for text in texts)
+    assert callback.sparsity == sparsity(model) == run.callback_metrics["autoprune/sparsity"] == 0
+    assert callback.layers() == []
+
+
+def test_layers_unfrozen_after_the_pruning_phase_of_a_frozen_model_stay_dense():
+    callback = AutoPruneCallback(0.8)
+    with pytest.warns(UserWarning, match="Layer 'first', which has been unfrozen, stays dense. The masks are final."):
+        model, _ = fit(callback, FrozenNet(9), epochs=12)
+    assert sparsity(model) == 0
+
+
+@pytest.mark.parametrize(
+    "stop", [8, 24, 48]
+)  # while it waits, when the layers are unfrozen, and while masks are trained
+def test_a_run_that_is_frozen_at_the_start_resumes_bit_exactly(stop, tmp_path):
+    class ResumingNet(FrozenNet):
+        def on_train_start(self):
+            self.layers.requires_grad_(self.global_step >= 24)
+
+        def on_train_epoch_start(self):
+            self.on_train_start()
+
+    def run(callbacks, **more):
+        callback, model = AutoPruneCallback(0.8), ResumingNet(None, in_optimizer=True)
+        fit([callback, *callbacks], model, epochs=12, enable_checkpointing=True, **more)
+        return flat(model), callback
+
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    uninterrupted, callback = run([checkpoint])
+    resumed, resumed_callback = run([ModelCheckpoint(tmp_path / "more")], ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert torch.equal(uninterrupted, resumed)
+    assert resumed_callback.curves == callback.curves
+
+
+def test_a_layer_unfrozen_shortly_before_the_masks_are_final_does_not_raise_the_sparsity():
+    class Recorder(Callback):
+        def __init__(self):
+            self.sparsities = []
+
+        def on_train_batch_end(self, trainer, *_):
+            self.sparsities.append(float(trainer.callback_metrics["autoprune/sparsity"]))
+
+    class WideNet(BackboneNet):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Sequential(torch.nn.Linear(12, 256), torch.nn.ReLU(), torch.nn.Linear(256, 12))
+
+    recorder, callback = Recorder(), AutoPruneCallback(0.8, initial_m="constant")
+    fit([callback, recorder, BackboneFinetuning(11, verbose=False)], WideNet(), epochs=20)
+    before, after = recorder.sparsities[: 11 * 8], recorder.sparsities[11 * 8 :]
+    assert max(after) < max(before) + 0.1
+    assert min(after) > 0.75
+    assert callback.sparsity == pytest.approx(0.8, abs=0.001)
+
+
+def test_memory_that_is_pruned_already_is_not_taken_in_under_another_name():
+    class SharedNet(Net):
+        def __init__(self):
+            super().__init__()
+            self.copy = torch.nn.Linear(12, 16)
+            self.copy.weight.data = self.first.weight.data
+
+        def on_train_epoch_start(self):
+            self.first.requires_grad_(self.current_epoch not in (3, 4))  # then the copy is the first that is trained
+
+    callback = AutoPruneCallback(0.8)
+    model, _ = fit(callback, SharedNet(), epochs=10)
+    assert list(callback.layer_sparsity()) == ["first", "last"]
+    assert callback.sparsity == sparsity(model) == pytest.approx(0.8, abs=0.01)

@@ -7,6 +7,7 @@ import torch
 from helpers import Net, Resumable, fit, loader, same
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_autoprune import AutoPruneCallback, sparsity
 from lightning_autoprune.training.weight_averages import zero_pruned_weights
@@ -97,6 +98,69 @@ def test_an_average_is_pruned_after_resuming_with_final_masks(tmp_path):
     other = Net()
     other.load_state_dict(torch.load(tmp_path / "short" / "epoch=5.ckpt", weights_only=True)["state_dict"])
     assert sparsity(other) == pytest.approx(0.8, abs=0.005)
+
+
+class AveragedNet(Net):
+    """A model that keeps an average of itself or of a layer, in a place that ``where`` names."""
+
+    def __init__(self, where):
+        super().__init__()
+        source = self.first if where == "of a layer" else self
+        average = AveragedModel(source, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.pairs = [(average, source if source is not self else None)]
+        if where != "in a list":
+            self.average = average
+
+    def on_train_batch_end(self, *_):
+        [(average, source)] = self.pairs
+        average.update_parameters(source or self)
+
+
+class AveragingCallback(Callback):
+    def setup(self, trainer, pl_module, stage):
+        self.kept = {"average": [AveragedModel(pl_module)]}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.kept["average"][0].update_parameters(pl_module)
+
+
+@pytest.mark.parametrize("where", ["in a list", "of a layer"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_averaged_model_of_the_module_is_pruned(tmp_path, where, resumed):
+    callback = AutoPruneCallback(target_sparsity=0.8)
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    model = AveragedNet(where)
+    fit([callback, checkpoint], model, epochs=8, enable_checkpointing=True)
+    if resumed:
+        callback, model = AutoPruneCallback(target_sparsity=0.8), AveragedNet(where)
+        fit([callback], model, epochs=8, ckpt_path=tmp_path / "epoch=5.ckpt")
+    average = model.pairs[0][0].module
+    if where == "of a layer":
+        assert torch.equal(average.weight == 0, model.first.weight == 0)
+    else:
+        assert sparsity({"first": average.first.weight, "last": average.last.weight}) == callback.sparsity
+        assert not torch.equal(average.first.weight, model.first.weight)
+
+
+def test_an_averaged_model_of_a_callback_is_pruned():
+    callback, averaging = AutoPruneCallback(target_sparsity=0.8), AveragingCallback()
+    fit([averaging, callback], epochs=8)
+    assert sparsity(averaging.kept["average"][0].module) == callback.sparsity
+
+
+def test_an_averaged_model_that_may_be_of_several_layers_is_left_with_a_warning():
+    class Twins(Net):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(12, 12), torch.nn.Linear(12, 12)
+            self.average = AveragedModel(self.one)
+
+        def forward(self, x):
+            return super().forward(x + self.one(x) + self.two(x))
+
+    with pytest.warns(UserWarning, match="An AveragedModel of Linear may be the average of 2 parts of Twins"):
+        model, _ = fit(AutoPruneCallback(target_sparsity=0.8), Twins(), epochs=8)
+    assert model.average.module.weight.all()
 
 
 def test_zero_pruned_weights_applies_the_mask():

@@ -10,12 +10,13 @@ of weights or N of M weights, derive it from ``LayerUnits``, which needs three s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_autoprune.method.initialization import InitialM, check_weights
+from lightning_autoprune.method.initialization import InitialM, can_start, warn_of_constant
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
@@ -74,16 +75,23 @@ class Granularity(ABC):
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return the M that pruning starts with, in the shapes of :meth:`views`."""
 
-    def whole_weights(self, aux: AuxiliaryParameters, name: InitialM) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each weight and the whole of its values, after checking that they give an M to start with.
+    def start_layers(self, aux: AuxiliaryParameters, scale: float, start: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Return the M of each layer: a constant, with a warning, for a layer whose weights give no M to start with.
 
-        Raises:
-            AutoPruneError: naming the layer, see ``initialization.check_weights``.
+        Args:
+            aux: the weights.
+            scale: size of the initial m, and the constant.
+            start: takes the whole weights of a layer and returns its M.
         """
+        result, constant = [], []
         for (layer, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
-            whole = aux.placement.whole(T, weight)
-            check_weights(layer, whole, name)
-            yield weight, whole
+            m = start(aux.placement.whole(T, weight))
+            if not can_start(m):
+                m = torch.full_like(m, scale)
+                constant.append(layer)
+            result.append(aux.placement.shard(m, weight))
+        warn_of_constant(constant)
+        return result
 
     def check_sharding(self, weights: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Raise if weights are sharded in a way that this granularity can't prune.
@@ -127,6 +135,9 @@ class Granularity(ABC):
     def update_masks(self, aux: AuxiliaryParameters) -> None:
         """Write the masks that M asks for, after raising the m that each layer's floor needs."""
 
+    def before_forward(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
+        """Write the values of pruned weights that M's gradients need in the passes to come; no output may change."""
+
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Move M so that a density is met: exactly with single weights, else as closely as possible from below."""
@@ -159,9 +170,6 @@ class Granularity(ABC):
     def make(cls, neurons: Neurons | None) -> Granularity:
         """Return an instance for a run; ``neurons`` are the model's channels if the granularity prunes channels."""
         return cls()
-
-    def before_final(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
-        """Zero all else that can be zeroed without changing the network's function, before the masks become final."""
 
     # The granularity's own state
 

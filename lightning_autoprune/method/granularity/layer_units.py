@@ -97,12 +97,13 @@ class LayerUnits(Granularity):
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · norm of each unit / root mean square of the layer's norms, or a constant."""
-        M = []
-        for weight, whole in self.whole_weights(aux, name):
-            norms = self.sum_units(at_least_float32(whole).square()).sqrt()
+
+        def start(T: Tensor) -> Tensor:
+            norms = self.sum_units(at_least_float32(T).square()).sqrt()
             unit = norms.square().mean().sqrt().clamp_min(1e-30)
-            M.append(aux.placement.shard(starting_values(name, norms, unit, scale), weight))
-        return M
+            return starting_values(name, norms, unit, scale)
+
+        return self.start_layers(aux, scale, start)
 
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule

@@ -7,9 +7,12 @@ of the loss is
     dL/dm = Σ dL/dT · w · h'(m),   over the weights that read the channel,
 
 and under the paper's rule Σ dL/dT · sgn(w). (For a neuron without normalization, it equals the sum over the weights and
-the bias that produce it. If those were masked instead, a ReLU would be at 0 and pass no gradient, and no neuron would
-ever come back.) When the masks become final, the rows that produce pruned channels are zeroed too, which changes
-nothing.
+the bias that produce it. If those were masked in its place, a ReLU would be at 0 and pass no gradient, and no neuron
+would ever come back.)
+
+The rows that produce pruned channels are masked too. No layer reads these channels, so this changes no output. Only in
+the forward and backward passes whose gradients M follows do those rows have their values: without a, there is no dL/dm.
+See ``before_forward``.
 
 Channels differ in size. Under a rule that removes the scale (``"adaptive"``), the size does not matter. Under the
 others the sum is divided by the root of the number of weights in it.
@@ -28,9 +31,11 @@ from torch import Tensor
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.exact_topk import keep_largest, largest_count, lift_largest
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
-from lightning_autoprune.method.initialization import InitialM, starting_values
+from lightning_autoprune.method.initialization import InitialM, can_start, starting_values, warn_of_constant
+from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
+from lightning_autoprune.tensors.bitmasks import zero_pruned
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
@@ -61,6 +66,7 @@ class NeuronGranularity(Granularity):
         self.neurons = neurons
         self.alive = torch.ones(neurons.count, dtype=torch.bool, device=neurons.groups[0].device)
         self._root_sizes: Tensor | None = None  # of the numbers of weights that read each channel
+        self._has_activations = True  # whether gradients since the last update of the masks are of prepared passes
 
     @classmethod
     def make(cls, neurons: Neurons | None) -> NeuronGranularity:
@@ -82,12 +88,21 @@ class NeuronGranularity(Granularity):
         return list(flat)
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        """Return ``scale`` · relative norm of the weights that read each channel, or a constant."""
-        for _weight, _whole in self.whole_weights(aux, name):
-            pass  # only checks them
+        """Return ``scale`` · relative norm of the weights that read each channel, or a constant.
+
+        Channels that are read by zeros alone, or by weights that are not finite, start at the constant too.
+        """
         norms = self._sum_over_channels(aux, [T.float().square() for T in aux.effective()]).sqrt()
+        constant = torch.zeros(self.neurons.count + 1, dtype=torch.bool, device=norms.device)
         for group in self.neurons.groups:
             norms[group] /= norms[group].square().mean().sqrt().clamp_min(1e-30)
+            constant[group] = not can_start(norms[group])
+        norms[constant[:-1]] = 1
+        if name != "constant":
+            layers = dict(zip(aux.weights, aux.effective(), strict=True))
+            reading = [layer for layer in layers if constant[self.neurons.columns[layer]].any()]
+            unusable = [layer for layer in reading if not (layers[layer].isfinite().all() and layers[layer].any())]
+            warn_of_constant(unusable or reading)
         return [starting_values(name, norms, torch.ones_like(norms[0]), scale)]
 
     def named_M(self, aux: AuxiliaryParameters) -> Mapping[str, Tensor]:  # noqa: N802
@@ -97,7 +112,16 @@ class NeuronGranularity(Granularity):
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
     ) -> Iterator[StepPiece]:
-        """Yield one piece: the sums over the weights that read each channel."""
+        """Yield one piece: the sums over the weights that read each channel.
+
+        Raises:
+            AutoPruneError: if the gradients are of a pass in which pruned channels had no activations.
+        """
+        if not self._has_activations:
+            raise AutoPruneError(
+                "Pruned channels got no gradient, as the rows that produce them were 0 in the forward pass: call"
+                " `before_forward` before it."
+            )
         zero = torch.zeros((), device=self.alive.device)
         values = [
             sensitivity(rule, zero.expand(W.shape) if g is None else g, W) for g, W in zip(dL_dT, aux.W, strict=True)
@@ -115,7 +139,7 @@ class NeuronGranularity(Granularity):
         return G.add_(self.neurons.marginal_costs(self.alive), alpha=mu)
 
     def update_masks(self, aux: AuxiliaryParameters) -> None:
-        """Keep the channels with m > 0 and each layer's floor; write T = W ⊙ h(M) into the weights that read them."""
+        """Keep the channels with m > 0 and each layer's floor; write 0 into the weights that read or produce others."""
         m = aux.M[0]
         for group, floor in zip(self.neurons.groups, aux.floors, strict=True):
             part = m[group]
@@ -123,25 +147,36 @@ class NeuronGranularity(Granularity):
                 lift_largest(part, floor)
                 m[group] = part
         self.alive = m > 0
-        self._write(aux, include_rows=False)
+        masks = zip(self._kept_rows(aux), self._kept_columns(aux), strict=True)
+        aux.write_layer_masks(rows & columns for rows, columns in masks)
+        self._has_activations = bool(self.alive.all())
 
-    def before_final(self, aux: AuxiliaryParameters) -> None:
-        """Zero the rows that produce pruned channels too."""
-        self._write(aux, include_rows=True)
+    def before_forward(self, aux: AuxiliaryParameters) -> None:
+        """Give the rows that produce pruned channels their values, so that the channels have activations.
 
-    def _write(self, aux: AuxiliaryParameters, include_rows: bool) -> None:
-        """Write masks of the columns that read pruned channels, and of the rows that produce them if asked for."""
+        Outputs stay the same, since the weights that read those channels stay 0.
+        """
+        layers = zip(aux.effective(), aux.bits, aux.dormant, self._kept_columns(aux), strict=True)
+        for T, bits, dormant, columns in layers:
+            W = latent_weights(T, bits, dormant)
+            zero_pruned(W, columns.to(bits.dtype).neg_())
+            T.copy_(W)
+        self._has_activations = True
+
+    def _kept_rows(self, aux: AuxiliaryParameters) -> Iterator[Tensor]:
+        """Yield for each weight, in a shape that broadcasts to its own, True in rows that produce kept channels."""
+        return self._spread(aux, self.neurons.rows, 0)
+
+    def _kept_columns(self, aux: AuxiliaryParameters) -> Iterator[Tensor]:
+        """Yield for each weight, in a shape that broadcasts to its own, True in columns that read kept channels."""
+        return self._spread(aux, self.neurons.columns, 1)
+
+    def _spread(self, aux: AuxiliaryParameters, channels: Mapping[str, Tensor], which: int) -> Iterator[Tensor]:
         h = torch.cat([self.alive, self.alive.new_ones(1)])
-        masks = []
-        for (name, weight), T in zip(aux.weights.items(), aux.effective(), strict=True):
-            row_dim, column_dim = self.neurons.dims[name]
-            columns = aux.placement.shard_along(self.neurons.columns[name], weight, column_dim)
-            mask = _along(h[columns], T, column_dim)
-            if include_rows:
-                shard_rows = aux.placement.shard_along(self.neurons.rows[name], weight, row_dim)
-                mask = mask & _along(h[shard_rows], T, row_dim)
-            masks.append(mask)
-        aux.write_layer_masks(masks)
+        for name, weight in aux.weights.items():
+            dim = self.neurons.dims[name][which]
+            kept = h[aux.placement.shard_along(channels[name], weight, dim)]
+            yield kept.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep the channels with the largest m, as many as the density allows."""
@@ -198,6 +233,7 @@ class NeuronGranularity(Granularity):
                 " resume with the same model, `include` and `exclude`."
             )
         self.alive = state["alive"].to(self.alive.device)
+        self._has_activations = bool(self.alive.all())
 
     def _sum_over_channels(self, aux: AuxiliaryParameters, values: Sequence[Tensor]) -> Tensor:
         """Sum one tensor per layer over the weights that read each channel; shape (channels,)."""
@@ -207,8 +243,3 @@ class NeuronGranularity(Granularity):
             columns = aux.placement.shard_along(self.neurons.columns[name], weight, dim)
             total.index_add_(0, columns, value.movedim(dim, 0).flatten(1).sum(1).to(total))
         return aux.placement.sum_tensor(total)[:-1]
-
-
-def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Return a vector shaped to lie along one dimension of a tensor and broadcast along the others."""
-    return values.view([-1 if d == dim else 1 for d in range(like.dim())])

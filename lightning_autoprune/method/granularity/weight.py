@@ -37,8 +37,7 @@ class WeightGranularity(Granularity):
 
     def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
         """Return ``scale`` · abs(w) / std(w) of each layer, or a constant."""
-        layers = self.whole_weights(aux, name)
-        return [aux.placement.shard(initial_m(whole, name, scale), weight) for weight, whole in layers]
+        return self.start_layers(aux, scale, lambda T: initial_m(T, name, scale))
 
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_autoprune.training.held_out.overriding import MethodHook
 from lightning_autoprune.training.lightning_internals import is_moving_training_batch
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["CollatedBatches"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError, HeldOutSource, TrainSource
+from lightning_autoprune.training.lightning_package import Trainer
 from lightning_autoprune.training.trainer_checks import check_monitors
 
 __all__ = ["fall_back", "may_fall_back"]

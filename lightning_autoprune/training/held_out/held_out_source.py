@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning.pytorch import Trainer
-
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["HeldOutError", "HeldOutSource", "RunUnderWay", "TrainSource"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler
 from typing_extensions import override
@@ -25,6 +24,7 @@ from lightning_autoprune.training.held_out.loaders import (
 )
 from lightning_autoprune.training.held_out.overriding import MethodHook
 from lightning_autoprune.training.lightning_internals import training_data_source
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["FixedSource", "LoaderSource", "ValidationSource"]
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -21,6 +18,7 @@ from lightning_autoprune.training.lightning_internals import (
     replace_sampler,
     run_transfer_hook,
 )
+from lightning_autoprune.training.lightning_package import CombinedLoader, MisconfigurationException, Trainer, both
 
 __all__ = [
     "ChainedLoaders",
@@ -31,6 +29,8 @@ __all__ = [
     "training_loaders",
     "validation_loaders",
 ]
+
+_CANNOT_REBUILD: tuple[type[Exception], ...] = (*both(MisconfigurationException), TypeError)
 
 
 def training_loaders(trainer: Trainer) -> list[Any]:
@@ -69,7 +69,7 @@ def rebuild_loader(loader: DataLoader[Any], sampler: Iterable[int]) -> DataLoade
     """
     try:
         return replace_sampler(loader, sampler)
-    except (MisconfigurationException, TypeError) as error:
+    except _CANNOT_REBUILD as error:
         raise AutoPruneError(
             "A fixed held-out fraction needs a loader that can be rebuilt with other samples, and a"
             f" {type(loader).__name__} can't: {error} Pass `held_out=DataLoader(...)` with other data, or"

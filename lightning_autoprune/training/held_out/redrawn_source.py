@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,6 +24,7 @@ from lightning_autoprune.training.held_out.loaders import to_device, training_lo
 from lightning_autoprune.training.held_out.overriding import MethodHook
 from lightning_autoprune.training.held_out.sampled_batches import SampledBatches
 from lightning_autoprune.training.lightning_internals import show_loaders
+from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["RedrawnSource"]
 

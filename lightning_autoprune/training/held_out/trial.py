@@ -7,13 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_autoprune.tensors.preserve import preserve_attributes
 from lightning_autoprune.tensors.sharding import isolated_pass, local_shard
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError
 from lightning_autoprune.training.held_out_pass import held_out_loss, problem_of_loss, shielded
+from lightning_autoprune.training.lightning_package import LightningModule, Trainer
 
 __all__ = ["try_batches"]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import os
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+from lightning_autoprune.training.lightning_package import CSVLogger, get_filesystem
 from lightning_autoprune.training.loggers.figure_writer import FigureWriter, RunFigures
 
 __all__ = ["CSVFigures"]

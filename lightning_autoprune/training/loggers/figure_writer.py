@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from lightning.pytorch.loggers import Logger
 from lightning_utilities.core.rank_zero import WarningCache
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.reporting.metric_names import loggable_names
 from lightning_autoprune.reporting.plots import metric_path, sparsity_heatmap
 from lightning_autoprune.reporting.run_history import Histogram, RunHistory
+from lightning_autoprune.training.lightning_package import Logger
 
 __all__ = ["LAYERS", "PATH", "SPARSITY_MAP", "FigureWriter", "RunFigures"]
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.reporting.run_history import RunHistory
+from lightning_autoprune.training.lightning_package import (
+    CSVLogger,
+    Logger,
+    TensorBoardLogger,
+    Trainer,
+    WandbLogger,
+    both,
+)
 from lightning_autoprune.training.loggers.csv import CSVFigures
 from lightning_autoprune.training.loggers.figure_writer import FigureWriter, RunFigures
 from lightning_autoprune.training.loggers.tensorboard import TensorBoardFigures
@@ -63,4 +69,4 @@ def log_figures(
 
 
 def _find_writer(logger: Logger) -> FigureWriter[Any] | None:
-    return next((writer for kind, writer in WRITERS.items() if isinstance(logger, kind)), None)
+    return next((writer for kind, writer in WRITERS.items() if isinstance(logger, both(kind))), None)

@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_autoprune.training.lightning_internals import logged_hyperparameters, logger_key
+from lightning_autoprune.training.lightning_package import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    Trainer,
+    WandbLogger,
+    both,
+)
 
 __all__ = ["log_settings", "stage_settings"]
 
 _ROOT = "autoprune_callback"  # not "autoprune", which may be a hyperparameter of the user's own
 
-_ADDING = (CSVLogger, MLFlowLogger, WandbLogger)  # they add hyperparameters to those that they have
+_ADDING = (
+    *both(CSVLogger),
+    *both(MLFlowLogger),
+    *both(WandbLogger),
+)  # they add hyperparameters to those that they have
 
 
 def stage_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
@@ -29,7 +40,7 @@ def stage_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """
 
     def stage(logger: Logger) -> None:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, both(TensorBoardLogger)):
             for name, value in _name_hyperparameters(settings).items():
                 logger.hparams.setdefault(name, value)
 
@@ -52,7 +63,7 @@ def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
     """
 
     def log(logger: Logger) -> None:
-        if isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, both(TensorBoardLogger)):
             logger.experiment.add_text(logger_key(logger, "autoprune/settings"), _markdown_table(settings))
             return
         known = {} if isinstance(logger, _ADDING) else logged_hyperparameters(trainer)

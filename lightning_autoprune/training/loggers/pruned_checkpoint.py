@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.reporting.checkpoint_reader import find_pruning_state
 from lightning_autoprune.tensors.bitmasks import pack
+from lightning_autoprune.training.lightning_package import ModelCheckpoint, Trainer, both
 
 __all__ = ["find_pruned_checkpoint", "has_final_masks"]
 
@@ -33,7 +32,7 @@ def find_pruned_checkpoint(trainer: Trainer, pruner: Pruner) -> tuple[Path | Non
     zeros = {names[id(weight)]: (weight == 0).cpu() for weight in pruner.weights.values()}
     masks = [pack(mask) for mask in pruner.each_mask()]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    checkpoints = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    checkpoints = [callback for callback in callbacks if isinstance(callback, both(ModelCheckpoint))]
     for checkpoint in checkpoints:
         if checkpoint.monitor:
             sign = 1 if checkpoint.mode == "min" else -1

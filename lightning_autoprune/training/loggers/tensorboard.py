@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from lightning_autoprune.reporting.layer_table import LayerSummary, format_layer_table, sum_layers
 from lightning_autoprune.reporting.run_history import Histogram
 from lightning_autoprune.training.lightning_internals import logger_key
+from lightning_autoprune.training.lightning_package import TensorBoardLogger
 from lightning_autoprune.training.loggers.figure_writer import LAYERS, PATH, SPARSITY_MAP, FigureWriter, RunFigures
 
 __all__ = ["TensorBoardFigures"]

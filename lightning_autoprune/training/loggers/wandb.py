@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.reporting.layer_table import LayerSummary, sum_layers
 from lightning_autoprune.training.lightning_internals import dump_weights, logger_key
+from lightning_autoprune.training.lightning_package import Trainer, WandbLogger, both
 from lightning_autoprune.training.loggers.figure_writer import LAYERS, PATH, SPARSITY_MAP, FigureWriter, RunFigures
 from lightning_autoprune.training.loggers.pruned_checkpoint import find_pruned_checkpoint
 
@@ -72,7 +71,7 @@ def log_artifact(trainer: Trainer, pruner: Pruner, metadata: Mapping[str, Any]) 
         pruner: the pruner, whose masks are final.
         metadata: values to store with the artifact; the monitored metric is added.
     """
-    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, both(WandbLogger))]
     if not loggers:
         return
     try:
