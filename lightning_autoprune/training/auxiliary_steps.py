@@ -20,7 +20,7 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.held_out.sources import HeldOutSource
 from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
-from lightning_autoprune.training.lightning_package import Trainer
+from lightning_autoprune.training.lightning_package import Trainer, is_oom_error
 from lightning_autoprune.training.metrics import MetricsReporter
 
 __all__ = ["AuxiliarySteps"]

@@ -42,6 +42,7 @@ __all__ = [
     "both",
     "find_package",
     "get_filesystem",
+    "is_oom_error",
     "is_overridden",
     "is_param_in_hook_signature",
     "seed_everything",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy, Strategy
     from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
     from lightning.pytorch.utilities import CombinedLoader
+    from lightning.pytorch.utilities.memory import is_oom_error
     from lightning.pytorch.utilities.model_helpers import is_overridden
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -133,6 +135,7 @@ else:
         "pytorch.trainer": ("Trainer",),
         "fabric.utilities.seed": ("seed_everything",),
         "pytorch.utilities": ("CombinedLoader",),
+        "pytorch.utilities.memory": ("is_oom_error",),
         "pytorch.utilities.model_helpers": ("is_overridden",),
         "pytorch.utilities.signature_utils": ("is_param_in_hook_signature",),
         "pytorch.utilities.types": ("OptimizerLRSchedulerConfig",),
