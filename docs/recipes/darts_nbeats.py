@@ -4,7 +4,7 @@ import numpy as np
 from darts import TimeSeries
 from darts.models import NBEATSModel
 
-from lightning_autoprune import AutoPruneCallback, sparsity
+from lightning_autoprune import AutoPruneCallback
 
 noise = np.random.default_rng(0).normal(0, 0.1, 400)
 series = TimeSeries.from_values((np.sin(np.arange(400) / 5) + noise).astype("float32"))
@@ -18,4 +18,4 @@ model = NBEATSModel(
 )
 model.fit(series)
 model.predict(6)
-print(f"sparsity {sparsity(model.model):.3f}")
+print(f"sparsity {callback.sparsity:.3f}")

@@ -13,7 +13,13 @@ table = pd.concat([pd.DataFrame({"unique_id": f"series {i}", "ds": dates, "y": y
 
 callback = AutoPruneCallback(target_sparsity=0.8)
 model = NHITS(
-    h=12, input_size=24, mlp_units=3 * [[32, 32]], max_steps=60, batch_size=8, callbacks=[callback], accelerator="cpu"
+    h=12,
+    input_size=24,
+    mlp_units=3 * [[32, 32]],
+    max_steps=60,
+    batch_size=8,
+    accelerator="cpu",
+    callbacks=[callback],
 )
 forecast = NeuralForecast(models=[model], freq="D")
 forecast.fit(table)
