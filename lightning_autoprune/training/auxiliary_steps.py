@@ -17,7 +17,7 @@ from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_r
 from lightning_autoprune.tensors.sharding import is_sharded, local_shard
 from lightning_autoprune.tensors.write_detector import WriteDetector
 from lightning_autoprune.training.callback_settings import CallbackSettings
-from lightning_autoprune.training.held_out.sources import HeldOutSource
+from lightning_autoprune.training.held_out.held_out_data import HeldOutData
 from lightning_autoprune.training.held_out_pass import SINGLE_SAMPLE, HeldOutGradients, held_out_gradients
 from lightning_autoprune.training.lightning_internals import grad_scaler, gradient_scale
 from lightning_autoprune.training.lightning_package import Trainer, is_oom_error
@@ -35,10 +35,9 @@ class AuxiliarySteps:
     Args:
         trainer: the trainer, whose module is trained.
         pruner: the pruner whose M is stepped.
-        source: gives the held-out batches; if it holds none out, M follows the weight steps alone.
+        held_out: gives the held-out batches; if it holds none out, M follows the weight steps alone.
         report: gets the held-out losses.
         settings: those of the callback.
-        follows_training: whether M follows the gradients of the weight steps.
 
     Attributes:
         last: the training step of the last auxiliary step; -1 before the first.
@@ -48,13 +47,12 @@ class AuxiliarySteps:
         self,
         trainer: Trainer,
         pruner: Pruner,
-        source: HeldOutSource,
+        held_out: HeldOutData,
         report: MetricsReporter,
         settings: CallbackSettings,
-        follows_training: bool,
     ) -> None:
-        self._trainer, self._pruner, self._source, self._report = trainer, pruner, source, report
-        self._settings, self._follows_training = settings, follows_training
+        self._trainer, self._pruner, self._held_out, self._report = trainer, pruner, held_out, report
+        self._settings = settings
         self.last = -1
         self._train_gradients: dict[str, Tensor] = {}  # of the weight step under way, by layer
         self._stepped_at, self._stepped = -1, set[int]()  # the optimizers that stepped M in that training step
@@ -66,10 +64,6 @@ class AuxiliarySteps:
         self._untrained = WriteDetector([])
         self.watch_untrained()
         self._layers_with_gradient: set[str] = set()  # so far, in the dense phase
-
-    def hold_nothing_out(self, source: HeldOutSource) -> None:
-        """Let M follow the gradients of the weight steps alone from now on, given the source that stands for this."""
-        self._source, self._follows_training = source, True
 
     def watch_untrained(self) -> None:
         """Watch the parameters that are not trained now, for the user's own steps may write to them."""
@@ -89,7 +83,7 @@ class AuxiliarySteps:
             self._layers_with_gradient |= {n for n, w in self._pruner.weights.items() if w.grad is not None}
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
-        if not (self._follows_training and self._pruner.due and trains_weights):
+        if not (self._held_out.follows_training and self._pruner.due and trains_weights):
             return
         weights = self._weights_to_step(optimizer)
         if not weights:
@@ -99,14 +93,14 @@ class AuxiliarySteps:
         ]
         if scaler and (scale := gradient_scale(scaler, optimizer)) != 1:
             gradients = list(torch._foreach_div(gradients, scale))
-        if self._source.has_batches:
+        if self._held_out.source.has_batches:
             self._train_gradients = {name: g.clone() for name, g in zip(weights, gradients, strict=True)}
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
 
     def _weights_to_step(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""
-        if self._source.has_batches:
+        if self._held_out.source.has_batches:
             return self._trained_weights() if self.last < self._pruner.step else {}
         if self._stepped_at != self._pruner.step:
             self._stepped, self._stepped_at = set(), self._pruner.step
@@ -119,10 +113,10 @@ class AuxiliarySteps:
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due."""
         weights = self._trained_weights()
-        if not (self._source.has_batches and self._pruner.due and weights):
+        if not (self._held_out.source.has_batches and self._pruner.due and weights):
             return
         with self._naming_errors("loading the held-out batch"):
-            batch = self._source.next_batch(self._trainer)
+            batch = self._held_out.source.next_batch(self._trainer)
         train_gradients, self._train_gradients = self._train_gradients, {}
         if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
             if train_gradients:
@@ -157,7 +151,7 @@ class AuxiliarySteps:
                 self._settings.seed,
                 self._pruner.step,
                 agree=self._all_ranks_agree,
-                factor=self._source.rank_weight if self._is_sharded else 1.0,
+                factor=self._held_out.source.rank_weight if self._is_sharded else 1.0,
                 preserved=written,
                 check_values=check_values,
             )
@@ -181,14 +175,14 @@ class AuxiliarySteps:
         """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
         averaged = self._is_sharded  # by the backward pass
         sent = [result.loss] if averaged else [result.loss, *result.gradients]
-        loss, *gradients = mean_over_ranks(sent, self._source.rank_weight, self._trainer.world_size)
+        loss, *gradients = mean_over_ranks(sent, self._held_out.source.rank_weight, self._trainer.world_size)
         return HeldOutGradients(loss, result.gradients if averaged else gradients)
 
     def _join(self, train: Mapping[str, Tensor], held_out: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean over all samples of the weight step's gradients and the held-out ones."""
         if train.keys() != held_out.keys():
             return held_out
-        ranks, share = self._trainer.world_size, self._source.held_out_share
+        ranks, share = self._trainer.world_size, self._held_out.source.held_out_share
         if ranks > 1:  # the same on all ranks, whatever the sizes of their batches
             device = self._trainer.strategy.root_device
             share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])

@@ -21,9 +21,7 @@ from lightning_autoprune.reporting.layer_table import LayerSummary
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.coverage_warnings import warn_of_dense_weights
 from lightning_autoprune.training.finished_run import FinishedRun
-from lightning_autoprune.training.held_out.fallback import fall_back, may_fall_back
-from lightning_autoprune.training.held_out.held_out_source import HeldOutError, TrainSource
-from lightning_autoprune.training.held_out.sources import HeldOutSource, make_source
+from lightning_autoprune.training.held_out.held_out_data import HeldOutData
 from lightning_autoprune.training.lightning_internals import has_stepped, overrides_hook
 from lightning_autoprune.training.lightning_package import BaseCallback, LightningModule, Trainer
 from lightning_autoprune.training.loggers.hyperparameters import log_settings, stage_settings
@@ -33,7 +31,6 @@ from lightning_autoprune.training.pruning_run import PruningRun
 from lightning_autoprune.training.strategies import support_for
 from lightning_autoprune.training.trainer_checks import (
     check_trainer,
-    check_training_step,
     check_waiting,
     select_trained_weights,
 )
@@ -164,8 +161,7 @@ class AutoPruneCallback(BaseCallback):
     ) -> None:
         given = dict(locals())  # must come first, while the locals are only the arguments
         self.settings = CallbackSettings(**{entry.name: given[entry.name] for entry in fields(CallbackSettings)})
-        self._own_source = make_source(held_out, self.settings.redraw_held_out, self.settings.seed)
-        self._source: HeldOutSource = self._own_source  # of the fit under way: the default may hold nothing out
+        self._held_out = HeldOutData(self.settings)
         self._is_fitting = self._has_logged_settings = False
         self._loaded: Mapping[str, Any] | None = None  # the state of a checkpoint, until training starts
         self._run: PruningRun | None = None
@@ -217,17 +213,11 @@ class AutoPruneCallback(BaseCallback):
         if stage != "fit":
             return
         self._loaded, self._last_run, self._run = None, self._run or self._last_run, None
-        self._source, self._is_fitting, self._has_logged_settings = self._own_source, True, False
+        self._is_fitting, self._has_logged_settings = True, False
         support = support_for(trainer)
-        check_trainer(trainer, AutoPruneCallback, self._source.has_batches)
+        check_trainer(trainer, AutoPruneCallback, self.settings.held_out != "train")
         support.check_run(trainer, self.settings)
-        if self._source.has_batches:
-            try:
-                check_training_step(pl_module, self.settings.loss_fn is not None)
-            except HeldOutError as error:
-                self._source = fall_back(trainer, self.settings, error)
-        self._source.steps_done = self._steps_done
-        self._source.setup(trainer)
+        self._held_out.setup(trainer, self._steps_done)
 
     def _steps_done(self) -> int:
         if self._loaded is not None:
@@ -259,7 +249,7 @@ class AutoPruneCallback(BaseCallback):
             # in the order of the checkpoint: a change of the code may have put them in another
             weights = {name: found[name] for name in [*pruned, *found] if name in chosen and name in found}
         support_for(trainer).check_weights(trainer, weights)
-        joins_gradients = self._source.has_batches and bool(self.settings.train_gradients)
+        joins_gradients = self._held_out.source.has_batches and bool(self.settings.train_gradients)
         trained, optimizers = select_trained_weights(trainer, weights, joins_gradients)
         if not trained:
             check_waiting(trainer, found, self.settings.granularity)
@@ -274,16 +264,9 @@ class AutoPruneCallback(BaseCallback):
         if not self.enabled:
             return
         self._run = None
-        if self._loaded and self._loaded["source"] == TrainSource.description and may_fall_back(self.settings):
-            self._source.stop(trainer)
-            self._source = TrainSource(self.settings.seed)  # the run that is resumed could hold nothing out
-        try:
-            self._source.start(trainer)
-        except HeldOutError as error:
-            self._source.stop(trainer)
-            self._source = fall_back(trainer, self.settings, error)
+        self._held_out.start(trainer, self._loaded)
         weights, optimizers = self._trained_weights(trainer, pl_module)
-        run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._source)
+        run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._held_out)
         if self._loaded is not None:
             run.load_state_dict(self._loaded)
         self._run, self._loaded = run, None
@@ -299,7 +282,7 @@ class AutoPruneCallback(BaseCallback):
             self._has_logged_settings = True
             log_settings(trainer, run.hyperparameters())
         if batch_idx == 0:
-            self._source.on_epoch_start(trainer)
+            self._held_out.source.on_epoch_start(trainer)
             run.measure(late=True)
             run.take_in_unfrozen(lambda: self._choose_weights(pl_module).weights)
             run.validated_weights.remember_places()
@@ -393,8 +376,7 @@ class AutoPruneCallback(BaseCallback):
     def _release(self, trainer: Trainer) -> None:
         if self._run is not None:
             self._run.release()
-        self._source.stop(trainer)
-        self._own_source.stop(trainer)
+        self._held_out.stop(trainer)
         self._is_fitting = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
@@ -424,7 +406,7 @@ class AutoPruneCallback(BaseCallback):
         self._loaded = state_dict or None
         auxiliary = state_dict["pruner"]["auxiliary"] if state_dict else None
         if auxiliary and auxiliary["frozen"]:
-            self._source.on_masks_final()  # before the training loader is made
+            self._held_out.source.on_masks_final()  # before the training loader is made
 
 
 def _switched_off(kind: type[AutoPruneCallback]) -> AutoPruneCallback:

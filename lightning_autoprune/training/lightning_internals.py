@@ -114,8 +114,8 @@ def total_steps(trainer: Trainer) -> int:
         total = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     if not 0 < total < math.inf:
         raise AutoPruneError(
-            f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` and a training loader that has a length"
-            " (`max_time` may be set as well)."
+            f"{unknown}: set `max_steps` of the Trainer, or `max_epochs` with a training loader that has a length or an"
+            " integer `limit_train_batches`, the number of batches per epoch (`max_time` may be set as well)."
         )
     return int(total)
 

@@ -13,19 +13,13 @@ from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
-from lightning_autoprune.tensors.collectives import all_ranks_agree
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
 from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
-from lightning_autoprune.training.held_out.fallback import fall_back
-from lightning_autoprune.training.held_out.held_out_source import HeldOutError
-from lightning_autoprune.training.held_out.sources import DEFAULT_FRACTION, HeldOutSource
-from lightning_autoprune.training.held_out.trial import try_batches
+from lightning_autoprune.training.held_out.held_out_data import HeldOutData
 from lightning_autoprune.training.lightning_internals import (
-    ends_step,
     log_is_due,
-    next_batch_index,
     steps_done,
     total_steps,
 )
@@ -51,7 +45,7 @@ class PruningRun:
         weights: those that may be pruned, by layer name.
         optimizers: those that train them.
         settings: those of the callback.
-        source: gives the held-out data; it has been started.
+        held_out: gives the held-out data; it has been started.
 
     Attributes:
         module: the module that is trained.
@@ -71,17 +65,16 @@ class PruningRun:
         weights: Mapping[str, nn.Parameter],
         optimizers: Sequence[Optimizer],
         settings: CallbackSettings,
-        source: HeldOutSource,
+        held_out: HeldOutData,
     ) -> None:
-        self._trainer, self.module, self._settings, self._source = trainer, module, settings, source
+        self._trainer, self.module, self._settings, self._held_out = trainer, module, settings, held_out
         self._analysis = analyze_model(module, weights, settings)
         chosen, neurons = self._analysis.weights, self._analysis.neurons
         if trainer.world_size > 1 and neurons:  # all ranks must number the channels alike
             neurons = trainer.strategy.broadcast(neurons).to(module.device)
         self.report = MetricsReporter(list(chosen), log_layers=settings.log_layers)
         self.pruner = Pruner(chosen, settings, total_steps(trainer), steps_done(trainer), neurons)
-        follows_training = _follows_training(settings, source, len(optimizers))
-        self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, source, self.report, settings, follows_training)
+        self.auxiliary_steps = AuxiliarySteps(trainer, self.pruner, held_out, self.report, settings)
         manual = not module.automatic_optimization
         self._hooks = OptimizerHooks(optimizers, manual, self._prepare_weight_step, self._finish_weight_step)
         without_channels = [name for name in weights if name not in chosen]
@@ -103,11 +96,11 @@ class PruningRun:
             )
         self.pruner.start()
         if self.pruner.masks_final:
-            self._source.on_masks_final()
+            self._held_out.source.on_masks_final()
             prune_averages(self._trainer, self.pruner)
         else:
             mark_as_being_pruned(self.module)
-        self._source.follow(self)
+        self._held_out.follow(self.pruner, len(self._hooks.optimizers))
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
         self.validated_weights.remember_places()
@@ -121,47 +114,6 @@ class PruningRun:
     def is_over(self) -> bool:
         """True once all steps have been taken."""
         return self.pruner.step >= self.pruner.phases.total
-
-    # What the source of held-out data asks for
-
-    def next_batch_index(self) -> int:
-        """Return the number in its epoch of the batch that is trained on next."""
-        return next_batch_index(self._trainer)
-
-    def ends_step(self, batch: int) -> bool:
-        """Return True if a batch ends in an optimizer step, rather than only adding to the gradients."""
-        return ends_step(self._trainer, batch)
-
-    def step(self) -> int:
-        """Return the number of training steps that are over."""
-        return self.pruner.step
-
-    def is_due(self, step: int) -> bool:
-        """Return True if an auxiliary step belongs to a training step, given the number of steps before it."""
-        return self.pruner.is_due(step)
-
-    def all_ranks_agree(self, ok: bool) -> bool:
-        """Return True on every rank if the argument is True on all of them, else False on every rank."""
-        return all_ranks_agree(ok, self._trainer.world_size, self._trainer.strategy.root_device)
-
-    def try_batches(self, whole: Any, rest: Any, held_out: Any) -> None:
-        """Try whether the network takes parts of a batch, without effect on the run.
-
-        Raises:
-            HeldOutError: if it does not, on any rank.
-        """
-        loss_fn, seed = self._settings.loss_fn, self._settings.seed
-        try_batches(self._trainer, whole, rest, held_out, loss_fn, self.all_ranks_agree, seed)
-
-    def stop_holding_out(self, error: HeldOutError) -> None:
-        """Train M on the training batches from now on, if the user left open what it is trained on.
-
-        Raises:
-            HeldOutError: the given one, if the user asked for held-out data.
-        """
-        self._source.stop(self._trainer)
-        self._source = fall_back(self._trainer, self._settings, error)
-        self.auxiliary_steps.hold_nothing_out(self._source)
 
     # Each step
 
@@ -237,7 +189,7 @@ class PruningRun:
 
     def _finish_pruning(self) -> None:
         remove_mark(self.module)
-        self._source.on_masks_final()
+        self._held_out.source.on_masks_final()
         self.report.history.masks_final_at = steps_done(self._trainer)
         prune_averages(self._trainer, self.pruner)
         if self.auxiliary_steps.last < 0 and self.pruner.phases.end > self.pruner.phases.start:
@@ -247,9 +199,7 @@ class PruningRun:
 
     def hyperparameters(self) -> dict[str, Any]:
         """Return the settings that say how the run is pruned, by name, as plain data."""
-        found = DEFAULT_FRACTION if self._source.has_batches else "train"
-        chosen = {"held_out": found} if self._settings.held_out is None else {}
-        return {**self._settings.hyperparameters(), **chosen}
+        return {**self._settings.hyperparameters(), "held_out": self._held_out.describe()}
 
     @property
     def sparsity(self) -> float:
@@ -330,11 +280,10 @@ class PruningRun:
             "layers": list(self.pruner.weights),
             "settings": self.pruner.described(),
             "left_dense": list(self._unfrozen.left_dense),
-            "source": self._source.description,
+            **self._held_out.state_dict(),
             "gradients": self.auxiliary_steps.state_dict(),
             "pruner": self.pruner.state_dict(),
             "report": self.report.state_dict(),
-            "held_out": self._source.state_dict(),
             "flops": self._analysis.flops_by_layer(),
         }
 
@@ -356,15 +305,8 @@ class PruningRun:
             _warn_of_changed_settings(state["settings"], self.pruner.described(), self.pruner.masks_final)
         self.report.load_state_dict(state["report"])
         self.auxiliary_steps.load_state_dict(state["gradients"])
-        if self.pruner.masks_final:
-            return
-        if self._source.description != state["source"]:
-            raise AutoPruneError(
-                f"The checkpoint's run held out {state['source']}; this callback holds out {self._source.description}."
-                " Resume with the same `held_out`, `redraw_held_out` and `seed`, or start from the checkpoint's weights"
-                " alone."
-            )
-        self._source.load_state_dict(state["held_out"])
+        if not self.pruner.masks_final:
+            self._held_out.load_state_dict(state)
 
     def go_back(self, state: Mapping[str, Any]) -> None:
         """In the middle of a run, restore what :meth:`state_dict` gave, on weights from the same step.
@@ -379,15 +321,6 @@ class PruningRun:
                 " the checkpoint to a new one as `ckpt_path`."
             )
         self.load_state_dict(state)
-
-
-def _follows_training(settings: CallbackSettings, source: HeldOutSource, optimizers: int) -> bool:
-    """Return whether M follows the gradients of the weight steps."""
-    if not source.has_batches:
-        return True
-    if settings.train_gradients is not None:
-        return settings.train_gradients
-    return source.default_train_gradients and optimizers <= 1  # if there is none yet, there will be one
 
 
 def _warn_of_changed_settings(saved: Mapping[str, Any], here: Mapping[str, Any], masks_final: bool) -> None:

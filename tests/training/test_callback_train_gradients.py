@@ -43,7 +43,7 @@ def test_by_default_m_follows_the_mean_gradient_over_all_samples_of_the_batch(fr
 def test_held_out_samples_weigh_as_much_as_others_under_gradient_accumulation(accumulated):
     callback = AutoPruneCallback(target_sparsity=0.5)
     fit(callback, accumulate_grad_batches=accumulated)
-    assert callback._source.held_out_share == 4 / (16 * accumulated)
+    assert callback._held_out.source.held_out_share == 4 / (16 * accumulated)
 
 
 def test_m_can_follow_the_held_out_samples_alone():
