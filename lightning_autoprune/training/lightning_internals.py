@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -271,17 +271,16 @@ def training_data_source(trainer: Trainer) -> Any:
     return trainer.fit_loop._data_source
 
 
-def show_loaders(trainer: Trainer, by_stand_in: Mapping[int, Any]) -> None:
+def show_loaders(trainer: Trainer, original_of: Callable[[Any], Any]) -> None:
     """Let `trainer.train_dataloader` return the user's loaders in place of those that Lightning iterates over.
 
     Args:
         trainer: the trainer, with its training loaders.
-        by_stand_in: the user's loader by the ``id`` of what stands in for it.
+        original_of: returns the user's loader for one that stands in for it, and any other itself.
     """
     combined = trainer.fit_loop._combined_loader
     if combined is not None:
-        shown = [by_stand_in.get(id(loader), loader) for loader in combined.flattened]
-        combined._iterables = tree_unflatten(shown, combined._spec)
+        combined._iterables = tree_unflatten([original_of(loader) for loader in combined.flattened], combined._spec)
 
 
 def iterated_loaders(trainer: Trainer) -> list[Any]:

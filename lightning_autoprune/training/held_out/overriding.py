@@ -6,9 +6,10 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any, TypeVar
 
-__all__ = ["MethodHook", "override"]
+__all__ = ["MethodHook", "original_of", "override"]
 
 T = TypeVar("T")
+_ORIGINAL = "__autoprune_original__"
 
 
 def override(original: T, **methods: Callable[[], Any]) -> T | None:
@@ -45,6 +46,7 @@ def override(original: T, **methods: Callable[[], Any]) -> T | None:
     members |= {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
+        _ORIGINAL: (original,),  # in a tuple, since a class calls `__get__` of what it finds in its members
         "__copy__": lambda self: copy(original),
         "__reduce_ex__": lambda self, protocol: (_same, (original,)),
     }
@@ -55,6 +57,12 @@ def override(original: T, **methods: Callable[[], Any]) -> T | None:
     except TypeError:
         return None
     return stand_in
+
+
+def original_of(thing: T) -> T:
+    """Return what an object of :func:`override` stands in for, and any other object itself."""
+    members = vars(type(thing))
+    return members[_ORIGINAL][0] if _ORIGINAL in members else thing
 
 
 def _same(original: T) -> T:

@@ -21,7 +21,7 @@ from lightning_autoprune.training.held_out.batch_splitting import (
 from lightning_autoprune.training.held_out.collated_batches import CollatedBatches
 from lightning_autoprune.training.held_out.held_out_source import HeldOutError, HeldOutSource, RunUnderWay
 from lightning_autoprune.training.held_out.loaders import to_device, training_loaders
-from lightning_autoprune.training.held_out.overriding import MethodHook
+from lightning_autoprune.training.held_out.overriding import MethodHook, original_of
 from lightning_autoprune.training.held_out.sampled_batches import SampledBatches
 from lightning_autoprune.training.lightning_internals import show_loaders
 from lightning_autoprune.training.lightning_package import Trainer
@@ -99,8 +99,7 @@ class RedrawnSource(HeldOutSource):
 
     @override
     def on_epoch_start(self, trainer: Trainer) -> None:
-        if self._sampled:  # once nothing is split, those that were shown last stay
-            show_loaders(trainer, {id(sampled.view): sampled.loader for sampled in self._sampled})
+        show_loaders(trainer, original_of)
 
     @override
     def follow(self, run: RunUnderWay) -> None:
@@ -149,9 +148,12 @@ class RedrawnSource(HeldOutSource):
             batches = load()
         except HeldOutError as problem:
             error = problem
-        if not run.all_ranks_agree(error is None):
-            run.stop_holding_out(error or HeldOutError("the batches of another rank can't be split"))
-            return
+        try:
+            if not run.all_ranks_agree(error is None):
+                run.stop_holding_out(error or HeldOutError("the batches of another rank can't be split"))
+                return
+        finally:
+            error = None  # its traceback refers to this frame: as a cycle, they would keep the loader's workers alive
         self._was_tried = True
         try:
             if batches:

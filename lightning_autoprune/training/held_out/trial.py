@@ -60,10 +60,15 @@ def try_batches(
                 problem = problem_of_loss(held_out_loss(trainer, batch, function))
             except Exception as raised:
                 error, problem = raised, f"{type(raised).__name__}: {raised}"
-            if not agree(not problem):
-                name = "`loss_fn`" if function else f"`training_step` of {type(module).__name__}"
-                how = f"raises on {what}: {problem}" if error else f"gives a loss for {what} that is {problem}"
-                raise HeldOutError(f"{name} {how}" if problem else f"{name} fails on {what} on another rank") from error
+            try:
+                if not agree(not problem):
+                    name = "`loss_fn`" if function else f"`training_step` of {type(module).__name__}"
+                    how = f"raises on {what}: {problem}" if error else f"gives a loss for {what} that is {problem}"
+                    raise HeldOutError(
+                        f"{name} {how}" if problem else f"{name} fails on {what} on another rank"
+                    ) from error
+            finally:
+                error = None  # its traceback refers to this frame: as a cycle, they would outlive the trial
 
 
 @contextmanager
