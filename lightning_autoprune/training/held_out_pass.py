@@ -177,13 +177,18 @@ def held_out_loss(trainer: Trainer, batch: Any, loss_fn: Callable[[LightningModu
     return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def problem_of_loss(loss: Any) -> str:
-    """Return what is wrong with a loss; empty if nothing is."""
+def problem_of_loss(loss: Any, *, may_overflow: bool = False) -> str:
+    """Return what is wrong with a loss; empty if nothing is.
+
+    Args:
+        loss: what ``training_step`` or ``loss_fn`` gives as the loss.
+        may_overflow: whether it may be infinite or NaN.
+    """
     if not isinstance(loss, Tensor):
         return f"{'None' if loss is None else 'of type ' + type(loss).__name__}, not a tensor"
     if loss.numel() != 1:
         return f"of shape {tuple(loss.shape)}, not a scalar"
-    if not math.isfinite(loss.item()):
+    if not may_overflow and not math.isfinite(loss.item()):
         return f"{loss.item()}, not finite"
     return "" if loss.requires_grad else "without a gradient: it does not depend on the model's weights"
 

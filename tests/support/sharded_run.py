@@ -43,6 +43,7 @@ def train(aux: AuxiliaryParameters, weights: dict[str, Tensor], steps: range) ->
         local_gradients = [
             aux.placement.shard(g, weight) for g, weight in zip(gradients, weights.values(), strict=True)
         ]
+        aux.before_forward()
         assert aux.step(local_gradients, lr=0.05, mu=0.5)
         aux.update_masks()
 

@@ -42,7 +42,8 @@ def try_batches(
         seeds: integers that seed the random numbers inside.
 
     Raises:
-        HeldOutError: if there is no loss for one of them; says for which, and shows the error.
+        HeldOutError: if there is no loss for one of them; says for which, and shows the error. A loss that is infinite
+            or NaN may be due to the data, and is no error here.
     """
     module = trainer.lightning_module
     tries: list[tuple[str, Any, Any]] = [("the held-out part of a batch", held_out, loss_fn)]
@@ -57,7 +58,7 @@ def try_batches(
         for what, batch, function in tries:
             error, problem = None, ""
             try:
-                problem = problem_of_loss(held_out_loss(trainer, batch, function))
+                problem = problem_of_loss(held_out_loss(trainer, batch, function), may_overflow=True)
             except Exception as raised:
                 error, problem = raised, f"{type(raised).__name__}: {raised}"
             try:
