@@ -191,9 +191,13 @@ class HeldOutData:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, after :meth:`start`.
 
+        If nothing can be held out in this fit, that remains so: the state may be from before the first batch told it.
+
         Raises:
             AutoPruneError: if other data was held out.
         """
+        if self.source is not self._own_source and state["source"] == self._own_source.description:
+            return
         if self.source.description != state["source"]:
             raise AutoPruneError(
                 f"The checkpoint's run held out {state['source']}; this callback holds out {self.source.description}."

@@ -10,6 +10,7 @@ import pickle
 import pytest
 from helpers import Net, data, loader, trainer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import DataLoader
 
 from lightning_autoprune import AutoPruneCallback, sparsity
@@ -59,6 +60,26 @@ def test_the_workers_of_an_epoch_end_with_it(make):
     held_out_workers = int(make is Net)
     assert max(watch.processes) == 1 + held_out_workers
     assert watch.processes[-1] == 1  # the masks are final
+
+
+class FindRate(LearningRateFinder):
+    """Goes back to a state that was saved before the first batch of an epoch."""
+
+    def on_fit_start(self, *_):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch < 2:
+            self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("make", [Net, Needy])
+def test_a_run_that_goes_back_to_before_its_first_batch_still_falls_back(make):
+    model = make()
+    model.lr = 0.01
+    finder = FindRate(num_training_steps=5, early_stop_threshold=None, update_attr=False)
+    trainer(epochs=8, callbacks=[finder, AutoPruneCallback(0.8)]).fit(model, loader())
+    assert sparsity(model) == pytest.approx(0.8, abs=0.01)
 
 
 HELD_OUT = {"the default": None, "fraction": 0.5, "val": "val", "train": "train", "a loader": loader(seed=1)}
