@@ -41,6 +41,9 @@ class FakeModule:
     def manual_seed_all(self, seed: int) -> None:
         self.generator.manual_seed(seed)
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:  # torch asks each device that it knows
+        return [torch.bfloat16]
+
     def get_rng_state(self, device: Any = "fake") -> Tensor:
         return self.generator.get_state()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_autoprune.tensors.preserve import preserve_attributes
 from lightning_autoprune.tensors.sharding import isolated_pass, local_shard
@@ -30,7 +31,7 @@ def try_batches(
     """Compute the losses of a batch and of its parts one after the other, without effect on the run.
 
     A network may need whole batches: because it keeps a state from one batch to the next, or compares the samples of a
-    batch with each other.
+    batch with each other. A network with lazy layers is not tried.
 
     Args:
         trainer: a trainer in its training loop.
@@ -46,6 +47,8 @@ def try_batches(
             or NaN may be due to the data, and is no error here.
     """
     module = trainer.lightning_module
+    if any(is_lazy(parameter) for parameter in module.parameters()):  # the first pass gives them shapes and values
+        return
     tries: list[tuple[str, Any, Any]] = [("the held-out part of a batch", held_out, loss_fn)]
     if module.automatic_optimization:  # otherwise `training_step` takes optimizer steps
         tries = [("a whole batch", whole, None), ("the rest of a batch", rest, None), *tries]
