@@ -53,6 +53,7 @@ __all__ = [
     "logger_key",
     "metric_logs",
     "model_averaging_period",
+    "nest_batch",
     "next_batch_index",
     "optimizer_by_parameter",
     "overrides_hook",
@@ -281,6 +282,12 @@ def show_loaders(trainer: Trainer, original_of: Callable[[Any], Any]) -> None:
     combined = trainer.fit_loop._combined_loader
     if combined is not None:
         combined._iterables = tree_unflatten([original_of(loader) for loader in combined.flattened], combined._spec)
+
+
+def nest_batch(trainer: Trainer, batch: Any) -> Any:
+    """Return a batch of the only training loader as the training loop has it: nested like the user's loader."""
+    combined = trainer.fit_loop._combined_loader
+    return batch if combined is None else tree_unflatten([batch], combined._spec)
 
 
 def iterated_loaders(trainer: Trainer) -> list[Any]:

@@ -8,7 +8,8 @@ three tensors of one shape is not plain, because each of them may be a sample.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass, replace
+from copy import copy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -153,7 +154,10 @@ def _map(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if _is_namedtuple(batch):
         return type(batch)(*(_map(value, function) for value in batch))
     if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{field.name: _map(getattr(batch, field.name), function) for field in fields(batch)})
+        mapped = copy(batch)  # not made anew: `__post_init__` has changed the fields of this one already
+        for field in fields(batch):
+            object.__setattr__(mapped, field.name, _map(getattr(batch, field.name), function))
+        return mapped
     return type(batch)(_map(value, function) for value in batch)
 
 
@@ -162,7 +166,10 @@ def _is_namedtuple(batch: Any) -> bool:
 
 
 def _is_plain_dataclass(batch: Any) -> bool:
-    """Return True for a dataclass that is nothing else, and that can be made again from its fields."""
+    """Return True for a dataclass that is nothing else, and that has no attributes besides the fields it is made of."""
     cls = type(batch)
-    is_plain = is_dataclass(batch) and all(is_dataclass(base) for base in cls.__mro__[:-1])
-    return is_plain and all(field.init for field in fields(cls)) and vars(batch).keys() == {f.name for f in fields(cls)}
+    if not (is_dataclass(batch) and all(is_dataclass(base) for base in cls.__mro__[:-1])):
+        return False
+    names = [field.name for field in fields(cls) if field.init]
+    attributes = getattr(batch, "__dict__", {}).keys()  # none with `slots=True`
+    return len(names) == len(fields(cls)) and attributes <= {*names} and all(hasattr(batch, name) for name in names)

@@ -23,7 +23,7 @@ from lightning_autoprune.training.held_out.held_out_source import HeldOutError, 
 from lightning_autoprune.training.held_out.loaders import to_device, training_loaders
 from lightning_autoprune.training.held_out.overriding import MethodHook, original_of
 from lightning_autoprune.training.held_out.sampled_batches import SampledBatches
-from lightning_autoprune.training.lightning_internals import show_loaders
+from lightning_autoprune.training.lightning_internals import nest_batch, show_loaders
 from lightning_autoprune.training.lightning_package import Trainer
 
 __all__ = ["RedrawnSource"]
@@ -244,7 +244,7 @@ class RedrawnSource(HeldOutSource):
     def _to_device(self, batch: Any, step: int) -> Any:
         assert self._trainer is not None
         with isolated_random(self.seed, step):
-            return to_device(self._trainer, batch)
+            return to_device(self._trainer, nest_batch(self._trainer, batch))
 
     # The end
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import pytest
 import torch
@@ -33,6 +33,27 @@ class Sample:
 class Derived:
     x: torch.Tensor
     rows: int = field(init=False, default=0)
+
+
+@dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+
+
+@dataclass
+class Scaled:
+    """Changes what it is made of, as a batch that normalizes its images does."""
+
+    x: torch.Tensor
+    factor: InitVar[int]
+
+    def __post_init__(self, factor):
+        self.x = self.x * factor
 
 
 class Output(Sample, dict):
@@ -114,6 +135,16 @@ def test_rows_are_taken_in_every_kind_of_nesting(batch):
                 check(one, other)
 
     check(batch, part)
+
+
+@pytest.mark.parametrize("batch", [Slotted(torch.arange(4)), Frozen(torch.arange(4)), Scaled(torch.arange(4), 2)])
+def test_rows_of_a_dataclass_are_taken_from_its_fields_as_they_are_now(batch):
+    whole = batch.x.clone()
+    assert count_rows(batch) == 4
+    part = take_rows(batch, [1, 3])
+    assert type(part) is type(batch)
+    assert torch.equal(part.x, whole[[1, 3]])
+    assert torch.equal(batch.x, whole)
 
 
 def test_all_rows_are_a_copy_that_may_be_written_to():

@@ -32,6 +32,15 @@ def run(train, callbacks=(), read=KINDS["object"].read, settings=None, **options
 # Batches of any class
 
 
+@pytest.mark.parametrize("nest", [lambda x: {"images": x}, lambda x: [x]], ids=["dict", "list"])
+def test_the_batches_of_one_loader_in_a_dict_or_list_are_nested_like_it(nest):
+    read = KINDS["object"].read
+    passes, state, *_ = run(named_loader("object"), read=read)
+    (place,) = [0] if isinstance(nest(None), list) else nest(None)
+    nested, nested_state, *_ = run(nest(named_loader("object")), read=lambda batch: read(batch[place]))
+    assert (nested, same(nested_state, state)) == (passes, True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_of_any_class_is_held_out_from_with_the_same_bits_for_any_number_of_workers(kind):
     passes, state, callback, _ = run(named_loader(kind), read=KINDS[kind].read)
