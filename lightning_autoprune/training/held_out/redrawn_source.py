@@ -116,7 +116,11 @@ class RedrawnSource(HeldOutSource):
             if not (hasattr(indices, "__len__") and hasattr(indices, "__getitem__")):
                 raise HeldOutError(f"the batch sampler gives a {type(indices).__name__} where a list of indices is due")
             self._check_number(len(indices))
-            parts = self._split_indices(indices, 0) if self._needs_trial() else None
+            try:
+                parts = self._split_indices(indices, 0) if self._needs_trial() else None
+            except Exception as error:
+                kind, problem = type(indices).__name__, f"{type(error).__name__}: {error}"
+                raise HeldOutError(f"the indices of a batch, a {kind}, can't be divided: {problem}") from error
             return self._load(indices, *parts) if parts else []
 
         self._try(load)

@@ -411,3 +411,27 @@ def test_a_batch_sampler_of_the_users_own_class_keeps_its_attributes():
     sampler = Bucketed(RandomSampler(range(64)), 16, False)
     run(named_loader(batch_sampler=sampler), epochs=4)
     assert sampler.passes == 4
+
+
+class Requests(NamedSamples):
+    """Takes the samples of a batch in a dict, with more that it needs to know."""
+
+    def __getitems__(self, request):
+        return [self[index] for index in request["indices"]]
+
+
+def test_a_batch_sampler_that_gives_no_list_of_indices_falls_back():
+    class Dicts(Sampler):
+        def __len__(self):
+            return 4
+
+        def __iter__(self):
+            return iter([{"indices": range(i, i + 16), "size": 3} for i in range(0, 64, 16)])
+
+    train = DataLoader(Requests(), batch_sampler=Dicts(), collate_fn=KINDS["object"].collate)
+    with pytest.raises(AutoPruneError, match="the indices of a batch, a dict, can't be divided: KeyError"):
+        run(train)
+    with pytest.warns(UserWarning, match="nothing can be held out"):
+        passes, _, callback, _ = run(train, settings={"held_out": None})
+    assert {len(found.numbers) for found in passes} == {16}
+    assert callback.sparsity == pytest.approx(0.8, abs=0.01)
