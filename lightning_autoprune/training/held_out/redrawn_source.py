@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.tensors.generators import preserve_generators
 from lightning_autoprune.tensors.random_state import isolated_random
 from lightning_autoprune.training.held_out.batch_splitting import (
     count_rows,
@@ -127,12 +128,13 @@ class RedrawnSource(HeldOutSource):
 
     def _load(self, *lists: Any) -> list[Any]:
         """Load a batch for each of some lists of indices, as the held-out batches are loaded."""
-        following, batches = self._sampled[0].following, []
+        loader, following, batches = self._sampled[0].loader, self._sampled[0].following, []
         for indices in lists:
             following.add(indices)
         try:
-            for _ in lists:
-                batches.append(self._to_device(following.next_batch(0), 0))
+            with preserve_generators(loader.dataset, loader.collate_fn):  # without workers, samples are loaded here
+                for _ in lists:
+                    batches.append(self._to_device(following.next_batch(0), 0))
         except Exception as error:
             raise HeldOutError(f"a part of a batch can't be loaded: {type(error).__name__}: {error}") from error
         finally:

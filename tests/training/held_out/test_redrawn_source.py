@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from helpers import Net, Resumable, data, fit, loader, same, saving
@@ -193,3 +194,31 @@ def test_batches_that_the_user_moves_are_not_split_and_change_nothing(train):
     moves = Moves()
     assert same(run(Moving, moves), run(Plain))
     assert moves.sizes == {hook: {40} for hook in HOOKS}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_dataset_with_random_numbers_of_its_own_gives_the_same_samples_in_the_dense_phase(enabled):
+    class Noisy(Dataset):
+        def __init__(self):
+            self.random = np.random.default_rng(0)
+
+        def __len__(self):
+            return 64
+
+        def __getitem__(self, index):
+            x, y = data(64)[index]
+            return x + float(self.random.random()), y
+
+    class Watch(Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.batches.append(batch[0].clone())
+
+    def batches(*callbacks):
+        watch = Watch()
+        fit([*callbacks, watch], train=DataLoader(Noisy(), 16), epochs=4)
+        return watch.batches[:4]
+
+    assert same(batches(AutoPruneCallback(target_sparsity=0.8, enabled=enabled)), batches())
