@@ -78,7 +78,7 @@ class AutoPruneCallback(BaseCallback):
             1): that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks
             are then fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the
             weight steps. A ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where
-            they can't; a line says which, and why.
+            they can't; a warning says why.
         redraw_held_out: True: a fraction is drawn anew from each batch, so that no data is lost and no more samples
             pass through the network than without pruning. False: it is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps too, as one mean over the samples of both

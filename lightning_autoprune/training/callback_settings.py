@@ -32,8 +32,8 @@ class CallbackSettings(Settings):
         """the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0, 1):
         that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks are then
         fitted to what is reported. ``"train"``: nothing is held out, and M follows the gradients of the weight steps. A
-        ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where they can't; a line
-        says which, and why.""",
+        ``DataLoader``: its batches. None: 0.25 where samples can be held out, and ``"train"`` where they can't; a
+        warning says why.""",
     )
     redraw_held_out: bool = setting(
         True,
