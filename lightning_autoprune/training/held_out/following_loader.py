@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any
 
@@ -28,6 +28,7 @@ class FollowingLoader:
         loader: the user's loader.
         fraction: fraction of the samples that come from here, in (0, 1], and with it of the loader's number of workers.
         seed: of the random numbers with which samples are loaded; the user's are untouched.
+        finish: called with each batch that is loaded, with the same random numbers; returns the batch to use.
 
     Example:
         >>> following = FollowingLoader(DataLoader(range(10), batch_size=4), 0.25, seed=0)
@@ -37,8 +38,10 @@ class FollowingLoader:
         (tensor([3, 5]), tensor([8, 9]))
     """
 
-    def __init__(self, loader: DataLoader[Any], fraction: float, seed: int) -> None:
-        self._loader, self._fraction, self._seed = loader, fraction, seed
+    def __init__(
+        self, loader: DataLoader[Any], fraction: float, seed: int, finish: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._loader, self._fraction, self._seed, self._finish = loader, fraction, seed, finish
         self._lists = _Queue()
         self._own: DataLoader[Any] | None = None
         self._iterator: Iterator[Any] | None = None
@@ -59,7 +62,7 @@ class FollowingLoader:
                     self._iterator = self._open()
                 batch = next(self._iterator, _END)
                 if batch is not _END:
-                    return batch
+                    return self._finish(batch) if self._finish else batch
                 self._iterator = None
         raise LookupError("no indices were added")
 

@@ -12,7 +12,6 @@ from typing_extensions import override
 
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.tensors.generators import preserve_generators
-from lightning_autoprune.tensors.random_state import isolated_random
 from lightning_autoprune.training.held_out.batch_splitting import (
     count_rows,
     draw_samples,
@@ -76,7 +75,7 @@ class RedrawnSource(HeldOutSource):
         for sampled in self._sampled:
             if sampled.loader is loader:  # its workers may be alive, and know this one
                 return sampled.view
-        sampled = SampledBatches(loader, self.fraction, self.seed)
+        sampled = SampledBatches(loader, self.fraction, self.seed, self._to_device)
         if self._run:  # `reload_dataloaders_every_n_epochs`
             self._stop_sampling()
             sampled.follow(self._run, self._try_indices, self._split_indices)
@@ -134,7 +133,7 @@ class RedrawnSource(HeldOutSource):
         try:
             with preserve_generators(loader.dataset, loader.collate_fn):  # without workers, samples are loaded here
                 for _ in lists:
-                    batches.append(self._to_device(following.next_batch(0), 0))
+                    batches.append(following.next_batch(0))
         except Exception as error:
             raise HeldOutError(f"a part of a batch can't be loaded: {type(error).__name__}: {error}") from error
         finally:
@@ -240,17 +239,16 @@ class RedrawnSource(HeldOutSource):
             sampled = self._sampled[0].next_batch(self._run.next_batch_index() - 1)
             if sampled is not None:
                 batch, part = sampled
-                found = self._to_device(batch, part.step), part.share
+                found = batch, part.share
         if found is None:
             return None
         batch, share = found
         self.held_out_share = share / trainer.accumulate_grad_batches
         return batch
 
-    def _to_device(self, batch: Any, step: int) -> Any:
+    def _to_device(self, batch: Any) -> Any:
         assert self._trainer is not None
-        with isolated_random(self.seed, step):
-            return to_device(self._trainer, nest_batch(self._trainer, batch))
+        return to_device(self._trainer, nest_batch(self._trainer, batch))
 
     # The end
 

@@ -44,16 +44,19 @@ class SampledBatches:
         loader: the user's loader, which is not changed; see :meth:`can_split`.
         fraction: fraction of the samples that is held out, in (0, 1).
         seed: seed of the random numbers with which held-out samples are loaded.
+        finish: see :class:`FollowingLoader`.
 
     Attributes:
         view: the loader for Lightning to iterate over; it has all attributes of the user's.
         following: loads the held-out batches.
     """
 
-    def __init__(self, loader: DataLoader[Any], fraction: float, seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], fraction: float, seed: int, finish: Callable[[Any], Any] | None = None
+    ) -> None:
         self.loader, self.seed = loader, seed
         self.batch_sampler: Any = loader.batch_sampler
-        self.following = FollowingLoader(loader, fraction, seed)
+        self.following = FollowingLoader(loader, fraction, seed, finish)
         self.view = override(loader, __iter__=self._open)
         stand_in = override(self.batch_sampler, __iter__=self._draw)
         self._drawn_from = stand_in or _Lists(self.batch_sampler, self._draw)
