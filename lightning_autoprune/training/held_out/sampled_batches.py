@@ -218,7 +218,8 @@ class _Pass:
         self._lists: IndexLists | None = None
         self._draws_again = False
         self._given = 0  # batches
-        self._split: _Split | None = None  # None: the pass has not begun
+        self._split: _Split | None = None  # None: lists are recorded
+        self._has_begun = batches.run is not None
         if batches.run:
             batches.start_again()
             self._split = _Split(batches, batches.run.next_batch_index(), batches.run.step())
@@ -229,15 +230,12 @@ class _Pass:
 
     def __next__(self) -> Any:
         run = self._batches.run
-        if self._split or run is None:
+        if self._has_begun or run is None:
             return self._next()
-        self._split = _Split(self._batches, run.next_batch_index(), run.step())
-        if self._lists is None:  # the loader's `__iter__` is a generator, or draws from elsewhere
-            batch = self._next()
-            self._begin(run)
-            return batch
-        self._begin(run)
-        return self._next()
+        self._has_begun, given = True, self._given
+        early = [] if self._lists else [self._next()]  # a loader whose `__iter__` is a generator draws only now
+        draws_again = self._begin(run, given)
+        return self._next() if draws_again or not early else early[0]
 
     def __reduce__(self) -> tuple[Any, ...]:  # workers may be handed the Trainer, and with it this
         return iter, ((),)
@@ -259,47 +257,53 @@ class _Pass:
         self._given += 1
         return batch
 
-    def _begin(self, run: RunUnderWay) -> None:
-        """Try the split out, and split all lists that are not in a batch yet."""
+    def _begin(self, run: RunUnderWay, given: int) -> bool:
+        """Try the split out, and split all lists from now on; return True if some are drawn again for this.
+
+        Args:
+            run: the run.
+            given: number of batches that Lightning has, whose lists stay whole.
+        """
         lists = self._lists
         if lists is None:
             kind = type(self._batches.loader).__name__
             run.stop_holding_out(HeldOutError(f"the loader, a {kind}, does not draw from its batch sampler"))
-            return
+            return False
         try:
             first = lists.peek()
         except StopIteration:
-            return
+            return False
         self._batches.try_out(first)
         batch, step = run.next_batch_index(), run.step()
         if self._skips_lists(lists):
             batch, step = 0, step - sum(map(run.ends_step, range(batch)))
-        drawn = len(lists.recorded)
         ahead = _Split(self._batches, batch, step)
-        steps = [ahead.count() for _ in range(drawn)][self._given :]  # of the batches that are on their way
-        if any(step is not None for step in steps):
+        steps = [ahead.count() for _ in lists.recorded][given:]  # of the batches that are on their way
+        draws_again = any(due is not None for due in steps)
+        if draws_again:
             self._split = _Split(self._batches, batch, step)
-            for _ in range(self._given):
+            for _ in range(given):
                 self._split.count()
-            self._draw_again(lists)
+            self._draw_again(lists, given)
         else:
             self._split = lists.change = ahead
         lists.recorded = []
+        return draws_again
 
     def _skips_lists(self, lists: IndexLists) -> bool:
         """Return True if the loader, in the middle of an epoch, will skip the lists that it has used before."""
         is_restored = _is_stateful(self._batches.batch_sampler) or _is_stateful(lists.source)
         return _is_stateful(self._batches.loader) and not is_restored
 
-    def _draw_again(self, lists: IndexLists) -> None:
-        """Make the loader draw the lists again that its workers have drawn and that are in no batch yet."""
+    def _draw_again(self, lists: IndexLists, given: int) -> None:
+        """Make the loader draw the lists again that it has drawn, from that of the first batch that is not given out."""
         loader: Any = self._batches.loader
         with isolated_random(self._batches.seed, generators=find_generators([loader])):
             if _is_stateful(loader):
                 loader.load_state_dict(loader.state_dict())
             else:
                 lists.change = self._split
-                lists.draw_again(self._given)
+                lists.draw_again(given)
                 self._draws_again = True
             self._iterator = self._iterate()
 

@@ -175,9 +175,13 @@ class Reading(DataLoader):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_whose_iterator_is_a_generator_is_split(workers):
+@pytest.mark.parametrize(
+    ("epochs", "warmup"), [(4, 0.25), (2, 0.25), (2, 0.0)], ids=["later pass", "first pass", "first batch"]
+)
+def test_a_loader_whose_iterator_is_a_generator_is_split(epochs, warmup, workers):
     def fitted(kind, **options):
-        return run(kind(NamedSamples(), 16, collate_fn=KINDS["object"].collate, **options), epochs=4)
+        train = kind(NamedSamples(), 16, collate_fn=KINDS["object"].collate, **options)
+        return run(train, settings={"warmup": warmup}, epochs=epochs)
 
     passes, state, *_ = fitted(Generating, num_workers=workers)
     plain = fitted(DataLoader)
