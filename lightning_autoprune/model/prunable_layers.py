@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lightning_autoprune.errors import AutoPruneError, quote_names
+from lightning_autoprune.errors import AutoPruneError, check_patterns, quote_names
 from lightning_autoprune.model.weight_places import Obstacle, WeightKind, WeightPlace, find_weight_places
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.tensors.shared_memory import covers, find_overlaps, shares_entries
@@ -109,8 +109,8 @@ def choose_weights(
             into (all are named).
     """
     for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise AutoPruneError(f"`{argument}` is {patterns!r}; it must be a list of patterns: [{patterns!r}].")
+        if patterns is not None:
+            check_patterns(argument, patterns)
     reshard(model)
     places = find_weight_places(model)
     _check_patterns(type(model).__name__, places, include, exclude)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,20 +72,23 @@ class AuxiliarySteps:
 
     # Around the weight step
 
-    def before_weight_step(self, optimizer: Optimizer, trains_weights: bool) -> None:
+    def before_weight_step(self, optimizer: Optimizer, stepped: Container[int], trains_weights: bool) -> None:
         """Take the gradients of an optimizer's step before those of pruned weights are masked.
 
         Args:
             optimizer: the optimizer whose step begins.
+            stepped: the ``id`` of each of its parameters.
             trains_weights: whether it trains prunable weights.
         """
         if self._pruner.auxiliary is None:
-            self._layers_with_gradient |= {n for n, w in self._pruner.weights.items() if w.grad is not None}
+            weights = self._pruner.weights
+            unseen = weights.keys() - self._layers_with_gradient
+            self._layers_with_gradient.update(name for name in unseen if weights[name].grad is not None)
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
         if not (self._held_out.follows_training and self._pruner.due and trains_weights):
             return
-        weights = self._weights_to_step(optimizer)
+        weights = self._weights_to_step(optimizer, stepped)
         if not weights:
             return
         gradients = [
@@ -98,7 +101,7 @@ class AuxiliarySteps:
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
 
-    def _weights_to_step(self, optimizer: Optimizer) -> dict[str, Tensor]:
+    def _weights_to_step(self, optimizer: Optimizer, stepped: Container[int]) -> dict[str, Tensor]:
         """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""
         if self._held_out.source.has_batches:
             return self._trained_weights() if self.last < self._pruner.step else {}
@@ -107,8 +110,7 @@ class AuxiliarySteps:
         if id(optimizer) in self._stepped:
             return {}
         self._stepped.add(id(optimizer))
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return {name: weight for name, weight in self._trained_weights().items() if id(weight) in trained}
+        return {name: weight for name, weight in self._trained_weights().items() if id(weight) in stepped}
 
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due."""

@@ -237,15 +237,16 @@ class AutoPruneCallback(BaseCallback):
         """Find the layers and check the optimizers."""
         if not self.enabled:
             return
-        weights, _ = self._trained_weights(trainer, pl_module)
+        choice = self._choose_weights(pl_module)
+        weights, _ = self._trained_weights(trainer, choice)
         check_example(pl_module, self.settings.granularity)
         known = [*weights, *(self._loaded["left_dense"] if self._loaded else [])]
-        warn_of_dense_weights(trainer, pl_module, self._choose_weights(pl_module), known, self.settings)
+        warn_of_dense_weights(trainer, pl_module, choice, known, self.settings)
 
     def _trained_weights(
-        self, trainer: Trainer, pl_module: LightningModule
+        self, trainer: Trainer, choice: WeightChoice
     ) -> tuple[dict[str, nn.Parameter], list[Optimizer]]:
-        found = self._choose_weights(pl_module).weights
+        found = choice.weights
         weights = {name: weight for name, weight in found.items() if weight.requires_grad}
         if self._loaded:  # layers that were unfrozen may be frozen again for now
             pruned, dense = self._loaded["layers"], self._loaded["left_dense"]
@@ -269,7 +270,7 @@ class AutoPruneCallback(BaseCallback):
             return
         self._run = None
         self._held_out.start(trainer, self._loaded)
-        weights, optimizers = self._trained_weights(trainer, pl_module)
+        weights, optimizers = self._trained_weights(trainer, self._choose_weights(pl_module))
         run = PruningRun(trainer, pl_module, weights, optimizers, self.settings, self._held_out)
         if self._loaded is not None:
             run.load_state_dict(self._loaded)

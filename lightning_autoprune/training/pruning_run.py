@@ -155,8 +155,9 @@ class PruningRun:
 
     def _prepare_weight_step(self, optimizer: Optimizer) -> None:
         trains_weights = any(optimizer is followed for followed in self._hooks.optimizers)
-        self.auxiliary_steps.before_weight_step(optimizer, trains_weights)
-        self.pruner.before_weight_step({id(p) for group in optimizer.param_groups for p in group["params"]})
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.auxiliary_steps.before_weight_step(optimizer, stepped, trains_weights)
+        self.pruner.before_weight_step(stepped)
 
     def _finish_weight_step(self) -> None:
         self.pruner.after_weight_step()

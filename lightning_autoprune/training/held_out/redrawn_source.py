@@ -117,7 +117,7 @@ class RedrawnSource(HeldOutSource):
                 raise HeldOutError(f"the batch sampler gives a {type(indices).__name__} where a list of indices is due")
             self._check_number(len(indices))
             try:
-                parts = self._split_indices(indices, 0) if self._needs_trial() else None
+                parts = None if self._was_tried else self._split_indices(indices, 0)
             except Exception as error:
                 kind, problem = type(indices).__name__, f"{type(error).__name__}: {error}"
                 raise HeldOutError(f"the indices of a batch, a {kind}, can't be divided: {problem}") from error
@@ -166,9 +166,6 @@ class RedrawnSource(HeldOutSource):
         except HeldOutError as problem:
             run.stop_holding_out(problem)
 
-    def _needs_trial(self) -> bool:
-        return not self._was_tried
-
     def _check_number(self, samples: int) -> None:
         """Raise if the first batch is too small to be split."""
         if self._min_samples:
@@ -182,18 +179,16 @@ class RedrawnSource(HeldOutSource):
 
     # Every batch
 
-    def _number_to_hold_out(self, samples: int) -> int:
-        """Return how many samples of a batch to hold out; 0 if it is to stay whole."""
+    def _draw(self, samples: int, step: int) -> tuple[list[int], list[int]] | None:
+        """Return the places of the samples to train on and of those to hold out; None if the batch stays whole."""
         count = number_to_hold_out(samples, self.fraction, min_samples=2)
-        return 0 if min(count, samples - count) < max(self._min_samples, 1) else count
+        if min(count, samples - count) < max(self._min_samples, 1):
+            return None
+        return draw_samples(samples, count, self.seed, step)
 
     def _split_indices(self, indices: Any, step: int) -> tuple[Any, Any] | None:
-        samples = len(indices)
-        count = self._number_to_hold_out(samples)
-        if not count:
-            return None
-        rest, held_out = draw_samples(samples, count, self.seed, step)
-        return _choose(indices, rest), _choose(indices, held_out)
+        places = self._draw(len(indices), step)
+        return places and (_choose(indices, places[0]), _choose(indices, places[1]))
 
     def _split_rows(self, batch: Any) -> Any:
         """Set the held-out rows of a collated training batch aside and return the rest, or the whole batch."""
@@ -205,12 +200,16 @@ class RedrawnSource(HeldOutSource):
         step = run.step()
         if self._is_over or not (run.ends_step(run.next_batch_index()) and run.is_due(step)):
             return batch
-        parts = self._rows(batch, step)
-        if parts is None:
+        try:
+            rows = count_rows(batch)
+        except AutoPruneError:
             return batch
-        rest, held_out = parts
-        self._held_out = held_out, count_rows(held_out) / count_rows(batch)
-        return rest
+        places = self._draw(rows, step)
+        if places is None:
+            return batch
+        rest, held_out = places
+        self._held_out = take_rows(batch, held_out), len(held_out) / rows
+        return take_rows(batch, rest)
 
     def _try_rows(self, batch: Any) -> list[Any]:
         try:
@@ -218,28 +217,15 @@ class RedrawnSource(HeldOutSource):
         except AutoPruneError as error:
             raise HeldOutError(str(error)) from None
         self._check_number(rows)
-        parts = self._rows(batch, 0) if self._needs_trial() else None
-        return [take_rows(batch, range(rows)), *parts] if parts else []  # copies, which may be written to
-
-    def _rows(self, batch: Any, step: int) -> tuple[Any, Any] | None:
-        try:
-            rows = count_rows(batch)
-        except AutoPruneError:
-            return None
-        count = self._number_to_hold_out(rows)
-        if not count:
-            return None
-        rest, held_out = draw_samples(rows, count, self.seed, step)
-        return take_rows(batch, rest), take_rows(batch, held_out)
+        places = None if self._was_tried else self._draw(rows, 0)
+        # copies, which may be written to
+        return [take_rows(batch, part) for part in (range(rows), *places)] if places else []
 
     @override
     def next_batch(self, trainer: Trainer) -> Any:
         found, self._held_out = self._held_out, None
         if self._sampled and self._run:
-            sampled = self._sampled[0].next_batch(self._run.next_batch_index() - 1)
-            if sampled is not None:
-                batch, part = sampled
-                found = batch, part.share
+            found = self._sampled[0].next_batch(self._run.next_batch_index() - 1)
         if found is None:
             return None
         batch, share = found

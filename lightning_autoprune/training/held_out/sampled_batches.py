@@ -16,10 +16,10 @@ from lightning_autoprune.training.held_out.held_out_source import HeldOutError, 
 from lightning_autoprune.training.held_out.index_lists import IndexLists
 from lightning_autoprune.training.held_out.overriding import override
 
-__all__ = ["HeldOutPart", "SampledBatches"]
+__all__ = ["SampledBatches"]
 
 
-class HeldOutPart(NamedTuple):
+class _HeldOutPart(NamedTuple):
     """Samples that were held out of a batch.
 
     Attributes:
@@ -61,7 +61,7 @@ class SampledBatches:
         stand_in = override(self.batch_sampler, __iter__=self._draw)
         self._drawn_from = stand_in or _Lists(self.batch_sampler, self._draw)
         self._pass: _Pass | None = None  # the one that draws now
-        self._held_out: deque[HeldOutPart] = deque()  # from the batches on their way
+        self._held_out: deque[_HeldOutPart] = deque()  # from the batches on their way
         self._is_over = False
         self.run: RunUnderWay | None = None
         self._try_out: Callable[[Any], None] | None = None
@@ -100,8 +100,8 @@ class SampledBatches:
         self._held_out.clear()
         self.following.close()
 
-    def next_batch(self, batch: int) -> tuple[Any, HeldOutPart] | None:
-        """Return the samples that were held out of a batch; None if it was trained on whole.
+    def next_batch(self, batch: int) -> tuple[Any, float] | None:
+        """Return the samples that were held out of a batch, and their share of it; None if it was trained on whole.
 
         Args:
             batch: number of the batch in its epoch.
@@ -110,7 +110,7 @@ class SampledBatches:
             part = self._held_out.popleft()
             loaded = self.following.next_batch(part.step)
             if part.batch == batch:
-                return loaded, part
+                return loaded, part.share
         return None
 
     # What a pass over the loader asks for
@@ -137,7 +137,7 @@ class SampledBatches:
         if parts is None:
             return indices
         rest, held_out = parts
-        self._held_out.append(HeldOutPart(batch, step, len(held_out) / (len(held_out) + len(rest))))
+        self._held_out.append(_HeldOutPart(batch, step, len(held_out) / (len(held_out) + len(rest))))
         self.following.add(held_out)
         return rest
 
@@ -296,7 +296,7 @@ class _Pass:
         return _is_stateful(self._batches.loader) and not is_restored
 
     def _draw_again(self, lists: IndexLists, given: int) -> None:
-        """Make the loader draw the lists again that it has drawn, from that of the first batch that is not given out."""
+        """Make the loader draw its lists again, from that of the first batch that Lightning does not have."""
         loader: Any = self._batches.loader
         with isolated_random(self._batches.seed, generators=find_generators([loader])):
             if _is_stateful(loader):
