@@ -67,16 +67,21 @@ class AuxiliaryParameters(MaskedWeights):
     Args:
         weights: parameters by layer name; floating point, any shapes.
         granularity: which units have an m. None: each weight.
-        initial_m: ``"magnitude"``: m = ``initial_scale`` · abs(w) / std(w) of its layer, so that small weights are the
-            first to be pruned; ``"constant"``: m = ``initial_scale``. With the former, a weight of exactly 0 starts
-            pruned, except in a layer whose weights are all 0 or not all finite, which starts at the constant with a
-            warning. None: no weight is written until ``load_state_dict`` restores a state.
+        initial_m: ``"fisher"``: m = ``initial_scale`` · S / root mean square of S over all layers, with the saliency
+            S = abs(w) · ⁴√F (see ``fisher.saliency``), so that the weights that matter least are the first to be
+            pruned; ``"magnitude"``: m = ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``:
+            m = ``initial_scale``. With the first two, a weight of exactly 0 starts pruned, except in a layer whose
+            weights are all 0 or not all finite, which starts at the constant with a warning. Units of several weights
+            start by magnitude under ``"fisher"``. None: no weight is written until ``load_state_dict`` restores a
+            state.
         initial_scale: size of the initial m, > 0.
         update_rule: a name in ``update_rules.UPDATE_RULES``, or an instance of an ``UpdateRule``.
         estimator: the straight-through estimator h'(m): a name in ``estimators.ESTIMATORS``, or a function of M.
         leaky_slope: slope of ``"leaky_relu"`` at m <= 0, in [0, 1].
         layer_floor: fraction of its weights, or other units, that each layer always keeps, in [0, 1); at least one.
         decay: weight of the past in the running mean squares, in [0, 1); see ``UpdateRule.decay``.
+        fisher: F, the mean square of each weight's gradient before pruning, by layer name; its tensors have the shapes
+            of the (local) weights. A layer that is missing has the mean of the others; if all are missing, F is 1.
 
     Attributes:
         weights: the parameters, by layer name; their storage holds T.
@@ -117,13 +122,14 @@ class AuxiliaryParameters(MaskedWeights):
         weights: Mapping[str, Tensor],
         *,
         granularity: Granularity | None = None,
-        initial_m: InitialM | None = "magnitude",
+        initial_m: InitialM | None = "fisher",
         initial_scale: float = 0.1,
         update_rule: UpdateRuleName | UpdateRule = "adaptive",
         estimator: EstimatorName | Estimator = "linear",
         leaky_slope: float = 0.1,
         layer_floor: float = 0.001,
         decay: float = 0.999,
+        fisher: Mapping[str, Tensor] | None = None,
     ) -> None:
         if initial_m is not None:
             check_setting("initial_m", initial_m)
@@ -143,7 +149,9 @@ class AuxiliaryParameters(MaskedWeights):
         self.floors = self.granularity.floors(self.weights, layer_floor)
         self._make_M()
         if initial_m is not None:
-            for M, m in zip(self.M, self.granularity.initial_M(self, initial_m, initial_scale), strict=True):
+            known = [(fisher or {}).get(name) for name in self.weights]
+            starting = self.granularity.initial_M(self, initial_m, initial_scale, known)
+            for M, m in zip(self.M, starting, strict=True):
                 M.copy_(m)
             self.update_masks()
 
@@ -221,6 +229,13 @@ class AuxiliaryParameters(MaskedWeights):
         A layer that would keep fewer than its floor keeps those with the largest m, which are raised just above 0.
         """
         self.granularity.update_masks(self)
+
+    def approach(self, density: float) -> None:
+        """Shift all M alike so that a density is met within 0.2%, and update the masks: one large step of the pressure.
+
+        Units of several weights are left to the pressure.
+        """
+        self.granularity.approach(self, density)
 
     def meet(self, density: float) -> None:
         """Move M so that the density is met: exactly with single weights, else as closely as possible from below."""

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
 
-__all__ = ["check_count", "keep_largest", "largest_count", "lift_largest", "minimum_counts"]
+__all__ = ["check_count", "keep_largest", "largest_count", "lift_largest", "minimum_counts", "threshold_near"]
+
+_MOST_BISECTIONS = 40
 
 _BARELY_KEPT = 1e-8  # an m that must be kept is raised to this, and is the first to be pruned again
 
@@ -110,6 +112,48 @@ def keep_largest(
             place = torch.cumsum(equal.flatten(), 0).view(m.shape) + first  # among the entries equal to t, from 1
             kept &= ~equal | (place <= n - n_above - dropped)
         m.copy_(torch.where(kept, m.clamp_min(_BARELY_KEPT), m.clamp_max(0) if prune else m))
+
+
+def threshold_near(
+    M: Sequence[Tensor],
+    count: int,
+    tolerance: float = 0.002,
+    sum_over_ranks: Callable[[list[float]], list[float]] = list,
+) -> float:
+    """Return a threshold above which nearly ``count`` entries of M lie.
+
+    Bisection counts the entries above some ten thresholds, which is faster than a sort. If equal entries leave no
+    better choice, the number above the threshold is the nearest one that is possible.
+
+    Args:
+        M: auxiliary parameters, or this rank's shards of them. NaN lies above no threshold.
+        count: number of entries that should lie above the threshold.
+        tolerance: by how much the number may differ, as a fraction of ``count``; less than one entry always may.
+        sum_over_ranks: turns numbers of this rank into sums over all ranks.
+
+    Example:
+        >>> 3 < threshold_near([torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0])], count=2) < 4
+        True
+    """
+
+    def count_above(threshold: float) -> float:
+        [above] = sum_over_ranks([float(sum(int(torch.count_nonzero(m > threshold)) for m in M))])
+        return above
+
+    largest = [float(torch.where(m.isfinite(), m, 0.0).abs().max()) for m in M if m.numel()]
+    [bound] = sum_over_ranks([max(largest, default=0.0)])  # of several ranks, at least the largest
+    low, high = -1.001 * bound - 1e-30, bound
+    at_low, at_high = count_above(low), count_above(high)
+    for _ in range(_MOST_BISECTIONS):
+        middle = (low + high) / 2
+        above = count_above(middle)
+        if abs(above - count) <= tolerance * count:
+            return middle
+        if above > count:
+            low, at_low = middle, above
+        else:
+            high, at_high = middle, above
+    return low if abs(at_low - count) < abs(count - at_high) else high
 
 
 def lift_largest(m: Tensor, count: int) -> None:

@@ -1,7 +1,7 @@
 """The auxiliary parameters that pruning starts with. Torch only.
 
-The paper does not say what m starts at. If m starts in proportion to the weight's magnitude, small weights are the
-first to go (``benchmarks/ablations.py`` compares this with an equal m for all weights).
+The paper does not say what m starts at. If m starts in proportion to how much a weight matters, those that matter least
+are the first to go (``benchmarks/ablations.py`` compares this with an equal m for all weights).
 
 To add a starting value, write a function here and give it a name in :data:`INITIAL_M` and :data:`InitialM`.
 """
@@ -21,7 +21,7 @@ from lightning_autoprune.tensors.dtypes import at_least_float32
 
 __all__ = ["INITIAL_M", "InitialM", "can_start", "initial_m", "starting_values", "warn_of_constant"]
 
-InitialM = Literal["magnitude", "constant"]
+InitialM = Literal["fisher", "magnitude", "constant"]
 
 
 def _magnitude(magnitudes: Tensor, unit: Tensor, scale: float) -> Tensor:
@@ -32,7 +32,11 @@ def _constant(magnitudes: Tensor, unit: Tensor, scale: float) -> Tensor:
     return torch.full_like(magnitudes, scale)
 
 
-INITIAL_M: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {"magnitude": _magnitude, "constant": _constant}
+INITIAL_M: Mapping[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "fisher": _magnitude,  # of saliencies; of magnitudes where units of several weights have one m
+    "magnitude": _magnitude,
+    "constant": _constant,
+}
 """Functions of magnitudes (>= 0, any shape), the unit to measure them in (a scalar tensor), and the scale of m."""
 
 
@@ -40,7 +44,7 @@ def starting_values(name: InitialM, magnitudes: Tensor, unit: Tensor, scale: flo
     """Return the m to start with, given how large each weight, block or channel is.
 
     Args:
-        name: ``"magnitude"``: ``scale`` · magnitude / unit; ``"constant"``: ``scale``.
+        name: ``"fisher"``, ``"magnitude"``: ``scale`` · magnitude / unit; ``"constant"``: ``scale``.
         magnitudes: of any shape, >= 0.
         unit: a scalar tensor, > 0.
         scale: size of the initial m, > 0.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.method.fisher import FisherInformation
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.joining import start_like
@@ -21,6 +22,10 @@ from lightning_autoprune.method.update_rules import make_rule
 from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
+
+_OBSERVED_STEPS = 100  # the last ones of the dense phase, whose gradients decide where M starts
+
+_TOLERANCE = 0.02  # by how much, relative to the path, the density may leave it before M is shifted
 
 
 class Pruner:
@@ -81,6 +86,8 @@ class Pruner:
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target, self._path = settings.target_density, make_schedule(settings.schedule)
         self._m_was_stepped = False  # in the training step under way
+        self._fisher = FisherInformation()
+        self._first_density = 1.0  # when pruning begins, less than 1 if some weights are 0 already
         self._check_target(self.weights)
 
     def start(self) -> None:
@@ -178,7 +185,7 @@ class Pruner:
     def _path_density(self, step: int) -> float:
         """Return the density that pruning to the target should have reached once so many steps are over."""
         assert self._target is not None
-        return self._path(self.phases.progress(step), 1.0, self._target)
+        return self._path(self.phases.progress(step), self._first_density, self._target)
 
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
         if self._target is not None and weights:
@@ -245,6 +252,21 @@ class Pruner:
         is_pruning = has_begun and step < self.phases.end and not self.masks_final
         return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
 
+    @property
+    def observes(self) -> bool:
+        """True if the gradients of the training step under way decide about the M that pruning starts with."""
+        wanted = self.settings.initial_m == "fisher" and GRANULARITIES[self.settings.granularity].uses_fisher
+        return wanted and self.auxiliary is None and 0 < self.phases.start - self.step <= _OBSERVED_STEPS
+
+    def observe(self, dL_dT: Mapping[str, Tensor]) -> None:
+        """Take in gradients of the dense phase, by layer name, before the weight step; see :attr:`observes`.
+
+        Args:
+            dL_dT: this rank's shards of the gradients; layers without one are left out. Only their sizes relative to
+                each other matter.
+        """
+        self._fisher.add(dL_dT)
+
     def before_forward(self) -> None:
         """Prepare the weights for passes whose gradients M follows; needed with neurons only.
 
@@ -288,9 +310,15 @@ class Pruner:
         A weight without a gradient (None), because it is not trained now, keeps its M.
         """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
-        taken = self.auxiliary.step(dL_dT, self.settings.auxiliary_lr / self._number_of_auxiliary_steps, self.mu)
+        taken = self.auxiliary.step(dL_dT, self._step_size, self.mu)
         self._m_was_stepped = taken and any(gradient is not None for gradient in dL_dT)
         return taken
+
+    @property
+    def _step_size(self) -> float:
+        """η of each auxiliary step: its share of ``auxiliary_lr``, or less in a short run."""
+        steps = self._number_of_auxiliary_steps
+        return self.settings.auxiliary_lr / steps * make_rule(self.settings.update_rule).reach(steps)
 
     @property
     def _number_of_auxiliary_steps(self) -> float:
@@ -308,16 +336,29 @@ class Pruner:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
             if self._target is not None and self._m_was_stepped:
-                self._controller.update(self.auxiliary.density, self._path_density(self.step + 1))
+                self._follow_path()
         else:
             self.after_backward()
         self._m_was_stepped = False
         self.step += 1
         return self._enter_phase(before_forgetting)
 
+    def _follow_path(self) -> None:
+        """Move the pressure so that the density stays on its path, and M where the density has left it.
+
+        The pressure answers to the density before the shift, so that it needs no shift in the long run.
+        """
+        assert self.auxiliary is not None
+        path = self._path_density(self.step + 1)
+        self._controller.update(self.auxiliary.density, path)
+        if abs(self._controller.error) > _TOLERANCE:
+            self.auxiliary.approach(path)
+
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
+            self._first_density = self.auxiliary.density
+            self._fisher = FisherInformation()
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False
         if self._target is not None:
@@ -342,6 +383,7 @@ class Pruner:
             leaky_slope=s.leaky_slope,
             layer_floor=s.layer_floor,
             decay=make_rule(s.update_rule).decay(self._number_of_auxiliary_steps),
+            fisher={name: F for name, w in weights.items() if (F := self._fisher.of(name, w)) is not None},
         )
 
     def described(self) -> dict[str, Any]:
@@ -350,8 +392,13 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming needs besides the weights."""
-        auxiliary = self.auxiliary.state_dict() if self.auxiliary else None
-        return {"step": self.step, "pressure": (self.mu, self._controller.error), "auxiliary": auxiliary}
+        return {
+            "step": self.step,
+            "pressure": (self.mu, self._controller.error),
+            "first_density": self._first_density,
+            "fisher": None if self.auxiliary else self._fisher.state_dict(self.weights),
+            "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on weights from the same step.
@@ -362,6 +409,10 @@ class Pruner:
         self.step = state["step"]
         if self._target is not None:  # otherwise the pressure is that of the settings
             self._controller.mu, self._controller.error = state["pressure"]
+        self._first_density = state.get("first_density", 1.0)
+        self._fisher = FisherInformation()
+        if state.get("fisher"):
+            self._fisher.load_state_dict(state["fisher"], self.weights)
         self.auxiliary = None
         if state["auxiliary"] is not None:
             self.auxiliary = self._attach(self.weights, None)

@@ -106,7 +106,8 @@ class Settings:
     auxiliary_lr: float = setting(
         30.0,
         """η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of typical
-        size. Each step takes an equal share, so the setting does not depend on the length of the run.""",
+        size. Each step takes an equal share, so the setting does not depend on the length of the run. Runs of fewer
+        than 1500 auxiliary steps move it less: see ``AdaptiveRule.reach``.""",
         in_range(0, low_open=True),
     )
     estimator: EstimatorName | Estimator = setting(
@@ -126,9 +127,11 @@ class Settings:
         lambda name, value: check_rule(value),
     )
     initial_m: InitialM = setting(
-        "magnitude",
-        """``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
-        ``initial_scale``.""",
+        "fisher",
+        """``"fisher"``: M starts at ``initial_scale`` · S / root mean square of S over all layers. S is abs(w) · ⁴√F;
+        F is the mean square of the weight's gradient in the last 100 dense steps (1 without dense steps).
+        ``"magnitude"``: at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at ``initial_scale``.
+        Neurons start by magnitude under ``"fisher"``.""",
         lambda name, value: check_choice(name, value, INITIAL_M),
     )
     initial_scale: float = setting(0.1, "size of the initial M, > 0.", in_range(0, low_open=True))

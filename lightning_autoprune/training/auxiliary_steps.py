@@ -86,6 +86,8 @@ class AuxiliarySteps:
             self._layers_with_gradient.update(name for name in unseen if weights[name].grad is not None)
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
+        if self._pruner.observes:
+            self._observe(stepped, gradient_scale(scaler, optimizer) if scaler else 1.0)
         if not (self._held_out.follows_training and self._pruner.due and trains_weights):
             return
         weights = self._weights_to_step(optimizer, stepped)
@@ -100,6 +102,12 @@ class AuxiliarySteps:
             self._train_gradients = {name: g.clone() for name, g in zip(weights, gradients, strict=True)}
         else:
             self._step(dict(zip(weights, gradients, strict=True)))
+
+    def _observe(self, stepped: Container[int], scale: float) -> None:
+        """Pass on gradients of the dense phase, which decide about the M that pruning starts with."""
+        trained = {name: weight for name, weight in self._trained_weights().items() if id(weight) in stepped}
+        found = {name: local_shard(weight.grad) for name, weight in trained.items() if weight.grad is not None}
+        self._pruner.observe({name: gradient / scale for name, gradient in found.items()} if scale != 1 else found)
 
     def _weights_to_step(self, optimizer: Optimizer, stepped: Container[int]) -> dict[str, Tensor]:
         """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""

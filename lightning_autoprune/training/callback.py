@@ -64,15 +64,18 @@ class AutoPruneCallback(BaseCallback):
             target; ``"cubic"``, ``"linear"``: a fixed power; or a function of progress in [0, 1], first density and
             target density that returns a density in (0, 1]. Without a target it has no effect.
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
-            typical size. Each step takes an equal share, so the setting does not depend on the length of the run.
+            typical size. Each step takes an equal share, so the setting does not depend on the length of the run. Runs
+            of fewer than 1500 auxiliary steps move it less: see ``AdaptiveRule.reach``.
         estimator: straight-through estimator h'(m), which stands in for the mask's derivative: ``"linear"``,
             ``"hard_sigmoid"``, ``"leaky_relu"``, ``"softplus"``, or a function of M.
         leaky_slope: slope of the estimator ``"leaky_relu"`` at m <= 0, in [0, 1].
         update_rule: ``"adaptive"`` (dL/dT · w and μ, divided by each weight's running root mean square of their sum),
             ``"autoprune"`` (the paper's, dL/dT · sgn(w)), ``"vanilla"`` (dL/dT · w, the plain chain rule), or an
             instance of an ``UpdateRule``.
-        initial_m: ``"magnitude"``: M starts at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
-            ``initial_scale``.
+        initial_m: ``"fisher"``: M starts at ``initial_scale`` · S / root mean square of S over all layers. S is
+            abs(w) · ⁴√F; F is the mean square of the weight's gradient in the last 100 dense steps (1 without dense
+            steps). ``"magnitude"``: at ``initial_scale`` · abs(w) / std(w) of its layer; ``"constant"``: at
+            ``initial_scale``. Neurons start by magnitude under ``"fisher"``.
         initial_scale: size of the initial M, > 0.
         held_out: the data that M is trained on and W is not (``train_gradients`` adds the data of W). A fraction in (0,
             1): that fraction of the training data, see ``redraw_held_out``. ``"val"``: the validation loaders; masks
@@ -141,7 +144,7 @@ class AutoPruneCallback(BaseCallback):
         estimator: EstimatorName | Estimator = "linear",
         leaky_slope: float = 0.1,
         update_rule: UpdateRuleName | UpdateRule = "adaptive",
-        initial_m: InitialM = "magnitude",
+        initial_m: InitialM = "fisher",
         initial_scale: float = 0.1,
         held_out: float | Literal["val", "train"] | DataLoader | None = None,  # type: ignore[type-arg]
         redraw_held_out: bool = True,

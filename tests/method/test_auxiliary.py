@@ -74,7 +74,7 @@ def test_magnitude_initialization_is_relative_to_each_layer():
     model = make_network()
     with torch.no_grad():
         model[3].weight.mul_(100)
-    aux = attach(model, initial_scale=0.2)
+    aux = attach(model, initial_m="magnitude", initial_scale=0.2)
     assert aux.M[1].mean() == pytest.approx(aux.M[2].mean(), rel=0.5)
 
 
@@ -214,14 +214,43 @@ def test_channels_last_weights_are_pruned_like_contiguous_ones():
 
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf])
-def test_a_layer_without_a_usable_magnitude_starts_at_a_constant_with_a_warning(value):
+@pytest.mark.parametrize("initial_m", ["magnitude", "fisher"])
+def test_a_layer_without_a_usable_magnitude_starts_at_a_constant_with_a_warning(initial_m, value):
     model = make_network()
-    other = copy.deepcopy(model)
     nn.init.constant_(model[5].weight, value)
+    usable = {name: weight.detach().clone() for name, weight in list(prunable_weights(model).items())[:-1]}
     with pytest.warns(UserWarning, match="The weights of '5' are all 0, or some are not finite"):
-        aux = attach(model)
+        aux = attach(model, initial_m=initial_m)
     assert (aux.M[-1] == torch.tensor(0.1)).all()
-    assert same(aux.M[:-1], attach(other).M[:-1])
+    assert same(aux.M[:-1], AuxiliaryParameters(usable, initial_m=initial_m).M)
+
+
+def test_initial_m_by_saliency_compares_weights_of_all_layers():
+    weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, -8.0])}
+    fisher = {"a": torch.tensor([16.0, 16.0]), "b": torch.tensor([1.0, 1.0])}
+    aux = AuxiliaryParameters(weights, initial_m="fisher", initial_scale=0.5, fisher=fisher)
+    S = torch.tensor([2.0, 4.0, 4.0, 8.0])  # abs(w) times the fourth root of F
+    torch.testing.assert_close(torch.cat(aux.M), 0.5 * S / S.square().mean().sqrt(), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("fisher", [{}, {"a": torch.tensor([9.0, 9.0])}])
+def test_a_layer_without_fisher_information_starts_as_if_its_weights_were_like_the_others(fisher):
+    weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([4.0, -8.0])}
+    aux = AuxiliaryParameters(weights, initial_m="fisher", fisher=fisher)
+    magnitudes = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    expected = 0.1 * magnitudes / magnitudes.square().mean().sqrt()
+    torch.testing.assert_close(torch.cat(aux.M), expected)
+
+
+@pytest.mark.parametrize("density", [0.9, 0.5, 0.03])
+def test_m_is_shifted_so_that_a_density_is_nearly_met(density):
+    torch.manual_seed(0)
+    aux = AuxiliaryParameters({"a": torch.randn(200, 100), "b": torch.randn(500)}, layer_floor=0)
+    before = torch.cat([M.flatten() for M in aux.M])
+    aux.approach(density)
+    shifts = before - torch.cat([M.flatten() for M in aux.M])
+    assert aux.density == pytest.approx(density, rel=0.003)
+    torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts), rtol=0, atol=1e-6)
 
 
 def test_a_layer_that_was_never_written_and_gets_no_gradient_stops_no_step():
@@ -334,7 +363,7 @@ def test_state_of_a_rule_with_other_running_averages_is_refused(saved_rule, rule
             "`update_rule` is 'magic'; allowed are 'adaptive', 'autoprune', 'vanilla', or an instance",
         ),
         ({"estimator": "step"}, "`estimator` is 'step'; allowed are 'linear', 'hard_sigmoid'"),
-        ({"initial_m": "random"}, "`initial_m` is 'random'; allowed are 'magnitude', 'constant'."),
+        ({"initial_m": "random"}, "`initial_m` is 'random'; allowed are 'fisher', 'magnitude', 'constant'."),
         ({"initial_scale": 0}, r"`initial_scale` is 0; it must be a number in \(0, inf\)."),
         ({"leaky_slope": 2}, r"`leaky_slope` is 2; it must be a number in \[0, 1\]."),
         ({"layer_floor": 1.0}, r"`layer_floor` is 1.0; it must be a number in \[0, 1\)."),

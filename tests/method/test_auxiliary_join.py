@@ -19,7 +19,7 @@ def make_auxiliary(names, **options) -> AuxiliaryParameters:
     weights = {n: torch.randn(SHAPES[n], generator=generators[n], dtype=torch.float64) for n in names}
     if "d" in weights:
         weights["d"] = weights["d"].to(memory_format=torch.channels_last)
-    return AuxiliaryParameters(weights, layer_floor=0.05, **options)
+    return AuxiliaryParameters(weights, **{"layer_floor": 0.05, "initial_m": "magnitude", **options})
 
 
 def take_steps(aux: AuxiliaryParameters, seeds, trained=SHAPES) -> None:

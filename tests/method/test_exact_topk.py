@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
-from lightning_autoprune.method.exact_topk import check_count, keep_largest, lift_largest, minimum_counts
+from lightning_autoprune.method.exact_topk import (
+    check_count,
+    keep_largest,
+    lift_largest,
+    minimum_counts,
+    threshold_near,
+)
 
 # Few distinct values, so that ties are common, and values that comparisons are likely to get wrong.
 values = st.sampled_from([-torch.inf, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1e-8, 0.5, 1.0, 3e38])
@@ -132,3 +138,22 @@ def test_the_sparsity_that_the_error_suggests_is_possible(totals, layer_floor):
     advised = float(re.search("at most (.*), or lower", str(error.value))[1])
     assert 1 - sum(minimum_counts(totals, layer_floor)) / sum(totals) - advised < 1.1e-6
     check_count(round((1 - advised) * sum(totals)), totals, layer_floor)
+
+
+@given(st.integers(0, 99), st.floats(0.01, 1), st.sampled_from([0.0, 0.01]))
+def test_a_threshold_near_a_count_has_about_as_many_entries_above_it(seed, fraction, tolerance):
+    M = torch.randn(1000, generator=torch.Generator().manual_seed(seed))
+    count = round(1000 * fraction)
+    threshold = threshold_near([M[:300], M[300:]], count, tolerance)
+    assert abs(int((M > threshold).sum()) - count) <= tolerance * count
+
+
+@pytest.mark.parametrize(("count", "above"), [(90, 100), (40, 30), (5, 0), (50, 30), (0, 0), (100, 100)])
+def test_equal_entries_are_all_above_the_threshold_or_none_is_whichever_is_nearer(count, above):
+    M = [torch.cat([torch.full((30,), 2.0), torch.full((70,), 0.1)])]
+    assert int((M[0] > threshold_near(M, count)).sum()) == above
+
+
+def test_entries_that_are_not_finite_do_not_disturb_the_threshold():
+    M = [torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 2.0, 3.0])]
+    assert 1 < threshold_near(M, 3) < 2

@@ -13,6 +13,7 @@ from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.method.schedule import target_path
 from lightning_autoprune.method.settings import Settings
+from lightning_autoprune.method.update_rules import AdaptiveRule, AutoPruneRule
 from lightning_autoprune.model.prunable_layers import prunable_weights
 from lightning_autoprune.model.sparsity import sparsity
 
@@ -138,7 +139,7 @@ def test_resuming_is_bit_exact_in_every_phase(stop):
         ({"auxiliary_lr": float("nan")}, "`auxiliary_lr` is nan"),
         ({"estimator": "relu"}, "`estimator` is 'relu'; allowed are 'linear'"),
         ({"update_rule": "sgd"}, "`update_rule` is 'sgd'; allowed are 'adaptive', 'autoprune', 'vanilla'"),
-        ({"initial_m": "zero"}, "`initial_m` is 'zero'; allowed are 'magnitude', 'constant'"),
+        ({"initial_m": "zero"}, "`initial_m` is 'zero'; allowed are 'fisher', 'magnitude', 'constant'"),
         ({"mask_every_n_steps": 0}, r"`mask_every_n_steps` is 0; it must be an integer in \[1, inf\)"),
         ({"mask_every_n_steps": 1.5}, r"`mask_every_n_steps` is 1.5; it must be an integer in \[1, inf\)"),
         ({"auxiliary_lr": float("inf")}, r"`auxiliary_lr` is inf; it must be a number in \(0, inf\)"),
@@ -275,3 +276,80 @@ def test_a_pruner_without_layers_prunes_nothing(step):
     take_pruner_steps(pruner, step, 20)
     assert (pruner.sparsity, pruner.layer_sparsity(), pruner.masks(), dict(pruner.M)) == (0, {}, [], {})
     assert pruner.masks_final
+
+
+@pytest.mark.parametrize("steps", [60, 200, 2000])
+@pytest.mark.parametrize("target", [0.5, 0.9])
+def test_the_sparsity_stays_within_two_points_of_its_path_at_every_step(steps, target):
+    model, x, y = make_problem()
+    pruner = start_pruner(model, steps, target_sparsity=target)
+    phases = pruner.phases
+    for step, sparsity_now in enumerate(train(pruner, model, x, y, phases.end - 1), 1):
+        path = 1 - target_path(phases.progress(step), 1, 1 - target)
+        assert sparsity_now == pytest.approx(path if step > phases.start else 0, abs=0.02)
+
+
+def test_the_path_starts_at_the_density_of_the_weights_when_pruning_begins():
+    model, x, y = make_problem()
+    with torch.no_grad():
+        for weight in prunable_weights(model).values():
+            weight[torch.rand_like(weight) < 0.6] = 0
+    dense = sparsity(model)
+    pruner = start_pruner(model, 100, target_sparsity=0.9, warmup=0)
+    curve = list(train(pruner, model, x, y, 60))
+    assert curve[0] == pytest.approx(dense, abs=0.03)
+
+
+def make_observing_pruner(weights, **settings):
+    pruner = Pruner(weights, Settings(target_sparsity=0.5, warmup=0.5, finetune=0.2, **settings), 300)
+    pruner.start()
+    return pruner
+
+
+def test_gradients_of_the_last_hundred_dense_steps_decide_which_weights_start_lowest():
+    weights = {"a": torch.tensor([1.0, 1.0, 1.0]), "b": torch.tensor([1.0, 1.0])}
+    pruner = make_observing_pruner(weights)
+    observed = 0
+    for _ in range(150):
+        if pruner.observes:
+            observed += 1
+            pruner.observe({"a": torch.tensor([3.0, 1.0, 2.0]), "b": torch.tensor([5.0, 4.0])})
+        pruner.end_step()
+    assert observed == 100
+    assert torch.cat(list(pruner.M.values())).argsort().tolist() == [1, 2, 0, 4, 3]
+    assert not pruner.observes
+
+
+@pytest.mark.parametrize("settings", [{"initial_m": "magnitude"}, {"initial_m": "constant"}])
+def test_nothing_is_observed_if_the_initial_m_does_not_need_it(settings):
+    pruner = make_observing_pruner({"a": torch.ones(3)}, **settings)
+    pruner.step = pruner.phases.start - 1
+    assert not pruner.observes
+
+
+@pytest.mark.parametrize("stop", [60, 149])
+def test_what_was_observed_is_resumed(stop):
+    def take(pruner, first, last):
+        for step in range(first, last):
+            if pruner.observes:
+                pruner.observe({"a": torch.randn(6, generator=torch.Generator().manual_seed(step))})
+            pruner.end_step()
+
+    whole, stopped = (make_observing_pruner({"a": torch.ones(6)}) for _ in range(2))
+    take(whole, 0, 150)
+    take(stopped, 0, stop)
+    resumed = Pruner({"a": torch.ones(6)}, stopped.settings, 300)
+    resumed.load_state_dict(stopped.state_dict())
+    resumed.start()
+    take(resumed, stop, 150)
+    assert torch.equal(whole.M["a"], resumed.M["a"])
+    assert whole.M["a"].unique().numel() == 6
+
+
+def test_short_runs_move_m_less_than_long_ones():
+    adaptive = AdaptiveRule()
+    totals = [adaptive.reach(steps) for steps in (24, 80, 800, 1500, 10_000)]
+    assert totals == sorted(totals)
+    assert totals[0] < 0.01
+    assert totals[-2:] == [1.0, 1.0]
+    assert AutoPruneRule().reach(24) == 1.0

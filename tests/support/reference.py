@@ -46,11 +46,9 @@ class Reference:
     def __init__(self, network: torch.nn.Module, rule: str, estimator: str, slope: float = 0.1) -> None:
         self.network, self.rule, self.estimator, self.slope = network, rule, estimator, slope
         self.W = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
-        self.M = {
-            name: (0.1 * w.detach().abs() / w.detach().std()).requires_grad_()
-            for name, w in self.W.items()
-            if name.endswith("weight")
-        }
+        prunable = {name: w.detach() for name, w in self.W.items() if name.endswith("weight")}
+        root_mean_square = torch.cat([w.flatten() for w in prunable.values()]).square().mean().sqrt()
+        self.M = {name: (0.1 * w.abs() / root_mean_square).requires_grad_() for name, w in prunable.items()}
         self.mean_squares: list[float] = []
         self.g0_squares: dict[str, list[Tensor]] = {name: [] for name in self.M}  # every g₀² so far
 

@@ -50,6 +50,7 @@ class Granularity(ABC):
 
     Attributes:
         name: as in the setting ``granularity``.
+        uses_fisher: True if the initial M can use what the dense phase measures.
         prunes_channels: True if whole channels are pruned. They are found by tracing the model and can be cut out, so a
             target can count operations.
         can_extend: True if layers that are unfrozen during the run can be pruned too.
@@ -57,6 +58,7 @@ class Granularity(ABC):
     """
 
     name: ClassVar[str]
+    uses_fisher: ClassVar[bool] = False
     prunes_channels: ClassVar[bool] = False
     can_extend: ClassVar[bool] = True
     replicated: ClassVar[bool] = False
@@ -72,8 +74,17 @@ class Granularity(ABC):
         """Return views of flat tensors (see :meth:`make_M`), in the shapes that users and checkpoints see."""
 
     @abstractmethod
-    def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        """Return the M that pruning starts with, in the shapes of :meth:`views`."""
+    def initial_M(  # noqa: N802
+        self, aux: AuxiliaryParameters, name: InitialM, scale: float, fisher: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Return the M that pruning starts with, in the shapes of :meth:`views`.
+
+        Args:
+            aux: the weights.
+            name: of the initial m.
+            scale: size of the initial m.
+            fisher: the mean square of each layer's gradient in the dense phase, where there is one.
+        """
 
     def start_layers(self, aux: AuxiliaryParameters, scale: float, start: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Return the M of each layer: a constant, with a warning, for a layer whose weights give no M to start with.
@@ -137,6 +148,9 @@ class Granularity(ABC):
 
     def before_forward(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
         """Write the values of pruned weights that M's gradients need in the passes to come; no output may change."""
+
+    def approach(self, aux: AuxiliaryParameters, density: float) -> None:  # noqa: B027
+        """Shift all M alike so that a density is met nearly, if that is possible, and update the masks."""
 
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:

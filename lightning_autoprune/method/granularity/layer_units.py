@@ -95,7 +95,9 @@ class LayerUnits(Granularity):
             views.update({i: x.view(self.unit_shape(T[i].shape)) for i, x in zip(bucket.numbers, parts, strict=True)})
         return [views[i] for i in range(len(views))]
 
-    def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
+    def initial_M(  # noqa: N802
+        self, aux: AuxiliaryParameters, name: InitialM, scale: float, fisher: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """Return ``scale`` · norm of each unit / root mean square of the layer's norms, or a constant."""
 
         def start(T: Tensor) -> Tensor:

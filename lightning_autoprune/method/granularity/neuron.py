@@ -87,7 +87,9 @@ class NeuronGranularity(Granularity):
         """Return the same tensor."""
         return list(flat)
 
-    def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
+    def initial_M(  # noqa: N802
+        self, aux: AuxiliaryParameters, name: InitialM, scale: float, fisher: Sequence[Tensor | None]
+    ) -> list[Tensor]:
         """Return ``scale`` · relative norm of the weights that read each channel, or a constant.
 
         Channels that are read by zeros alone, or by weights that are not finite, start at the constant too.

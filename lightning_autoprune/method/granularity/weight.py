@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_autoprune.method.exact_topk import check_count, minimum_counts
+from lightning_autoprune.method.exact_topk import check_count, minimum_counts, threshold_near
+from lightning_autoprune.method.fisher import saliency
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
-from lightning_autoprune.method.initialization import InitialM, initial_m
+from lightning_autoprune.method.initialization import InitialM, initial_m, warn_of_constant
 from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
@@ -26,6 +28,7 @@ class WeightGranularity(Granularity):
     """Single weights: M has the shape of W, and lies in buckets as W does, entry by entry."""
 
     name = "weight"
+    uses_fisher = True
 
     def make_M(self, aux: AuxiliaryParameters) -> list[Tensor]:  # noqa: N802
         """Return one flat tensor of zeros per bucket, as large as the bucket."""
@@ -35,9 +38,33 @@ class WeightGranularity(Granularity):
         """Return one tensor per layer, in the layer's shape."""
         return aux.views(flat)
 
-    def initial_M(self, aux: AuxiliaryParameters, name: InitialM, scale: float) -> list[Tensor]:  # noqa: N802
-        """Return ``scale`` · abs(w) / std(w) of each layer, or a constant."""
+    def initial_M(  # noqa: N802
+        self, aux: AuxiliaryParameters, name: InitialM, scale: float, fisher: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Return ``scale`` · saliency / root mean square over all layers, or by magnitude or a constant, per layer."""
+        if name == "fisher":
+            return self._initial_M_by_saliency(aux, scale, fisher)
         return self.start_layers(aux, scale, lambda T: initial_m(T, name, scale))
+
+    def _initial_M_by_saliency(  # noqa: N802
+        self, aux: AuxiliaryParameters, scale: float, fisher: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Return the M of each layer; a layer without F gets the mean of the others, or 1 if there is none."""
+        layers = aux.effective()
+        sums = [0.0 if F is None else float(F.sum()) for F in fisher]
+        totals = [0.0 if F is None else float(F.numel()) for F in fisher]
+        total, count = (sum(numbers) for numbers in (aux.placement.sum(sums), aux.placement.sum(totals)))
+        mean_F = total / count if total > 0 else 1.0
+        saliencies = [
+            saliency(T, torch.full_like(T, mean_F, dtype=torch.float32) if F is None else F, mean_F)
+            for T, F in zip(layers, fisher, strict=True)
+        ]
+        squares = aux.placement.sum([float(S.square().sum(dtype=torch.float64)) for S in saliencies])
+        usable = [math.isfinite(square) and square > 0 for square in squares]
+        sizes = [total for total, use in zip(aux.totals, usable, strict=True) if use]
+        unit = math.sqrt(sum(q for q, use in zip(squares, usable, strict=True) if use) / max(sum(sizes), 1))
+        warn_of_constant([layer for layer, use in zip(aux.weights, usable, strict=True) if not use])
+        return [S.mul_(scale / unit) if use else S.fill_(scale) for S, use in zip(saliencies, usable, strict=True)]
 
     def sensitivities(
         self, aux: AuxiliaryParameters, dL_dT: Sequence[Tensor | None], rule: UpdateRule
@@ -60,6 +87,13 @@ class WeightGranularity(Granularity):
             aux.placement.lift_largest(aux.M[i], aux.floors[i])
         if low:
             aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], aux.flat_M)
+
+    def approach(self, aux: AuxiliaryParameters, density: float) -> None:
+        """Shift all M alike so that a density is met nearly, and update the masks."""
+        shift = threshold_near(aux.flat_M, round(density * aux.total), sum_over_ranks=aux.placement.sum)
+        for M in aux.flat_M:
+            M.sub_(shift)
+        self.update_masks(aux)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep exactly the wanted number of weights: those with the largest m, each layer's floor first."""
