@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import os
 import tempfile
 import time
@@ -21,9 +24,12 @@ from .methods.autoprune import AutoPrune
 from .methods.hyperflux import Hyperflux
 from .methods.lightning_pruning import LightningPruningInCuts
 from .methods.magnitude import GradualMagnitude, OneShotMagnitude
-from .results import RunParameters
+from .results import RunParameters, group_means, read_rows
 from .tasks import Data, Task, make_seeded_loader
 from .training import Learner, Method, evaluate, make_trainer, train_network
+
+TRIALS_RESULTS = Path(__file__).parents[1] / "results" / "finetuning_trials.csv"
+"""The rows of the trials of settings."""
 
 VERSION = 1
 """Of the stored networks; raise it when a task's data, network or training changes."""
@@ -106,7 +112,28 @@ FINETUNING_LABELS = {
 """Names in tables and pictures; "own" marks a minimal implementation of ours."""
 
 
+@functools.cache
+def _read_trials() -> list[dict[str, str]]:
+    return read_rows(TRIALS_RESULTS)
+
+
+def best_settings(method: str, steps: int) -> dict[str, Any]:
+    """Return a method's options: those of the best trial at the nearest number of steps; none if it has no trials."""
+    trials = [row for row in _read_trials() if row["method"] == method]
+    if not trials or not steps:
+        return {}
+    nearest = min((row["steps"] for row in trials), key=lambda text: abs(math.log(int(text) / steps)))
+    found = group_means([row for row in trials if row["steps"] == nearest], "error", ("options",))
+    [best] = min(found, key=lambda key: found[key].mean)
+    return dict(json.loads(best))
+
+
 # The dense networks
+
+
+def dense_path(task: Task, seed: int, cache: Path, validate: bool = False) -> Path:
+    """Return the file of a dense network; the arguments are those of :func:`load_or_train_dense`."""
+    return cache / f"{task.name}-seed{seed}{'-validate' if validate else ''}-v{VERSION}.pt"
 
 
 def load_or_train_dense(
@@ -121,7 +148,7 @@ def load_or_train_dense(
         cache: directory of the stored networks.
         validate: whether to keep a sixth of the training samples out of training, for choosing settings.
     """
-    path = cache / f"{task.name}-seed{seed}{'-validate' if validate else ''}-v{VERSION}.pt"
+    path = dense_path(task, seed, cache, validate)
     if path.exists():
         state: dict[str, Tensor] = torch.load(path, weights_only=True)
         return state

@@ -28,7 +28,8 @@ def silence(threads: int = 1) -> None:
     up to seven times slower.
     """
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in ("lightning.pytorch", "pytorch_lightning"):  # the one imported last logs for both
+        logging.getLogger(package).setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
 
