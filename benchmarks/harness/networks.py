@@ -74,3 +74,42 @@ class CharTransformer(nn.Module):
         """Return logits of the next characters (batch, length, alphabet) for codes (batch, length)."""
         x = self.tokens(codes) + self.positions(torch.arange(codes.size(1)))
         return self.head(self.norm(self.blocks(x)))
+
+
+class CharBert(nn.Module):
+    """A BERT from ``transformers``, untrained, that restores masked characters.
+
+    It has 2 layers of width 64 with 4 heads, and 108,608 prunable weights; embeddings stay dense. The output layer has
+    weights of its own, and there is no dropout.
+
+    Raises:
+        ModuleNotFoundError: if ``transformers`` is not installed.
+    """
+
+    def __init__(self, codes: int = 97, context: int = 64, width: int = 64, heads: int = 4) -> None:
+        super().__init__()
+        try:
+            from transformers import BertConfig, BertForMaskedLM
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "This network comes from `transformers`: pip install 'lightning-autoprune[dev]', or leave its task out"
+                " with `--tasks`."
+            ) from error
+        self.bert = BertForMaskedLM(
+            BertConfig(
+                vocab_size=codes,
+                hidden_size=width,
+                num_hidden_layers=2,
+                num_attention_heads=heads,
+                intermediate_size=4 * width,
+                max_position_embeddings=context,
+                type_vocab_size=1,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                tie_word_embeddings=False,
+            )
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return logits of all characters (batch, length, codes) for codes (batch, length)."""
+        return self.bert(codes).logits

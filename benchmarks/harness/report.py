@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from lightning_autoprune.plots import COLORS
 
 from .results import Mean, group_means
-from .tasks import TASKS
+from .tasks import TASKS, Task
 
 UNITS = {"error": "error, %", "loss": "loss, nats"}
 MARKERS = "osD^vPX<>*h"
@@ -58,17 +58,11 @@ def compression_table(rows: list[dict[str, str]], task: str, labels: Mapping[str
         for column in columns
     }
 
-    def format_cell(mean: Mean | None, column: str) -> str:
-        text = format_mean(mean, metric)
-        if mean and len(mean.values) < most_seeds:
-            return f"{text} ({len(mean.values)})"
-        return f"**{text}**" if mean and mean.mean == best[column] else text
-
     lines = []
     for method, label in labels.items():
-        cells = [found.get((method, column)) for column in columns]
-        if any(cells):
-            lines.append([label, *map(format_cell, cells, columns)])
+        cells = {column: found.get((method, column)) for column in columns}
+        if any(cells.values()):
+            lines.append([label, *(_format_cell(mean, metric, most_seeds, best[c]) for c, mean in cells.items())])
     head = f"{task}: {UNITS[metric]} (dense {format_mean(runs.get(('dense', '')), metric)})"
     return markdown_table([head, *(f"{column}×" for column in columns)], lines)
 
@@ -117,9 +111,90 @@ def compression_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
+    _add_shared_legend(picture)
+    return picture
+
+
+def finetuning_table(rows: list[dict[str, str]], task: Task, labels: Mapping[str, str]) -> str:
+    """Return a table with a line per number of steps and sparsity, and a column per method; bold is a line's best cell.
+
+    The column "not pruned" is the dense network after as many steps, and the head has the network that all start with.
+    A cell with fewer seeds than the most in the table has their number in parentheses, and is never the best.
+    """
+    found = group_means([row for row in rows if row["task"] == task.name], task.metric, ("method", "steps", "target"))
+    most_seeds = max((len(mean.values) for mean in found.values()), default=0)
+    lines = []
+    for steps, target in sorted({key[1:] for key in found if key[2]}, key=lambda key: (int(key[0]), float(key[1]))):
+        cells = [found.get((method, steps, target)) for method in labels]
+        complete = [mean.mean for mean in cells if mean and len(mean.values) == most_seeds]
+        best = min(complete, default=None)
+        dense = _format_cell(found.get(("dense", steps, "")), task.metric, most_seeds, None)
+        lines.append(
+            [steps, f"{float(target):.0%}", *(_format_cell(m, task.metric, most_seeds, best) for m in cells), dense]
+        )
+    start = format_mean(found.get(("dense", "0", "")), task.metric)
+    head = [f"{task.name}: {UNITS[task.metric]} (trained: {start}), steps", "sparsity"]
+    return markdown_table([*head, *labels.values(), "not pruned"], lines)
+
+
+def _format_cell(mean: Mean | None, metric: str, most_seeds: int, best: float | None) -> str:
+    """Return a cell of a table: bold if it has the best mean, or with its number of seeds if that is not the most."""
+    text = format_mean(mean, metric)
+    if mean and len(mean.values) < most_seeds:
+        return f"{text} ({len(mean.values)})"
+    return f"**{text}**" if mean and mean.mean == best else text
+
+
+def finetuning_picture(
+    rows: list[dict[str, str]], tasks: Iterable[Task], labels: Mapping[str, str], target: str
+) -> Figure:
+    """Draw the metric at one sparsity against the steps: a panel per task, a line per method.
+
+    Args:
+        rows: those of the benchmark.
+        tasks: the panels.
+        labels: names of the methods to draw.
+        target: the sparsity, as it is written in the rows.
+    """
+    tasks = list(tasks)
+    picture = Figure(figsize=(4.2 * len(tasks) + 2.6, 4.4), layout="constrained")
+    for axes, task in zip(picture.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        found = group_means(
+            [row for row in rows if row["task"] == task.name and row["target"] in (target, "")],
+            task.metric,
+            ("method", "steps"),
+        )
+        styles = {
+            method: {"label": label, "color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
+            for i, (method, label) in enumerate(labels.items())
+        }
+        styles["autoprune"] |= {"color": "black", "lw": 2.4}
+        styles["dense"] = {"label": "not pruned", "color": "gray", "ls": "--"}
+        for method, style in styles.items():
+            points = sorted(
+                (int(steps), mean) for (name, steps), mean in found.items() if name == method and steps != "0"
+            )
+            if points:
+                means, spreads = [mean.mean for _, mean in points], [mean.spread for _, mean in points]
+                axes.errorbar([steps for steps, _ in points], means, spreads, ms=5, capsize=2, **style)
+        if ("dense", "0") in found:
+            axes.axhline(found["dense", "0"].mean, color="gray", ls=":", label="before the fine-tuning")
+        _style(axes, f"{task.name}, {float(target):.0%} sparse", "steps of fine-tuning", UNITS[task.metric])
+        axes.set(xscale="log", yscale="log")
+        steps = sorted({int(steps) for _, steps in found if steps != "0"})
+        axes.set_xticks(steps, [f"{x:,}" for x in steps])
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+    _add_shared_legend(picture)
+    return picture
+
+
+def _add_shared_legend(picture: Figure) -> None:
+    """Add one legend, to the right, for all lines of all panels."""
     drawn = {name: line for axes in picture.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     picture.legend(drawn.values(), drawn.keys(), loc="outside right center", frameon=False)
-    return picture
 
 
 README_PANELS = {

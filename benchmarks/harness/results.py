@@ -9,8 +9,9 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lightning
 import torch
@@ -21,8 +22,20 @@ from .training import Outcome
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parameters of a run; of equal runs only one is executed.
+class RunParameters:
+    """The base of classes whose fields say what a run is; of equal runs only one is executed."""
+
+    def cells(self) -> dict[str, str]:
+        """Return the parameters as they are written in the file."""
+        return {k: "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for k, v in asdict(self).items()}
+
+
+_Run = TypeVar("_Run", bound=RunParameters)
+
+
+@dataclass(frozen=True)
+class Run(RunParameters):
+    """The parameters of a run that starts with an untrained network.
 
     Attributes:
         task: name of the task.
@@ -40,10 +53,6 @@ class Run:
     seed: int
     options: str = "{}"
 
-    def cells(self) -> dict[str, str]:
-        """Return the parameters as they are written in the file."""
-        return {k: "" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for k, v in asdict(self).items()}
-
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file, or none if it does not exist."""
@@ -53,14 +62,13 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def missing_runs(path: Path, runs: Iterable[Run]) -> list[Run]:
+def missing_runs(path: Path, runs: Iterable[_Run]) -> list[_Run]:
     """Return those runs that have no row in the file."""
-    names = [field.name for field in fields(Run)]
-    done = {tuple(row[name] for name in names) for row in read_rows(path)}
-    return [run for run in runs if tuple(run.cells().values()) not in done]
+    rows = read_rows(path)
+    return [run for run in runs if not any(run.cells().items() <= row.items() for row in rows)]
 
 
-def append_outcome(path: Path, run: Run, outcome: Outcome) -> None:
+def append_outcome(path: Path, run: RunParameters, outcome: Outcome) -> None:
     """Append the row of a run."""
     append_row(path, {**run.cells(), **asdict(outcome)})
 

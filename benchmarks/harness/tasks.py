@@ -98,9 +98,8 @@ CONTEXT = 64
 ALPHABET = 96  # printable ASCII and the line feed
 
 
-@functools.cache
-def python_help(directory: Path) -> Data:
-    """Return windows of 64 characters from Python's help topics, labeled with the next ones; the last tenth tests."""
+def split_help_text() -> tuple[Tensor, Tensor]:
+    """Return Python's help topics as codes of characters, 0 to 95: nine tenths to train on, and the rest to test on."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics))
@@ -108,8 +107,14 @@ def python_help(directory: Path) -> Data:
     codes = codes[(codes == 10) | (codes >= 32) & (codes < 127)]
     codes = torch.where(codes == 10, ALPHABET - 1, codes - 32)
     cut = len(codes) * 9 // 10
+    return codes[:cut], codes[cut:]
+
+
+@functools.cache
+def python_help(directory: Path) -> Data:
+    """Return windows of 64 characters from Python's help topics, labeled with the next ones; the last tenth tests."""
     splits = []
-    for split in (codes[:cut], codes[cut:]):
+    for split in split_help_text():
         windows = split.unfold(0, CONTEXT + 1, CONTEXT)
         splits.append((windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
     return Data(*splits)

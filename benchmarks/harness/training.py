@@ -17,6 +17,9 @@ from lightning_autoprune.model.prunable_layers import prunable_weights
 
 from .tasks import Task, make_seeded_loader
 
+UNLABELED = -100
+"""The label of a place that has none: torch's cross-entropy leaves it out."""
+
 
 def silence(threads: int = 1) -> None:
     """Switch off warnings and Lightning's messages, and set the number of threads.
@@ -25,15 +28,23 @@ def silence(threads: int = 1) -> None:
     up to seven times slower.
     """
     warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for package in ("lightning.pytorch", "pytorch_lightning"):  # the one imported last logs for both
+        logging.getLogger(package).setLevel(logging.ERROR)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
 
 
-def make_trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
-    """Return a Trainer on the CPU that writes nothing."""
+def make_trainer(epochs: int | None, callbacks: list[Callback], steps: int = -1) -> Trainer:
+    """Return a Trainer on the CPU that writes nothing.
+
+    Args:
+        epochs: length of the run; None: ``steps`` gives it.
+        callbacks: those of the method.
+        steps: the most steps of the run; -1: no limit.
+    """
     return Trainer(
         max_epochs=epochs,
+        max_steps=steps,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -131,11 +142,13 @@ class Outcome:
 
 @torch.no_grad()
 def evaluate(network: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Return the error in percent and the cross-entropy in nats, over all labels."""
+    """Return the error in percent and the cross-entropy in nats, over all places that have a label."""
     network.eval()
     wrong, loss, count = 0.0, 0.0, 0
     for inputs, labels in zip(samples[0].split(1000), samples[1].split(1000), strict=True):
         logits, labels = network(inputs).flatten(0, -2), labels.flatten()
+        has_label = labels != UNLABELED
+        logits, labels = logits[has_label], labels[has_label]
         wrong += float((logits.argmax(1) != labels).sum())
         loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
         count += len(labels)

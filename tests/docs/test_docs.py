@@ -126,6 +126,7 @@ def test_the_benchmark_tables_agree_with_the_rows_of_the_results():
     import accuracy
     import cost
     import deploy
+    import finetuning
     import neurons
     from harness.methods import LABELS
     from harness.report import compression_table, no_target_table
@@ -138,6 +139,9 @@ def test_the_benchmark_tables_agree_with_the_rows_of_the_results():
     tables["cost.py"] = cost.cost_table(cost.last_rows(cost.RESULTS))
     tables["deploy.py, sizes"] = deploy.size_table(read_rows(deploy.RESULTS))
     tables["deploy.py, latencies"] = deploy.latency_table(read_rows(deploy.RESULTS))
+    tuned = read_rows(finetuning.RESULTS)
+    for task in {row["task"] for row in tuned}:
+        tables[f"finetuning.py, {task}"] = finetuning.make_table(tuned, task)
     tables["neurons.py"] = neurons.result_table(read_rows(neurons.RESULTS), "lenet-5")
     page = (DOCS / "benchmarks.md").read_text()
     for name, table in tables.items():

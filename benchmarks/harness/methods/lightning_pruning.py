@@ -1,6 +1,8 @@
-"""Lightning's own pruning callback, ``ModelPruning``, along the path of gradual magnitude pruning."""
+"""Lightning's own pruning callback, ``ModelPruning``: along the path of gradual magnitude pruning, or in equal cuts."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -66,3 +68,39 @@ class LightningPruning(Method):
         """Return the network with plain weights, as the callback leaves it when training ends."""
         self.pruning.make_pruning_permanent(network)
         return network
+
+
+class LightningPruningInCuts(LightningPruning):
+    """``ModelPruning`` by magnitude, global over the layers, in cuts of equally many weights.
+
+    It stands for a run of equal epochs, at whose ends ``ModelPruning`` prunes, but needs no epochs: its method
+    ``apply_pruning`` is called at equal distances. The first cut comes one distance after ``begin``, and the last one
+    at ``end``.
+
+    Args:
+        compression: prunable weights / weights to keep.
+        begin: fraction of the run at which the distances begin.
+        end: fraction of the run after which the masks are final.
+        cuts: their number.
+    """
+
+    def __init__(self, compression: float, begin: float = 0.25, end: float = 0.65, cuts: int = 8) -> None:
+        super().__init__(compression, begin, end)
+        self.cuts = cuts
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the step of each cut."""
+        steps, length = int(trainer.estimated_stepping_batches), (self.end - self.begin) / self.cuts
+        self.cut_steps = [round(steps * (self.begin + length * i)) for i in range(1, self.cuts + 1)]
+
+    def amount(self, epoch: int) -> int:
+        """Return 0: nothing is pruned at the ends of epochs."""
+        return 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Prune if a cut is due after this step."""
+        done = sum(step <= trainer.global_step for step in self.cut_steps)
+        to_prune = self.total - round(self.total / self.compression)
+        before, self.kept = self.kept, self.total - round(to_prune * done / self.cuts)
+        if before > self.kept:
+            self.pruning.apply_pruning(before - self.kept)

@@ -1,6 +1,8 @@
-"""Gradual magnitude pruning (Zhu and Gupta, "To prune, or not to prune", 2017), global over the layers."""
+"""Magnitude pruning, global over the layers: gradual (Zhu and Gupta, "To prune, or not to prune", 2017), or at once."""
 
 from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
 
 from .common import Masked, cubic_path, top_masks
 
@@ -27,3 +29,20 @@ class GradualMagnitude(Masked):
         self._masks_final = last
         keep = round(cubic_path(self.progress, self.total, self.target))
         self.masks = top_masks([weight.abs() for weight in self.weights], keep)
+
+
+class OneShotMagnitude(Masked):
+    """Keeps the weights of largest magnitude, chosen once, before the first step of a trained network's fine-tuning.
+
+    Args:
+        compression: prunable weights / weights to keep.
+    """
+
+    def __init__(self, compression: float) -> None:
+        super().__init__(compression)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prune to the target."""
+        super().on_train_start(trainer, pl_module)
+        self.masks = top_masks([weight.detach().abs() for weight in self.weights], self.target)
+        self.apply()
