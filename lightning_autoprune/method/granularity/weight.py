@@ -13,7 +13,7 @@ from lightning_autoprune.method.exact_topk import check_count, minimum_counts, t
 from lightning_autoprune.method.fisher import saliency
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
 from lightning_autoprune.method.initialization import InitialM, initial_m, warn_of_constant
-from lightning_autoprune.method.masked_weights import latent_weights
+from lightning_autoprune.method.masked_weights import fetch_numbers, latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
 from lightning_autoprune.tensors.flat_buckets import split_pieces
@@ -51,15 +51,16 @@ class WeightGranularity(Granularity):
     ) -> list[Tensor]:
         """Return the M of each layer; a layer without F gets the mean of the others, or 1 if there is none."""
         layers = aux.effective()
-        sums = [0.0 if F is None else float(F.sum()) for F in fisher]
-        totals = [0.0 if F is None else float(F.numel()) for F in fisher]
-        total, count = (sum(numbers) for numbers in (aux.placement.sum(sums), aux.placement.sum(totals)))
+        known = [F for F in fisher if F is not None]
+        total = math.fsum(fetch_numbers([F.sum() for F in known])) if known else 0.0
+        total, count = aux.placement.sum([total, float(sum(F.numel() for F in known))])
         mean_F = total / count if total > 0 else 1.0
         saliencies = [
             saliency(T, torch.full_like(T, mean_F, dtype=torch.float32) if F is None else F, mean_F)
             for T, F in zip(layers, fisher, strict=True)
         ]
-        squares = aux.placement.sum([float(S.square().sum(dtype=torch.float64)) for S in saliencies])
+        norms = fetch_numbers([torch.linalg.vector_norm(S) for S in saliencies])
+        squares = aux.placement.sum([norm * norm for norm in norms])
         usable = [math.isfinite(square) and square > 0 for square in squares]
         sizes = [total for total, use in zip(aux.totals, usable, strict=True) if use]
         unit = math.sqrt(sum(q for q, use in zip(squares, usable, strict=True) if use) / max(sum(sizes), 1))
