@@ -102,7 +102,7 @@ def execute_missing(runs: list[FinetuningRun], args: argparse.Namespace) -> None
 
 def has_current_settings(row: dict[str, str]) -> bool:
     """Return True if a run had the settings that its method has now."""
-    return json.loads(row["options"]) == best_settings(row["method"], int(row["steps"]))
+    return bool(json.loads(row["options"]) == best_settings(row["method"], int(row["steps"])))
 
 
 def make_table(rows: list[dict[str, str]], task: str) -> str:
