@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from accuracy import execute_missing, make_parser
+from accuracy import add_hardware_arguments, chosen_hardware, execute_missing, make_parser
 from harness.report import UNITS, format_mean, markdown_table
 from harness.results import Run, group_means, read_rows
 from harness.tasks import TASKS
@@ -49,7 +49,8 @@ def result_table(rows: list[dict[str, str]], task: str) -> str:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, RESULTS)
+    parser = make_parser(__doc__, RESULTS, tasks=TASKS)
+    add_hardware_arguments(parser)
     parser.set_defaults(tasks=["lenet-300-100", "lenet-5"])
     args = parser.parse_args()
     runs = [
@@ -58,7 +59,7 @@ def main() -> None:
         for seed in args.seeds
         for method, options in SETTINGS.values()
     ]
-    execute_missing(runs, args.results, args.data_dir)
+    execute_missing(runs, args.results, args.data_dir, hardware=chosen_hardware(args))
     for task in args.tasks:
         print("\n" + result_table(read_rows(args.results), task))
 
