@@ -12,25 +12,28 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from harness.methods import LABELS, METHODS
 from harness.methods.settings import best_settings
 from harness.report import compression_picture, compression_table, no_target_table, readme_picture, save_picture
 from harness.results import Run, append_outcome, missing_runs, read_rows
-from harness.tasks import TASKS
-from harness.training import silence, train_and_test
+from harness.tasks import DEFAULT_TASKS, TASKS
+from harness.training import Hardware, silence, train_and_test
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURE, README_PICTURE = DOCS / "accuracy.png", DOCS / "readme_accuracy.png"
 
 
-def make_parser(description: str | None, results: Path, picture: Path | None = None) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that the benchmarks share."""
+def make_parser(
+    description: str | None, results: Path, picture: Path | None = None, tasks: Iterable[str] = DEFAULT_TASKS
+) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that the benchmarks share; ``tasks`` are those that may be named."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="directory of MNIST's IDX files")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--data-dir", type=Path, default=Path("data/mnist"), help="default: MNIST's directory")
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(DEFAULT_TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="default: the task's")
     parser.add_argument("--results", type=Path, default=results, help="CSV file to which rows are appended")
@@ -39,14 +42,33 @@ def make_parser(description: str | None, results: Path, picture: Path | None = N
     return parser
 
 
-def execute_missing(runs: list[Run], results: Path, data_dir: Path, validate: bool = False) -> None:
+def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a benchmark that may also run on a GPU."""
+    parser.add_argument("--accelerator", default="cpu", choices=["auto", "cpu", "gpu"])
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "16-mixed", "bf16-mixed"])
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images that are not in memory")
+
+
+def chosen_hardware(args: argparse.Namespace) -> Hardware:
+    """Return what the arguments of :func:`add_hardware_arguments` ask for."""
+    return Hardware(args.accelerator, args.precision, args.workers)
+
+
+def execute_missing(
+    runs: list[Run],
+    results: Path,
+    data_dir: Path,
+    validate: bool = False,
+    hardware: Hardware = Hardware(),  # noqa: B008
+) -> None:
     """Execute and print the runs that have no row in the file.
 
     Args:
         runs: all runs that are wanted.
         results: the file.
-        data_dir: directory of MNIST's IDX files.
+        data_dir: directory of the data.
         validate: whether to test on training samples that were kept out of training, for choosing settings.
+        hardware: where and how to train.
     """
     silence()
     for i, run in enumerate(runs, 1):
@@ -54,7 +76,7 @@ def execute_missing(runs: list[Run], results: Path, data_dir: Path, validate: bo
             continue
         task = TASKS[run.task]
         method = METHODS[run.method](run.target, run.seed, **json.loads(run.options))
-        outcome = train_and_test(task, method, run.seed, data_dir, run.epochs, validate)
+        outcome = train_and_test(task, method, run.seed, data_dir, run.epochs, validate, hardware)
         append_outcome(results, run, outcome)
         figures = f"error {outcome.error:.2f}%, loss {outcome.loss:.4f}, {outcome.compression:.1f}×"
         print(f"[{i}/{len(runs)}]", *run.cells().values(), "→", figures, f"{outcome.seconds:.0f} s", flush=True)
@@ -67,7 +89,8 @@ def has_current_settings(row: dict[str, str]) -> bool:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, RESULTS, PICTURE)
+    parser = make_parser(__doc__, RESULTS, PICTURE, TASKS)
+    add_hardware_arguments(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dense", *LABELS])
     parser.add_argument("--compressions", nargs="+", help="default: the task's; none: no target")
     parser.add_argument("--options", help="of the methods, as JSON; default: their best settings")
@@ -83,7 +106,7 @@ def main() -> None:
                     compression = None if method == "dense" or text == "none" else float(text)
                     options = args.options or json.dumps(best_settings(task.name, method, compression))
                     runs.append(Run(task.name, method, compression, args.epochs or task.epochs, seed, options))
-    execute_missing(list(dict.fromkeys(runs)), args.results, args.data_dir)
+    execute_missing(list(dict.fromkeys(runs)), args.results, args.data_dir, hardware=chosen_hardware(args))
     rows = [row for row in read_rows(args.results) if has_current_settings(row)]
     for name in args.tasks:
         print("\n" + compression_table(rows, name, LABELS))

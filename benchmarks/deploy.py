@@ -121,7 +121,7 @@ def measure(run: Run, options: dict[str, Any], data: Path) -> dict[str, Any]:
     compression = run.target if run.method == "weight" else None
     method = METHODS["autoprune"](compression, run.seed, **options)
     trained = train_network(task, method, run.seed, data, run.epochs)
-    masked, inputs = trained.network.eval(), trained.test[0]
+    masked, inputs = trained.network.eval(), trained.data.test[0]
     shrunk = shrink_and_compare(task, masked, inputs)
     cost = model_cost(masked, inputs[:1])
     kept = sum(int(w.count_nonzero()) for w in prunable_weights(masked).values())

@@ -12,26 +12,26 @@ import copy
 from pathlib import Path
 
 import torch
-from accuracy import make_parser
+from accuracy import add_hardware_arguments, chosen_hardware, make_parser
 from harness.latency import relative_latencies
 from harness.methods import METHODS
 from harness.report import format_mean, markdown_table
 from harness.results import Mean, Run, append_row, group_means, missing_runs, read_rows
 from harness.shrinking import shrink_and_compare
 from harness.tasks import TASKS
-from harness.training import evaluate, silence, train_network
+from harness.training import Hardware, evaluate, silence, train_network
 
 RESULTS = Path(__file__).parent / "results" / "neurons.csv"
 LAYOUTS = {"": torch.channels_last, "_contiguous": torch.contiguous_format}
 """Memory layouts by the suffix of their columns: the faster one for the dense network, and the usual one."""
 
 
-def measure(run: Run, data_dir: Path) -> dict[str, float]:
+def measure(run: Run, data_dir: Path, hardware: Hardware) -> dict[str, float]:
     """Train and shrink one network, and measure it against the dense one."""
     task = TASKS[run.task]
     method = METHODS["autoprune"](None, run.seed, granularity="neuron", target_flops=run.target)
-    trained = train_network(task, method, run.seed, data_dir, run.epochs)
-    inputs, _ = trained.test
+    trained = train_network(task, method, run.seed, data_dir, run.epochs, hardware=hardware)
+    inputs = trained.data.first_inputs(64)
     shrunk = shrink_and_compare(task, trained.network, inputs)
     latencies = {}
     for suffix, layout in LAYOUTS.items():
@@ -42,8 +42,9 @@ def measure(run: Run, data_dir: Path) -> dict[str, float]:
         for batch in (1, 64):
             ratios = relative_latencies(models, inputs[:batch])
             latencies[f"latency_{batch}{suffix}"] = round(ratios["small"], 3)
+    error, _ = evaluate(shrunk.small, trained.data.test_batches(hardware.workers), trained.device)
     return {
-        "error": round(evaluate(shrunk.small, trained.test)[0], 3),
+        "error": round(error, 3),
         "flops": shrunk.flops,
         "parameters": shrunk.parameters,
         **latencies,
@@ -83,7 +84,8 @@ def result_table(rows: list[dict[str, str]], task: str) -> str:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, RESULTS)
+    parser = make_parser(__doc__, RESULTS, tasks=TASKS)
+    add_hardware_arguments(parser)
     parser.set_defaults(tasks=["lenet-5"])
     parser.add_argument("--flops", type=float, nargs="+", default=[0.07, 0.04], help="fractions of the operations")
     args = parser.parse_args()
@@ -93,7 +95,7 @@ def main() -> None:
             for target in args.flops:
                 run = Run(task, "neuron", target, args.epochs or TASKS[task].epochs, seed)
                 if missing_runs(args.results, [run]):
-                    figures = measure(run, args.data_dir)
+                    figures = measure(run, args.data_dir, chosen_hardware(args))
                     append_row(args.results, {**run.cells(), **figures})
                     print(*run.cells().values(), "→", figures, flush=True)
     for task in args.tasks:

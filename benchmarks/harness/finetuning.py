@@ -18,14 +18,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor
 
 from lightning_autoprune import AutoPruneCallback, sparsity
-from lightning_autoprune.method.schedule import Phases, target_path
+from lightning_autoprune.method.schedule import target_path
 
+from .data import Data, make_seeded_loader
 from .methods.autoprune import AutoPrune
 from .methods.hyperflux import Hyperflux
 from .methods.lightning_pruning import LightningPruningInCuts
 from .methods.magnitude import GradualMagnitude, OneShotMagnitude
 from .results import RunParameters, group_means, read_rows
-from .tasks import Data, Task, make_seeded_loader
+from .tasks import Task
 from .training import Learner, Method, evaluate, make_trainer, train_network
 
 TRIALS_RESULTS = Path(__file__).parents[1] / "results" / "finetuning_trials.csv"
@@ -178,17 +179,12 @@ class PathRecorder(Callback):
         self.callback = callback
         self.points: list[tuple[float, float]] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the pruning phase."""
-        settings = self.callback.settings
-        self.phases = Phases.of(int(trainer.estimated_stepping_batches), settings.warmup, settings.finetune)
-        self.target = settings.target_sparsity
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Record the sparsity after a pruning step."""
-        step = trainer.global_step
-        if self.phases.start < step < self.phases.end:
-            density = target_path(self.phases.progress(step), 1.0, 1 - self.target)
+        pruner = self.callback._run.pruner
+        phases, target = pruner.phases, self.callback.settings.target_density
+        if phases.start < trainer.global_step < phases.end:
+            density = target_path(phases.progress(trainer.global_step), 1.0, target)
             self.points.append((self.callback.sparsity, 1 - density))
 
 
@@ -217,13 +213,13 @@ def finetune_and_test(
         learner.example_input_array = data.train[0][:1]
         callbacks = method.callbacks()  # of the prepared network
         recorders = [PathRecorder(callback) for callback in callbacks if isinstance(callback, AutoPruneCallback)]
-        trainer = make_trainer(None, [*callbacks, *recorders], steps)
+        trainer = make_trainer(None, [*callbacks, *recorders], steps=steps)
         start = time.perf_counter()
         trainer.fit(learner, make_seeded_loader(data.train, task.batch, ORDER_SEED + seed))
         seconds = time.perf_counter() - start
         network = method.finish(learner.network)
         points = [point for recorder in recorders for point in recorder.points]
-    error, loss = evaluate(network, data.test)
+    error, loss = evaluate(network, data.test_batches())
     differences = [reached - wanted for reached, wanted in points]
     return FinetuningOutcome(
         error=round(error, 3),

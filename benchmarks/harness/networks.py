@@ -113,3 +113,90 @@ class CharBert(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """Return logits of all characters (batch, length, codes) for codes (batch, length)."""
         return self.bert(codes).logits
+
+
+VGG_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+"""Channels of the convolutions of the VGG-like network; 0 stands for a pooling that halves height and width."""
+
+
+def vgg_like() -> nn.Sequential:
+    """Return the VGG-like network for images of 32×32 pixels, with 14,977,728 prunable weights in 15 layers.
+
+    It is the network of the pruning literature: VGG-16 (Simonyan and Zisserman, 2015) with BatchNorm and one hidden
+    layer of 512 (Zagoruyko, 2015), here without dropout.
+    """
+    layers: list[nn.Module] = []
+    inputs = 3
+    for width in VGG_WIDTHS:
+        if width:
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            inputs = width
+        else:
+            layers.append(nn.MaxPool2d(2))
+    hidden = [nn.Flatten(), nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU()]
+    return _initialize(nn.Sequential(*layers, *hidden, nn.Linear(512, 10)))
+
+
+def _norm_and_relu6(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU6()]
+
+
+class InvertedResidual(nn.Module):
+    """A wide depthwise 3×3 convolution between two 1×1 convolutions (Sandler et al., 2018).
+
+    Args:
+        inputs: channels of the input.
+        outputs: channels of the output; the input is added if it has the same shape.
+        stride: of the depthwise convolution.
+        expansion: channels of the depthwise convolution / channels of the input.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = inputs * expansion
+        expand = [nn.Conv2d(inputs, wide, 1, bias=False), *_norm_and_relu6(wide)] if expansion > 1 else []
+        depthwise = nn.Conv2d(wide, wide, 3, stride, padding=1, groups=wide, bias=False)
+        project = [nn.Conv2d(wide, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+        self.layers = nn.Sequential(*expand, depthwise, *_norm_and_relu6(wide), *project)
+        self.adds_input = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
+        return x + self.layers(x) if self.adds_input else self.layers(x)
+
+
+MOBILENET_V2_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+"""Expansion, channels, number of blocks and first stride of each stage (Sandler et al., 2018, table 2)."""
+
+
+def mobilenet_v2(classes: int = 1000) -> nn.Sequential:
+    """Return MobileNet-V2 (Sandler et al., 2018) for images of 224×224 pixels, with 3,504,872 parameters."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), *_norm_and_relu6(32)]
+    inputs = 32
+    for expansion, channels, blocks, stride in MOBILENET_V2_STAGES:
+        for i in range(blocks):
+            layers.append(InvertedResidual(inputs, channels, 1 if i else stride, expansion))
+            inputs = channels
+    layers += [nn.Conv2d(inputs, 1280, 1, bias=False), *_norm_and_relu6(1280)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, classes)]
+    return _initialize(nn.Sequential(*layers, *head))
+
+
+def _initialize(network: nn.Sequential) -> nn.Sequential:
+    """Give convolutions the initial weights of He et al. (2015), and linear layers small ones."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return network

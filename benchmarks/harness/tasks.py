@@ -6,40 +6,31 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.optim import SGD, Adam, Optimizer
 
-from lightning_autoprune.demo.data import Split, load_mnist, make_loader
+from lightning_autoprune.demo.data import load_mnist
 from lightning_autoprune.demo.networks import lenet5, lenet_300_100
 
-from .networks import CharTransformer, mlp, small_resnet
+from .data import Data, StreamedData
+from .image_data import cifar10, crop_and_flip, imagenet
+from .networks import CharTransformer, mlp, mobilenet_v2, small_resnet, vgg_like
+
+OptimizerFactory = Callable[[list[dict[str, Any]], float], Optimizer]
+"""Takes parameter groups and the learning rate of the groups that have none."""
 
 
-@dataclass(frozen=True)
-class Data:
-    """Samples to train and to test on.
-
-    Attributes:
-        train: inputs and labels to train on, samples in the first dimension.
-        test: inputs and labels to test on, samples in the first dimension.
-    """
-
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-
-    def without_test_set(self) -> Data:
-        """Return the training samples alone, with their last sixth to test on, for choosing settings."""
-        inputs, labels = self.train
-        cut = len(inputs) * 5 // 6
-        return Data((inputs[:cut], labels[:cut]), (inputs[cut:], labels[cut:]))
+def adam(groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    """Return Adam."""
+    return Adam(groups, lr, fused=True)
 
 
-def make_seeded_loader(samples: tuple[Tensor, Tensor], size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Return a loader of batches (inputs, labels) whose order depends on the seed alone."""
-    split = Split(*samples)
-    return make_loader(split, size, sampler=RandomSampler(split, generator=torch.Generator().manual_seed(seed)))
+def momentum_sgd(weight_decay: float) -> OptimizerFactory:
+    """Return a function that makes SGD with Nesterov's momentum of 0.9 and a weight decay."""
+    return functools.partial(SGD, momentum=0.9, weight_decay=weight_decay, nesterov=True)
 
 
 @dataclass(frozen=True)
@@ -48,23 +39,27 @@ class Task:
 
     Attributes:
         name: on the command line.
-        data: reads the data, given the directory of MNIST. The test samples are the same for all seeds.
+        data: reads the data, given its directory. The test samples are the same for all seeds.
         network: makes the network.
         epochs: passes over the training samples.
         batch: samples in a batch.
-        lr: learning rate of Adam, which falls to 0 on a cosine over the run.
+        lr: learning rate, which falls to 0 on a cosine over the run.
         metric: what ranks the methods on the test samples, ``"error"`` (percent) or ``"loss"`` (cross-entropy in nats).
         compressions: prunable weights / kept ones, for the tables.
+        optimizer: makes the optimizer.
+        augment: changes a batch of training inputs at random; None: they are trained on as they are.
     """
 
     name: str
-    data: Callable[[Path], Data]
+    data: Callable[[Path], Data | StreamedData]
     network: Callable[[], nn.Module]
     epochs: int
     batch: int
     lr: float
     metric: str
     compressions: tuple[float, ...]
+    optimizer: OptimizerFactory = adam
+    augment: Callable[[Tensor], Tensor] | None = None
 
     @property
     def third(self) -> int:
@@ -120,13 +115,18 @@ def python_help(directory: Path) -> Data:
     return Data(*splits)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task("lenet-300-100", mnist, lenet_300_100, 38, 128, 1e-3, "error", (20, 50, 80, 120, 200)),
-        Task("lenet-5", mnist, lenet5, 38, 128, 1e-3, "error", (310, 500)),
-        Task("resnet", mnist, small_resnet, 5, 128, 2e-3, "error", (10, 30, 100)),
-        Task("transformer", python_help, CharTransformer, 6, 32, 2e-3, "loss", (10, 30, 100)),
-        Task("tabular", breast_cancer, mlp, 60, 32, 1e-3, "loss", (10, 30, 100)),
-    )
-}
+SMALL_TASKS = (
+    Task("lenet-300-100", mnist, lenet_300_100, 38, 128, 1e-3, "error", (20, 50, 80, 120, 200)),
+    Task("lenet-5", mnist, lenet5, 38, 128, 1e-3, "error", (310, 500)),
+    Task("resnet", mnist, small_resnet, 5, 128, 2e-3, "error", (10, 30, 100)),
+    Task("transformer", python_help, CharTransformer, 6, 32, 2e-3, "loss", (10, 30, 100)),
+    Task("tabular", breast_cancer, mlp, 60, 32, 1e-3, "loss", (10, 30, 100)),
+)
+LARGE_TASKS = (
+    Task("vgg-like", cifar10, vgg_like, 200, 128, 0.1, "error", (75,), momentum_sgd(5e-4), crop_and_flip),
+    Task("mobilenet-v2", imagenet, mobilenet_v2, 150, 256, 0.05, "error", (2, 4), momentum_sgd(4e-5)),
+)
+"""The larger networks of the AutoPrune paper, for a GPU; they are in no table and run only if they are named."""
+
+DEFAULT_TASKS = tuple(task.name for task in SMALL_TASKS)
+TASKS = {task.name: task for task in SMALL_TASKS + LARGE_TASKS}

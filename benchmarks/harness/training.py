@@ -1,10 +1,11 @@
-"""Trains and tests every method in the same way: Lightning's Trainer, Adam with a cosine schedule, one thread."""
+"""Trains and tests every method in the same way: Lightning's Trainer, a cosine schedule, one thread."""
 
 from __future__ import annotations
 
 import logging
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_autoprune.model.prunable_layers import prunable_weights
 
-from .tasks import Task, make_seeded_loader
+from .data import Batch, Data, StreamedData
+from .tasks import OptimizerFactory, Task, adam
 
 UNLABELED = -100
 """The label of a place that has none: torch's cross-entropy leaves it out."""
@@ -34,18 +36,38 @@ def silence(threads: int = 1) -> None:
     torch.set_flush_denormal(True)
 
 
-def make_trainer(epochs: int | None, callbacks: list[Callback], steps: int = -1) -> Trainer:
-    """Return a Trainer on the CPU that writes nothing.
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a network is trained: on one device.
+
+    Attributes:
+        accelerator: of the Trainer, such as ``"cpu"``, ``"gpu"`` or ``"auto"``.
+        precision: of the Trainer, such as ``"32-true"``, ``"16-mixed"`` or ``"bf16-mixed"``.
+        workers: number of processes that load data that is not in memory.
+    """
+
+    accelerator: str = "cpu"
+    precision: str = "32-true"
+    workers: int = 0
+
+
+def make_trainer(
+    epochs: int | None, callbacks: list[Callback], hardware: Hardware = Hardware(), steps: int = -1
+) -> Trainer:
+    """Return a Trainer on one device that writes nothing.
 
     Args:
         epochs: length of the run; None: ``steps`` gives it.
         callbacks: those of the method.
+        hardware: the device.
         steps: the most steps of the run; -1: no limit.
     """
     return Trainer(
         max_epochs=epochs,
         max_steps=steps,
-        accelerator="cpu",
+        accelerator=hardware.accelerator,
+        devices=1,
+        precision=hardware.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -71,7 +93,7 @@ class Method(Callback):
         return network
 
     def parameters(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Return parameter groups for Adam; a group without ``lr`` gets the task's."""
+        """Return parameter groups for the optimizer; a group without ``lr`` gets the task's."""
         return [{"params": list(network.parameters())}]
 
     def penalty(self, network: nn.Module) -> Tensor | float:
@@ -86,14 +108,29 @@ class Method(Callback):
 class Learner(LightningModule):
     """Cross-entropy over the last dimension of the logits, plus the method's penalty.
 
+    Args:
+        network: to train.
+        method: how to prune.
+        lr: learning rate at the start.
+        optimizer: makes the optimizer.
+        augment: changes a batch of inputs at random; None: nothing does.
+
     Attributes:
         samples: number of samples passed forward and backward so far. It is in a list, so that restoring the module's
             state does not reset it.
     """
 
-    def __init__(self, network: nn.Module, method: Method, lr: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        method: Method,
+        lr: float,
+        optimizer: OptimizerFactory = adam,
+        augment: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.network, self.lr, self.samples = network, lr, [0]
+        self.make_optimizer, self.augment = optimizer, augment
         object.__setattr__(self, "method", method)  # not as a submodule
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -104,12 +141,12 @@ class Learner(LightningModule):
         """Return the loss of a batch (inputs, labels)."""
         inputs, labels = batch
         self.samples[0] += len(inputs)
-        logits = self.network(inputs)
+        logits = self.network(self.augment(inputs) if self.augment else inputs)
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()) + self.method.penalty(self.network)
 
     def configure_optimizers(self) -> Any:
-        """Return Adam and a cosine schedule over the steps of the run."""
-        optimizer = torch.optim.Adam(self.method.parameters(self.network), self.lr, fused=True)
+        """Return the optimizer and a cosine schedule over the steps of the run."""
+        optimizer = self.make_optimizer(self.method.parameters(self.network), self.lr)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
@@ -141,12 +178,12 @@ class Outcome:
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, samples: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Return the error in percent and the cross-entropy in nats, over all places that have a label."""
-    network.eval()
+def evaluate(network: nn.Module, batches: Iterable[Batch], device: torch.device | str = "cpu") -> tuple[float, float]:
+    """Move the network to a device, and return the error in percent and the cross-entropy in nats, over all labels."""
+    network.to(device).eval()
     wrong, loss, count = 0.0, 0.0, 0
-    for inputs, labels in zip(samples[0].split(1000), samples[1].split(1000), strict=True):
-        logits, labels = network(inputs).flatten(0, -2), labels.flatten()
+    for inputs, labels in batches:
+        logits, labels = network(inputs.to(device)).flatten(0, -2), labels.to(device).flatten()
         has_label = labels != UNLABELED
         logits, labels = logits[has_label], labels[has_label]
         wrong += float((logits.argmax(1) != labels).sum())
@@ -161,19 +198,27 @@ class TrainedNetwork:
 
     Attributes:
         network: the network, zero where it is pruned.
-        test: inputs and labels to test on.
+        data: the data, with the samples to test on.
+        device: where it was trained; the network is on the CPU.
         passes: see :class:`Outcome`.
         seconds: see :class:`Outcome`.
     """
 
     network: nn.Module
-    test: tuple[Tensor, Tensor]
+    data: Data | StreamedData
+    device: torch.device
     passes: float
     seconds: float
 
 
 def train_network(
-    task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
+    task: Task,
+    method: Method,
+    seed: int,
+    directory: Path,
+    epochs: int | None = None,
+    validate: bool = False,
+    hardware: Hardware = Hardware(),
 ) -> TrainedNetwork:
     """Train one network.
 
@@ -181,31 +226,40 @@ def train_network(
         task: network, data and budget.
         method: how to prune.
         seed: of the initial weights and the order of the samples.
-        directory: directory of MNIST's IDX files.
+        directory: directory of the task's data.
         epochs: length of the run; None: the task's.
         validate: whether to keep a sixth of the training samples out of training, to test on in place of the test set.
+        hardware: where and how to train.
     """
     data, epochs = task.data(directory), epochs or task.epochs
     if validate:
         data = data.without_test_set()
     seed_everything(seed, verbose=False)
     network = task.network().to(memory_format=torch.channels_last)
-    learner = Learner(method.prepare(network, data.train[0][: task.batch]), method, task.lr)
-    learner.example_input_array = data.train[0][:1]
-    trainer = make_trainer(epochs, method.callbacks())
+    prepared = method.prepare(network, data.first_inputs(task.batch))
+    learner = Learner(prepared, method, task.lr, task.optimizer, task.augment)
+    learner.example_input_array = data.first_inputs(1)
+    trainer = make_trainer(epochs, method.callbacks(), hardware)
     start = time.perf_counter()
-    trainer.fit(learner, make_seeded_loader(data.train, task.batch, seed))
+    trainer.fit(learner, data.train_loader(task.batch, seed, hardware.workers))
     seconds = time.perf_counter() - start
-    passes = learner.samples[0] / (len(data.train[0]) * epochs)
-    return TrainedNetwork(method.finish(learner.network), data.test, round(passes, 2), round(seconds, 1))
+    passes = learner.samples[0] / (data.train_samples * epochs)
+    network = method.finish(learner.network)
+    return TrainedNetwork(network, data, trainer.strategy.root_device, round(passes, 2), round(seconds, 1))
 
 
 def train_and_test(
-    task: Task, method: Method, seed: int, directory: Path, epochs: int | None = None, validate: bool = False
+    task: Task,
+    method: Method,
+    seed: int,
+    directory: Path,
+    epochs: int | None = None,
+    validate: bool = False,
+    hardware: Hardware = Hardware(),
 ) -> Outcome:
     """Train and test one network; the arguments are those of :func:`train_network`."""
-    trained = train_network(task, method, seed, directory, epochs, validate)
-    error, loss = evaluate(trained.network, trained.test)
+    trained = train_network(task, method, seed, directory, epochs, validate, hardware)
+    error, loss = evaluate(trained.network, trained.data.test_batches(hardware.workers), trained.device)
     weights = prunable_weights(trained.network)
     total, kept = sum(w.numel() for w in weights.values()), sum(int(w.count_nonzero()) for w in weights.values())
     rest = sum(p.numel() for p in trained.network.parameters()) - total

@@ -170,7 +170,8 @@ def lift_largest(m: Tensor, count: int) -> None:
     flat = _replace_nan_(m).flatten()
     best = flat.topk(count).indices
     flat[best] = flat[best].clamp_min(_BARELY_KEPT)
-    m.copy_(flat.view_as(m))
+    if flat.data_ptr() != m.data_ptr():  # a view has changed m already, and may have other strides: no copy onto itself
+        m.copy_(flat.view_as(m))
 
 
 def largest_count(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
+from lightning_autoprune.method.dense_phase import EARLY, LATE, FirstLosses, begins_early
 from lightning_autoprune.method.fisher import FisherInformation
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
@@ -48,6 +49,9 @@ class Pruner:
         layouts: their layouts when they were taken in.
         step: number of training steps that are over.
         auxiliary: the auxiliary parameters; None in the dense phase.
+        phases: the phases of the run; pruning may begin earlier than first planned (see :meth:`decide_start`).
+        late_start: the training step at which pruning begins unless the training loss asks for an early start.
+        first_losses: the training losses that decide about that.
 
     Raises:
         AutoPruneError: if the target can't be met because of the layers' floors.
@@ -81,7 +85,12 @@ class Pruner:
     ) -> None:
         self.settings, self.step, self.neurons = settings, step, neurons
         self._set_weights(weights)
-        self.phases = Phases.of(total_steps, settings.warmup, settings.finetune)
+        warmup = LATE if settings.warmup is None else settings.warmup
+        self.phases = Phases.of(total_steps, warmup, settings.finetune)
+        self.late_start = self.phases.start
+        early = Phases.of(total_steps, EARLY, settings.finetune)
+        self._early_phases = early if settings.warmup is None and 1 < early.start < self.late_start else None
+        self.first_losses = FirstLosses(early.start)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target, self._path = settings.target_density, make_schedule(settings.schedule)
@@ -255,8 +264,10 @@ class Pruner:
     @property
     def observes(self) -> bool:
         """True if the gradients of the training step under way decide about the M that pruning starts with."""
-        wanted = self.settings.initial_m == "fisher" and GRANULARITIES[self.settings.granularity].uses_fisher
-        return wanted and self.auxiliary is None and 0 < self.phases.start - self.step <= _OBSERVED_STEPS
+        if self.settings.initial_m != "fisher" or not GRANULARITIES[self.settings.granularity].uses_fisher:
+            return False
+        start = self._early_phases.start if self._early_phases else self.phases.start
+        return self.auxiliary is None and 0 < start - self.step <= _OBSERVED_STEPS
 
     def observe(self, dL_dT: Mapping[str, Tensor]) -> None:
         """Take in gradients of the dense phase, by layer name, before the weight step; see :attr:`observes`.
@@ -266,6 +277,29 @@ class Pruner:
                 each other matter.
         """
         self._fisher.add(dL_dT)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Take in the training loss of a batch, which may decide when pruning begins; see :meth:`decide_start`."""
+        if self._early_phases and self.step < self._early_phases.start:
+            self.first_losses.add(self.step, loss)
+
+    @property
+    def decides_start(self) -> bool:
+        """True in the last training step before pruning may begin early, if the user leaves that to the loss."""
+        return self._early_phases is not None and self.step + 1 == self._early_phases.start
+
+    def decide_start(self, losses: tuple[float, float] | None) -> None:
+        """Begin pruning at the end of the training step under way, or go on as planned; see :attr:`decides_start`.
+
+        Args:
+            losses: the training loss of the first step, and the mean of recent ones, over all ranks; None: not known.
+        """
+        assert self._early_phases is not None
+        if losses and begins_early(*losses):
+            self.phases = self._early_phases
+        else:
+            self._fisher = FisherInformation()  # of gradients that are long past when pruning begins
+        self._early_phases = None
 
     def before_forward(self) -> None:
         """Prepare the weights for passes whose gradients M follows; needed with neurons only.
@@ -340,6 +374,8 @@ class Pruner:
         else:
             self.after_backward()
         self._m_was_stepped = False
+        if self.decides_start:
+            self.decide_start(self.first_losses.means())
         self.step += 1
         return self._enter_phase(before_forgetting)
 
@@ -396,9 +432,20 @@ class Pruner:
             "step": self.step,
             "pressure": (self.mu, self._controller.error),
             "first_density": self._first_density,
+            "start": None if self._early_phases else self.phases.start,
+            "first_losses": self.first_losses.state_dict() if self._early_phases else None,
             "fisher": None if self.auxiliary else self._fisher.state_dict(self.weights),
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
         }
+
+    def _restore_start(self, state: Mapping[str, Any]) -> None:
+        """Restore when pruning begins, or what has been measured so far to decide it."""
+        if self._early_phases and state.get("first_losses"):
+            self.first_losses.load_state_dict(state["first_losses"])
+        elif self._early_phases:
+            if state.get("start", self.late_start) < self.late_start:
+                self.phases = self._early_phases
+            self._early_phases = None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on weights from the same step.
@@ -409,6 +456,7 @@ class Pruner:
         self.step = state["step"]
         if self._target is not None:  # otherwise the pressure is that of the settings
             self._controller.mu, self._controller.error = state["pressure"]
+        self._restore_start(state)
         self._first_density = state.get("first_density", 1.0)
         self._fisher = FisherInformation()
         if state.get("fisher"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lightning_autoprune.errors import AutoPruneError, check_choice, check_range
+from lightning_autoprune.method.dense_phase import LATE
 from lightning_autoprune.method.estimators import Estimator, EstimatorName, check_estimator
 from lightning_autoprune.method.granularity import GRANULARITIES, GranularityName
 from lightning_autoprune.method.initialization import INITIAL_M, InitialM
@@ -140,8 +141,12 @@ class Settings:
         """interval of the auxiliary steps in training steps, >= 1. Each is followed by an update of the masks.""",
         in_range(1, whole=True),
     )
-    warmup: float = setting(
-        0.25, """fraction of the run that is dense, in [0, 1]; 1 switches pruning off.""", in_range(0, 1)
+    warmup: float | None = setting(
+        None,
+        """fraction of the run that is dense, in [0, 1]; 1 switches pruning off. None: 0.1 for a network that is trained
+        already or learns fast, which the training loss shows: by then it is at least 0.8 or at most 0.1 times its first
+        value. Otherwise 0.25.""",
+        in_range(0, 1),
     )
     finetune: float = setting(
         0.35,
@@ -162,9 +167,10 @@ class Settings:
             object.__setattr__(self, entry.name, plain_value(value))
         self._check_targets()
         check_schedule(self.schedule, 0.1 if self.target_density is None else self.target_density)
-        if self.warmup < 1 <= self.warmup + self.finetune:
+        warmup = LATE if self.warmup is None else self.warmup
+        if warmup < 1 <= warmup + self.finetune:
             raise AutoPruneError(
-                f"`warmup` {self.warmup:g} and `finetune` {self.finetune:g} leave no time to prune: together they must"
+                f"`warmup` {warmup:g} and `finetune` {self.finetune:g} leave no time to prune: together they must"
                 " be below 1. To switch pruning off, use `enabled=False`."
             )
 

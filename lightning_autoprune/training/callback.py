@@ -89,7 +89,9 @@ class AutoPruneCallback(BaseCallback):
             optimizer trains all prunable weights. It takes one more tensor per weight while pruning.
         mask_every_n_steps: interval of the auxiliary steps in training steps, >= 1. Each is followed by an update of
             the masks.
-        warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
+        warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off. None: 0.1 for a network that is
+            trained already or learns fast, which the training loss shows: by then it is at least 0.8 or at most 0.1
+            times its first value. Otherwise 0.25.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
         include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
             recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are
@@ -150,7 +152,7 @@ class AutoPruneCallback(BaseCallback):
         redraw_held_out: bool = True,
         train_gradients: bool | None = None,
         mask_every_n_steps: int = 1,
-        warmup: float = 0.25,
+        warmup: float | None = None,
         finetune: float = 0.35,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
@@ -176,7 +178,7 @@ class AutoPruneCallback(BaseCallback):
     @property
     def enabled(self) -> bool:
         """False if the callback does nothing: with ``enabled=False`` or ``warmup=1``."""
-        return self.settings.enabled and self.settings.warmup < 1
+        return self.settings.enabled and self.settings.warmup != 1
 
     @property
     def sparsity(self) -> float:
@@ -309,6 +311,7 @@ class AutoPruneCallback(BaseCallback):
         """Step M on a held-out batch, update the masks, move on to the next phase, and report."""
         if not (run := self._active_run):
             return
+        run.add_loss(outputs)
         if has_stepped(trainer):
             run.end_step()
         else:

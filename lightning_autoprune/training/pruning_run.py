@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
+from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
 from lightning_autoprune.tensors.sharding import reshard
 from lightning_autoprune.training.auxiliary_steps import AuxiliarySteps
 from lightning_autoprune.training.callback_settings import CallbackSettings
@@ -163,10 +165,30 @@ class PruningRun:
         self.pruner.after_weight_step()
         self.pruner.before_forward()  # the training step may go on with another pass, and a held-out pass may follow
 
+    def add_loss(self, outputs: Any) -> None:
+        """Take in what ``training_step`` returned, as Lightning passes it to hooks, for the loss in it."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self.pruner.add_loss(loss)
+
+    def _decide_start(self) -> None:
+        """Let the training loss, over all ranks, decide whether pruning begins early."""
+        losses, source = self.pruner.first_losses.means(), self._held_out.source
+        has_gradients = self._held_out.follows_training or not source.splits_batches  # until batches are split
+        ranks, device = self._trainer.world_size, self._trainer.strategy.root_device
+        if not all_ranks_agree(losses is not None and has_gradients, ranks, device):
+            self.pruner.decide_start(None)
+            return
+        assert losses is not None
+        first, now = mean_over_ranks([torch.tensor(loss, device=device) for loss in losses], 1.0, ranks)
+        self.pruner.decide_start((float(first), float(now)))
+
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
+        if self.pruner.decides_start:
+            self._decide_start()
         if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
             self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())
         if self.pruner.enters_phase:

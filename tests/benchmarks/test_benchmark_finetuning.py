@@ -87,7 +87,7 @@ def test_only_masked_characters_have_labels():
 def test_places_without_a_label_are_not_counted():
     logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]]])
     right = torch.log1p(torch.exp(torch.tensor(-2.0))).item()
-    error, loss = evaluate(torch.nn.Identity(), (logits, torch.tensor([[0, UNLABELED, 0]])))
+    error, loss = evaluate(torch.nn.Identity(), [(logits, torch.tensor([[0, UNLABELED, 0]]))])
     assert error == 50
     assert loss == pytest.approx(right + 1)
 
@@ -131,7 +131,7 @@ def test_a_dense_network_for_choosing_settings_has_a_file_of_its_own(tmp_path):
 def test_no_steps_test_the_dense_network_as_it_is(dense):
     network = TABULAR.network()
     network.load_state_dict(dense)
-    error, loss = evaluate(network, TABULAR.data(Path()).test)
+    error, loss = evaluate(network, TABULAR.data(Path()).test_batches())
     outcome = finetune_and_test(TABULAR, dense, Method(), 0, 0, TABULAR.data(Path()))
     assert (outcome.error, outcome.loss, outcome.sparsity) == (round(error, 3), round(loss, 5), 0)
 
@@ -174,19 +174,19 @@ def test_one_shot_pruning_keeps_the_largest_dense_weights_throughout(dense):
     largest = values >= values.sort(descending=True).values[TOTAL // 10 - 1]
     learner = Learner(network, method, 1e-3)
     samples = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.train), batch_size=32)
-    make_trainer(None, method.callbacks(), 30).fit(learner, samples)
+    make_trainer(None, method.callbacks(), steps=30).fit(learner, samples)
     after = torch.cat([weight.detach().flatten() for weight in prunable_weights(network).values()])
     assert torch.equal(after != 0, largest)
     assert not torch.equal(after[largest].abs(), values[largest])  # they were trained
 
 
 def test_the_sparsity_is_compared_with_the_path_after_each_pruning_step(dense):
-    callback = AutoPruneCallback(0.9, log_every_n_steps=1)
+    callback = AutoPruneCallback(0.9, warmup=0.25, log_every_n_steps=1)
     recorder, data = PathRecorder(callback), TABULAR.data(Path())
     network = TABULAR.network()
     network.load_state_dict(dense)
     samples = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.train), batch_size=32)
-    make_trainer(None, [callback, recorder], 40).fit(Learner(network, Method(), 1e-3), samples)
+    make_trainer(None, [callback, recorder], steps=40).fit(Learner(network, Method(), 1e-3), samples)
     curve = dict(callback.curves["all"])
     assert [reached for reached, _ in recorder.points] == [curve[step] for step in range(10, 25)]  # they count from 0
     wanted = [path for _, path in recorder.points]

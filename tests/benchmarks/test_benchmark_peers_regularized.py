@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.data import Data
 from harness.methods import l0, vardrop
 from harness.methods.l0 import L0
 from harness.methods.regularized import linear_map
 from harness.methods.spred import Spred
 from harness.methods.vardrop import VariationalDropout
-from harness.tasks import Data, Task
+from harness.tasks import Task
 from lightning.pytorch import Callback
 from peers import STEPS, make_task, mlp, run_watched
 from torch import nn

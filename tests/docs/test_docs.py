@@ -128,13 +128,14 @@ def test_the_benchmark_tables_agree_with_the_rows_of_the_results():
     import deploy
     import finetuning
     import neurons
+    import paper
     from harness.methods import LABELS
     from harness.report import compression_table, no_target_table
     from harness.results import read_rows
-    from harness.tasks import TASKS
+    from harness.tasks import DEFAULT_TASKS, TASKS
 
     rows = [row for row in read_rows(accuracy.RESULTS) if accuracy.has_current_settings(row)]
-    tables = {f"accuracy.py, {task}": compression_table(rows, task, LABELS) for task in TASKS}
+    tables = {f"accuracy.py, {task}": compression_table(rows, task, LABELS) for task in DEFAULT_TASKS}
     tables["accuracy.py, no target"] = no_target_table(rows)
     tables["cost.py"] = cost.cost_table(cost.last_rows(cost.RESULTS))
     tables["deploy.py, sizes"] = deploy.size_table(read_rows(deploy.RESULTS))
@@ -143,6 +144,9 @@ def test_the_benchmark_tables_agree_with_the_rows_of_the_results():
     for task in {row["task"] for row in tuned}:
         tables[f"finetuning.py, {task}"] = finetuning.make_table(tuned, task)
     tables["neurons.py"] = neurons.result_table(read_rows(neurons.RESULTS), "lenet-5")
+    papers = {f"paper.py, {task}": paper.result_table(read_rows(paper.RESULTS), task) for task in TASKS}
+    assert any(papers.values())
+    tables |= {name: table for name, table in papers.items() if table}
     page = (DOCS / "benchmarks.md").read_text()
     for name, table in tables.items():
         assert f"\n\n{table}\n\n" in page, f"copy the table that {name} prints to docs/benchmarks.md:\n{table}"
@@ -215,6 +219,26 @@ def test_the_code_with_own_objects_runs_and_meets_its_target():
     exec(code, names)
     assert names["callback"].sparsity == pytest.approx(0.9, abs=0.01)
     assert sparsity(names["model"]) == pytest.approx(0.9, abs=0.01)
+
+
+def test_the_code_of_the_papers_setting_takes_its_step_in_each_auxiliary_step():
+    from harness.methods.paper import STATED, UNSTATED
+
+    [code] = re.findall(r"```python\n(.*?)```", (DOCS / "benchmarks.md").read_text(), flags=re.DOTALL)
+    names = {"model": Net(), "train_loader": loader()}
+    exec(code, names)
+    settings, steps = names["callback"].settings, 13 * 128 // 2 // 16
+    assert settings.auxiliary_lr / (steps - round(0.35 * steps)) == pytest.approx(1.5e-2)
+    assert {name: getattr(settings, name) for name in {**STATED, **UNSTATED}} == {**STATED, **UNSTATED}
+    assert names["trainer"].global_step == steps
+
+
+def test_the_benchmarks_page_has_the_measured_change_of_each_part_of_the_papers_setting(site):
+    page = (site / "benchmarks.html").read_text()
+    assert "{{" not in page
+    section = page[page.index('id="the-paper-s-setting"') :]
+    for option in ("autoprune", "leaky_relu", "constant"):
+        assert f"{option}&quot;</span></code>: +" in section, option
 
 
 def test_the_code_for_whole_neurons_runs():

@@ -52,6 +52,13 @@ def test_lift_largest_raises_only_the_largest():
     assert m.tolist() == [[-3.0, pytest.approx(1e-8)], [2.0, -2.0]]
 
 
+def test_lift_largest_works_on_depthwise_filters_in_channels_last_memory():
+    m = torch.empty_strided((3, 1, 2, 2), (4, 1, 2, 1)).fill_(-1.0)  # contiguous too, since the second size is 1
+    m[2, 0, 1, 0] = -0.5
+    lift_largest(m, 1)
+    assert (m > 0).nonzero().tolist() == [[2, 0, 1, 0]]
+
+
 def test_nan_is_the_last_to_be_kept():
     nan = torch.nan
     M = [torch.tensor([nan, nan, nan]), torch.tensor([nan, -2.0, torch.inf, -torch.inf])]

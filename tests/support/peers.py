@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from harness.tasks import Data, Task
+from harness.data import Data
+from harness.tasks import Task
 from harness.training import train_and_test
 from torch import nn
 

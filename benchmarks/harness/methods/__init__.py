@@ -12,6 +12,7 @@ from .l0 import L0
 from .lightning_pruning import LightningPruning
 from .magnitude import GradualMagnitude
 from .nncf_rb import NNCFRegularized
+from .paper import Paper
 from .spred import Spred
 from .vardrop import VariationalDropout
 from .variants import Variant
@@ -21,6 +22,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "autoprune": AutoPrune,
     "autoprune-train": lambda compression, seed, **options: AutoPrune(compression, seed, held_out="train", **options),
     "variant": Variant,
+    "paper": Paper,
     "gmp": lambda compression, seed, **options: GradualMagnitude(compression, **options),
     "lightning": lambda compression, seed, **options: LightningPruning(compression, **options),
     "rigl": lambda compression, seed, **options: DynamicSparse(compression, "gradient", seed=seed, **options),

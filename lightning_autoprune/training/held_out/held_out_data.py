@@ -126,8 +126,12 @@ class HeldOutData:
         return self._pruner.step
 
     def is_due(self, step: int) -> bool:
-        """Return True if an auxiliary step belongs to a training step, given the number of steps before it."""
-        return self._pruner is not None and self._pruner.is_due(step)
+        """Return True if an auxiliary step belongs to a training step, given the number of steps before it.
+
+        If pruning begins early, M follows the weight steps alone until the planned start: loaders ask ahead of time, so
+        they can't be told.
+        """
+        return self._pruner is not None and step >= self._pruner.late_start and self._pruner.is_due(step)
 
     def all_ranks_agree(self, ok: bool) -> bool:
         """Return True on every rank if the argument is True on all of them, else False on every rank."""

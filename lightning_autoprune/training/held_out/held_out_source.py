@@ -77,6 +77,7 @@ class HeldOutSource:
     Attributes:
         description: what is held out, for messages. A checkpoint stores it: resuming with another one is refused.
         has_batches: whether there are held-out batches at all.
+        splits_batches: whether they are parts of the training batches.
         default_train_gradients: whether M follows the gradients of the weight steps too, if the user does not set
             ``train_gradients``.
         rank_weight: weight of this rank's last batch in the mean over the ranks; the mean of the weights is 1.
@@ -87,6 +88,7 @@ class HeldOutSource:
 
     description: str
     has_batches = True
+    splits_batches = False
     default_train_gradients = False
     rank_weight = 1.0
     held_out_share = 0.5

@@ -44,6 +44,7 @@ class RedrawnSource(HeldOutSource):
         seed: together with the number of the step, it decides which samples.
     """
 
+    splits_batches = True
     default_train_gradients = True
     live = ("_trainer", "_hook", "_sampled", "_collated", "_run", "_held_out")
 
