@@ -139,7 +139,7 @@ def test_no_steps_test_the_dense_network_as_it_is(dense):
 # The methods
 
 
-@pytest.mark.parametrize("name", FINETUNING_METHODS.keys() - {"dense"})
+@pytest.mark.parametrize("name", sorted(FINETUNING_METHODS.keys() - {"dense"}))
 @pytest.mark.parametrize("sparsity", [0.5, 0.95])
 def test_every_method_meets_the_target_and_leaves_the_dense_weights_alone(dense, name, sparsity):
     before = {key: value.clone() for key, value in dense.items()}
