@@ -181,8 +181,8 @@ def _without_shared_memory(gradients: Sequence[Tensor]) -> list[Tensor]:
     for gradient in gradients:
         storage = gradient.untyped_storage()
         is_expanded = storage.nbytes() < gradient.numel() * gradient.element_size()
-        found.append(gradient.clone() if is_expanded or storage.data_ptr() in known else gradient)
-        known.add(storage.data_ptr())
+        found.append(gradient.clone() if is_expanded or storage._cdata in known else gradient)
+        known.add(storage._cdata)  # not the address of the data, which not every device tells
     return found
 
 
