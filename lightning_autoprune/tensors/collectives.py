@@ -34,7 +34,7 @@ def all_ranks_agree(decision: bool, ranks: int, device: torch.device | None = No
 
 
 def mean_over_ranks(tensors: Sequence[Tensor], weight: float, ranks: int) -> list[Tensor]:
-    """Return the weighted mean of each tensor over the ranks; every rank gets the same bits.
+    """Return the weighted mean of each tensor over the ranks, in place; every rank gets the same bits.
 
     Args:
         tensors: the tensors of this rank; all ranks pass as many, of the same shapes.
@@ -47,7 +47,7 @@ def mean_over_ranks(tensors: Sequence[Tensor], weight: float, ranks: int) -> lis
     """
     if ranks == 1:
         return list(tensors)
-    means = torch._foreach_mul(list(tensors), weight / ranks)
-    for work in [dist.all_reduce(tensor, async_op=True) for tensor in means]:
+    torch._foreach_mul_(list(tensors), weight / ranks)
+    for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
         work.wait()
-    return list(means)
+    return list(tensors)

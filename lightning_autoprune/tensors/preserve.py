@@ -17,6 +17,7 @@ __all__ = ["preserve_attributes", "preserve_buffers", "preserve_values"]
 def preserve_values(tensors: Collection[Tensor]) -> Iterator[None]:
     """Restore the values of tensors after the block.
 
+    Autograd does not take the restoring for a change: a backward pass that was pending before the block can still run.
     Inference tensors and expanded tensors are left out: they can't be written to.
 
     Example:
@@ -30,9 +31,8 @@ def preserve_values(tensors: Collection[Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for tensor, value in saved:
-                tensor.copy_(value)
+        for tensor, value in saved:
+            tensor.data.copy_(value)  # past the version counter
 
 
 def _is_expanded(tensor: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,11 @@ _MAX_OVERFLOWS = 50  # in a row, while a gradient scaler looks for a scale
 
 
 class AuxiliarySteps:
-    """Takes the auxiliary steps of a run, one after each weight step where one is due.
+    """Takes the auxiliary steps of a run, one in each training step where one is due.
+
+    If M follows both gradients, the held-out pass and the step of M come before the optimizer's step, when the weights
+    are those of the training pass and their ``grad`` is not masked yet. So both gradients are taken at the same W, and
+    that of the training pass need not be copied. If M follows the held-out gradients alone, they come after it.
 
     Args:
         trainer: the trainer, whose module is trained.
@@ -54,7 +58,7 @@ class AuxiliarySteps:
         self._trainer, self._pruner, self._held_out, self._report = trainer, pruner, held_out, report
         self._settings = settings
         self.last = -1
-        self._train_gradients: dict[str, Tensor] = {}  # of the weight step under way, by layer
+        self._batch_was_used = False  # the held-out batch of the training step under way, before a weight step
         self._stepped_at, self._stepped = -1, set[int]()  # the optimizers that stepped M in that training step
         self._bad_losses = 0  # in a row
         self._overflows = 0  # in a row
@@ -73,7 +77,7 @@ class AuxiliarySteps:
     # Around the weight step
 
     def before_weight_step(self, optimizer: Optimizer, stepped: Container[int], trains_weights: bool) -> None:
-        """Take the gradients of an optimizer's step before those of pruned weights are masked.
+        """Step M if it follows the gradients of an optimizer's step, before those of pruned weights are masked.
 
         Args:
             optimizer: the optimizer whose step begins.
@@ -97,14 +101,15 @@ class AuxiliarySteps:
         if scaler and (scale := gradient_scale(scaler, optimizer)) != 1:
             gradients = list(torch._foreach_div(gradients, scale))
         if self._held_out.source.has_batches:
-            self._train_gradients = {name: g.clone() for name, g in zip(weights, gradients, strict=True)}
+            self._batch_was_used = True
+            self._step_on_held_out_batch(weights, gradients)
         else:
-            self._step(dict(zip(weights, gradients, strict=True)))
+            self._step(weights, gradients)
 
     def _weights_to_step(self, optimizer: Optimizer, stepped: Container[int]) -> dict[str, Tensor]:
         """Return the weights that an optimizer trains, at its first step in this training step; else nothing."""
         if self._held_out.source.has_batches:
-            return self._trained_weights() if self.last < self._pruner.step else {}
+            return {} if self._batch_was_used else self._trained_weights()
         if self._stepped_at != self._pruner.step:
             self._stepped, self._stepped_at = set(), self._pruner.step
         if id(optimizer) in self._stepped:
@@ -113,30 +118,39 @@ class AuxiliarySteps:
         return {name: weight for name, weight in self._trained_weights().items() if id(weight) in stepped}
 
     def after_weight_step(self) -> None:
-        """Pass a held-out batch through the network and step M, if a step is due."""
+        """Pass a held-out batch through the network and step M, if a step is due and the batch was not used before."""
+        was_used, self._batch_was_used = self._batch_was_used, False
         weights = self._trained_weights()
-        if not (self._held_out.source.has_batches and self._pruner.due and weights):
-            return
+        if self._held_out.source.has_batches and self._pruner.due and weights and not was_used:
+            self._step_on_held_out_batch(weights)
+
+    def _step_on_held_out_batch(self, weights: Mapping[str, Tensor], train_gradients: Sequence[Tensor] = ()) -> None:
+        """Pass a held-out batch through the network and step M.
+
+        Args:
+            weights: the weights that are trained, by layer name.
+            train_gradients: those of the weight step, one per weight, if M follows them too. They are not changed.
+        """
         with self._naming_errors("loading the held-out batch"):
             batch = self._held_out.source.next_batch(self._trainer)
-        train_gradients, self._train_gradients = self._train_gradients, {}
         if not self._all_ranks_agree(batch is not None):  # a rank that ran a pass alone could wait forever
             if train_gradients:
-                self._step(train_gradients)
+                self._step(weights, train_gradients)
             return
         result = self._pass_batch(batch, weights)
         if result == SINGLE_SAMPLE:
             self._warn_of_single_sample()
             if train_gradients:
-                self._step(train_gradients)
+                self._step(weights, train_gradients)
             return
         if isinstance(result, str):
             self._count_bad_loss(f"the held-out loss is {result}")
             return
-        held_out = self._average_over_ranks(result)
-        self._report.record_held_out_loss(float(held_out.loss))
-        gradients = dict(zip(weights, held_out.gradients, strict=True))
-        self._step(self._join(train_gradients, gradients))
+        loss, gradients = self._average_over_ranks(result)
+        self._report.record_held_out_loss(float(loss))
+        if train_gradients:
+            self._join(gradients, train_gradients)
+        self._step(weights, gradients)
 
     def _pass_batch(self, batch: Any, weights: Mapping[str, Tensor]) -> HeldOutGradients | str:
         """Return the loss of a held-out batch and its gradients, or what is wrong with the loss."""
@@ -174,27 +188,25 @@ class AuxiliarySteps:
             ) from error
 
     def _average_over_ranks(self, result: HeldOutGradients) -> HeldOutGradients:
-        """Return the mean loss and gradients over the ranks, each with the weight of its batch."""
+        """Return the mean loss and gradients over the ranks, each with the weight of its batch; in place."""
         averaged = self._is_sharded  # by the backward pass
         sent = [result.loss] if averaged else [result.loss, *result.gradients]
         loss, *gradients = mean_over_ranks(sent, self._held_out.source.rank_weight, self._trainer.world_size)
         return HeldOutGradients(loss, result.gradients if averaged else gradients)
 
-    def _join(self, train: Mapping[str, Tensor], held_out: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the mean over all samples of the weight step's gradients and the held-out ones."""
-        if train.keys() != held_out.keys():
-            return held_out
+    def _join(self, held_out: Sequence[Tensor], train: Sequence[Tensor]) -> None:
+        """Turn held-out gradients into the mean over all samples of them and the weight step's, in place."""
         ranks, share = self._trainer.world_size, self._held_out.source.held_out_share
         if ranks > 1:  # the same on all ranks, whatever the sizes of their batches
             device = self._trainer.strategy.root_device
             share = float(mean_over_ranks([torch.tensor(share, device=device)], 1.0, ranks)[0])
-        mean = list(train.values())
-        torch._foreach_lerp_(mean, list(held_out.values()), share)
-        return dict(zip(train, mean, strict=True))
+        torch._foreach_lerp_(list(held_out), list(train), 1 - share)
 
-    def _step(self, gradients: Mapping[str, Tensor]) -> None:
+    def _step(self, weights: Iterable[str], gradients: Sequence[Tensor]) -> None:
+        """Step M on one gradient per weight, given the names of their layers."""
+        by_layer = dict(zip(weights, gradients, strict=True))
         self.last = self._pruner.step
-        if self._pruner.auxiliary_step([gradients.get(name) for name in self._pruner.weights]):
+        if self._pruner.auxiliary_step([by_layer.get(name) for name in self._pruner.weights]):
             self._bad_losses = self._overflows = 0
         elif self._is_scaled and self._overflows < _MAX_OVERFLOWS:
             self._overflows += 1

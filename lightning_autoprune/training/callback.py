@@ -83,7 +83,7 @@ class AutoPruneCallback(BaseCallback):
             pass through the network than without pruning. False: it is one part of the training set for the whole run.
         train_gradients: whether M follows the gradients of the weight steps too, as one mean over the samples of both
             (with a loader's batches: half and half). None: yes if a fraction of each batch is held out and one
-            optimizer trains all prunable weights. It takes one more tensor per weight while pruning.
+            optimizer trains all prunable weights.
         mask_every_n_steps: interval of the auxiliary steps in training steps, >= 1. Each is followed by an update of
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off.
@@ -296,7 +296,7 @@ class AutoPruneCallback(BaseCallback):
         run.pruner.before_forward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Mask the gradients before they are clipped; M may need them unmasked."""
+        """Step M if it follows these gradients, and mask them before they are clipped."""
         if run := self._active_run:
             run.before_weight_step(optimizer)
 

@@ -45,7 +45,7 @@ class CallbackSettings(Settings):
         None,
         """whether M follows the gradients of the weight steps too, as one mean over the samples of both (with a
         loader's batches: half and half). None: yes if a fraction of each batch is held out and one optimizer trains all
-        prunable weights. It takes one more tensor per weight while pruning.""",
+        prunable weights.""",
         lambda name, value: check_flag(name, value, also=", or None"),
     )
     include: list[str] | None = setting(

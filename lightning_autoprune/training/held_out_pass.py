@@ -33,6 +33,8 @@ class HeldOutGradients(NamedTuple):
         loss: a scalar, in at least float32.
         gradients: dL/dT, one per weight: zeros where the loss does not depend on it. For a sharded weight it is this
             rank's shard, averaged over the ranks.
+
+    All of them are new tensors, which may be written to.
     """
 
     loss: Tensor
@@ -162,10 +164,26 @@ def held_out_gradients(
             "The held-out loss gave no gradient for a weight that the training loss gave one for: under activation"
             ' checkpointing use `use_reentrant=False`, or `held_out="train"`.'
         )
-    found = [torch.zeros_like(local_shard(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
-    return HeldOutGradients(
-        at_least_float32(loss.detach()), found if scale == 1 else list(torch._foreach_div(found, scale))
+    gradients = _without_shared_memory(
+        [torch.zeros_like(local_shard(w)) if g is None else g for w, g in zip(weights, results, strict=True)]
     )
+    if scale != 1:
+        torch._foreach_div_(gradients, scale)
+    return HeldOutGradients(at_least_float32(loss.detach().clone()), gradients)
+
+
+def _without_shared_memory(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return gradients that can be written to: copies of those that share memory with others, or are expanded.
+
+    Autograd gives the same tensor for both weights of a sum, and an expanded one for a weight that is summed up.
+    """
+    found, known = [], set[int]()
+    for gradient in gradients:
+        storage = gradient.untyped_storage()
+        is_expanded = storage.nbytes() < gradient.numel() * gradient.element_size()
+        found.append(gradient.clone() if is_expanded or storage.data_ptr() in known else gradient)
+        known.add(storage.data_ptr())
+    return found
 
 
 def held_out_loss(trainer: Trainer, batch: Any, loss_fn: Callable[[LightningModule, Any], Tensor] | None) -> Any:

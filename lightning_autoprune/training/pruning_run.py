@@ -150,7 +150,7 @@ class PruningRun:
         self.pruner.after_weight_step()
 
     def before_weight_step(self, optimizer: Optimizer) -> None:
-        """Mask the gradients before they are clipped; M may need them unmasked."""
+        """Step M if it follows these gradients, and mask them before they are clipped."""
         self._hooks.on_before_step(optimizer)
 
     def _prepare_weight_step(self, optimizer: Optimizer) -> None:

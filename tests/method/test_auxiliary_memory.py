@@ -32,7 +32,7 @@ def count_bytes(value, seen: set[int]) -> int:
     ],
 )
 def test_bytes_per_weight_are_as_documented(rule, dtype, expected):
-    """The table in ``docs/large_models.md`` also counts the gradient of the weight step."""
+    """See the table in ``docs/large_models.md``."""
     weight = torch.randn(1000, 1000).to(dtype)
     aux = AuxiliaryParameters({"layer": weight}, update_rule=rule)
     aux.step([torch.randn_like(weight)], 0.1, 0.1)

@@ -38,6 +38,16 @@ def test_tensors_that_can_not_be_written_to_are_left_out():
     assert expanded.stride() == (0,)
 
 
+def test_a_backward_pass_that_was_pending_before_the_block_can_still_run():
+    module = nn.BatchNorm1d(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    pending = module(x).square().sum()
+    with preserve_buffers(module):
+        module(torch.randn(4, 3))
+    pending.backward()  # it reads the running statistics, which must not count as changed
+    assert x.grad is not None
+
+
 # Attributes of Python objects
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, fit, loader
+from helpers import Net, fit, held_out_loss, loader
 from lightning.pytorch import Callback
 
 from lightning_autoprune import AutoPruneCallback
@@ -57,3 +57,44 @@ def test_with_a_held_out_loader_m_follows_the_weight_steps_only_on_request():
     assert torch.equal(alone, train_m(held_out=held_out_loader))
     for single in (alone, train_m(held_out="train")):
         assert not torch.allclose(both, single, atol=1e-3)
+
+
+@pytest.mark.parametrize("held_out", [0.25, "train"])
+def test_the_optimizer_gets_the_gradients_of_the_training_pass_alone(held_out):
+    """Masked by the masks of that pass, although M has been stepped since."""
+
+    class GradientRecorder(Net):
+        masked = 0
+
+        def on_after_backward(self):
+            self.raw = [self.first.weight.grad.clone(), self.last.weight.grad.clone()]
+
+        def on_before_optimizer_step(self, optimizer):  # the module's hooks come after those of callbacks
+            masks = callback._run.pruner.masks() or [torch.ones_like(raw, dtype=torch.bool) for raw in self.raw]
+            for weight, raw, mask in zip((self.first.weight, self.last.weight), self.raw, masks, strict=True):
+                assert torch.equal(weight.grad, torch.where(mask, raw, 0))
+                assert torch.equal(weight, torch.where(mask, weight, 0))
+                self.masked += int((~mask).sum())
+
+    callback = AutoPruneCallback(target_sparsity=0.8, held_out=held_out, auxiliary_lr=100.0)
+    model, _ = fit(callback, GradientRecorder())
+    assert model.masked > 100
+
+
+@pytest.mark.parametrize("train_gradients", [True, False])
+def test_if_m_follows_both_gradients_they_are_taken_at_the_same_weights(train_gradients):
+    same = []
+
+    class WeightRecorder(Net):
+        def training_step(self, batch):
+            self.before = self.last.weight.clone()
+            return super().training_step(batch)
+
+    def loss_fn(module, batch):
+        same.append(torch.equal(module.last.weight, module.before))
+        return held_out_loss(module, batch)
+
+    options = {"held_out": 0.25, "train_gradients": train_gradients, "loss_fn": loss_fn}
+    fit(AutoPruneCallback(target_sparsity=0.5, **options), WeightRecorder())
+    assert same[3:] == [train_gradients] * len(same[3:])  # the first calls try the loss function out
+    assert len(same) > 10

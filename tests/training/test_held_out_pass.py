@@ -111,6 +111,25 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_zero_gradient():
     assert (call_in_training(check)[0] == 0).all()
 
 
+def test_gradients_can_be_written_to_even_if_autograd_shares_their_memory():
+    def loss_fn(module, batch):
+        first, second, summed = module.sums
+        return (first + second).square().sum() + summed.sum()
+
+    def check(trainer, model):
+        model.sums = nn.ParameterList(torch.full((2, 3), float(i)) for i in (1, 2, 3))
+        first, second, summed = held_out_gradients(trainer, make_batch(), list(model.sums), loss_fn, 1).gradients
+        first.mul_(2)
+        second.mul_(3)
+        summed[0].add_(1)
+        return first, second, summed
+
+    first, second, summed = call_in_training(check)
+    assert torch.equal(first, torch.full((2, 3), 12.0))
+    assert torch.equal(second, torch.full((2, 3), 18.0))
+    assert torch.equal(summed, torch.tensor([[2.0] * 3, [1.0] * 3]))
+
+
 @pytest.mark.parametrize(
     ("loss", "text"),
     [

@@ -121,7 +121,7 @@ class HeldOutSource:
     def next_batch(self, trainer: Trainer) -> Any:
         """Return the next held-out batch on the model's device; None if there is none for this step.
 
-        Called after each weight step that an auxiliary step follows, if the source has batches.
+        Called once in each training step with an auxiliary step, before or after the weight step.
         """
         raise NotImplementedError
 
