@@ -157,7 +157,7 @@ def _sweep_table() -> str:
     return markdown_table([_sweep_task(), "values", "error, %"], lines)
 
 
-BFLOAT16 = {"pruning": 12, "held-out gradients": 2, "state": 10}
+BFLOAT16 = {"pruning": 10, "held-out gradients": 2, "state": 10}
 """Bytes per bfloat16 weight, as in the table in ``large_models.md``."""
 
 

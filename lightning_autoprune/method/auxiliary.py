@@ -80,8 +80,8 @@ class AuxiliaryParameters(MaskedWeights):
 
     Attributes:
         weights: the parameters, by layer name; their storage holds T.
-        dormant: the values of pruned weights, 0 where a weight is kept, so that W = T + dormant (empty once masks are
-            final).
+        dormant: the values of pruned weights, -0.0 where a weight is kept, so that W = T + dormant (empty once masks
+            are final).
         M: auxiliary parameters in at least float32 (empty once masks are final).
         kept: number of weights kept in each layer.
         floors: number of weights, or other units, that each layer always keeps.
@@ -327,7 +327,7 @@ class AuxiliaryParameters(MaskedWeights):
 
     def _entries(self) -> list[list[Tensor]]:
         """Return the state that is laid out in buckets: lists of one tensor per layer."""
-        return [self.dormant, self.bits, self.M, *self.averages.values()]
+        return [self.dormant, self.M, *self.averages.values()]
 
     def _lay_out_again(
         self, groups: Sequence[Sequence[int]], updates: Sequence[int], entries: Sequence[Sequence[Tensor]]

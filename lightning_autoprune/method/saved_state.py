@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError
+from lightning_autoprune.method.masked_weights import mark_kept
 from lightning_autoprune.tensors.bitmasks import pack, unpack
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     aux.scale.mean_square, aux.scale.updates = state["scale"]
     layers, shapes = list(aux.weights.values()), state["shapes"].values()
     whole_masks = [unpack(packed, shape) for packed, shape in zip(state["masks"], shapes, strict=True)]
-    masks = [aux.placement.shard(m.to(w.device), w) for m, w in zip(whole_masks, layers, strict=True)]
     if not state["frozen"]:
         aux.lay_out(state["buckets"], state["updates"])  # the same buckets, so that sums are taken in the same order
         _restore_units(aux, state)
-        _restore_dormant(aux, state["dormant"], whole_masks)
-    for bits, mask in zip(aux.bits, masks, strict=True):
-        bits.copy_(mask).neg_()
-    aux.kept = [round(n) for n in aux.placement.sum([float(mask.sum()) for mask in masks])]
+    for i, (weight, mask) in enumerate(zip(layers, whole_masks, strict=True)):
+        dormant = torch.zeros(mask.shape, dtype=weight.dtype, device="cpu")
+        if not state["frozen"]:
+            dormant.masked_scatter_(~mask, state["dormant"][i].to("cpu", weight.dtype))
+        aux.dormant[i].copy_(aux.placement.shard(mark_kept(dormant, mask).to(weight.device), weight))
+    aux.kept = [int(mask.sum()) for mask in whole_masks]
     if state["frozen"]:
         aux.forget()
     aux.after_weight_step()
@@ -106,14 +108,6 @@ def _restore_units(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     for views, saved in pairs:
         for tensor, value in zip(views, aux.granularity.shard(aux, saved), strict=True):
             tensor.copy_(value)
-
-
-def _restore_dormant(aux: AuxiliaryParameters, values: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Restore the values of pruned weights, given those of each layer in order, and the masks of whole layers."""
-    for dormant, weight, own, mask in zip(aux.dormant, aux.weights.values(), values, masks, strict=True):
-        whole = torch.zeros(mask.shape, dtype=dormant.dtype, device="cpu")
-        whole.masked_scatter_(~mask, own.to("cpu", dormant.dtype))
-        dormant.copy_(aux.placement.shard(whole.to(dormant.device), weight))
 
 
 def _check_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:

@@ -25,10 +25,10 @@ def count_bytes(value, seen: set[int]) -> int:
 @pytest.mark.parametrize(
     ("rule", "dtype", "expected"),
     [
-        ("adaptive", torch.float32, 16),
-        ("adaptive", torch.bfloat16, 12),
-        ("autoprune", torch.float32, 12),
-        ("autoprune", torch.bfloat16, 8),
+        ("adaptive", torch.float32, 12),
+        ("adaptive", torch.bfloat16, 10),
+        ("autoprune", torch.float32, 8),
+        ("autoprune", torch.bfloat16, 6),
     ],
 )
 def test_bytes_per_weight_are_as_documented(rule, dtype, expected):

@@ -112,7 +112,7 @@ class LayerUnits(Granularity):
         for k in aux.trained_buckets(dL_dT):
             sums, T = [], aux.effective()
             for i in aux.buckets[k].numbers:
-                W, gradient = latent_weights(T[i], aux.bits[i], aux.dormant[i]), dL_dT[i]
+                W, gradient = latent_weights(T[i], aux.dormant[i]), dL_dT[i]
                 assert gradient is not None
                 G = self.sum_units(sensitivity(rule, gradient, W))
                 if not rule.removes_scale:

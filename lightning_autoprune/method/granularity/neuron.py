@@ -35,7 +35,7 @@ from lightning_autoprune.method.initialization import InitialM, can_start, start
 from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.update_rules import UpdateRule
-from lightning_autoprune.tensors.bitmasks import zero_pruned
+from lightning_autoprune.tensors.bitmasks import as_bits, zero_pruned
 
 if TYPE_CHECKING:
     from lightning_autoprune.method.auxiliary import AuxiliaryParameters
@@ -156,10 +156,9 @@ class NeuronGranularity(Granularity):
 
         Outputs stay the same, since the weights that read those channels stay 0.
         """
-        layers = zip(aux.effective(), aux.bits, aux.dormant, self._kept_columns(aux), strict=True)
-        for T, bits, dormant, columns in layers:
-            W = latent_weights(T, bits, dormant)
-            zero_pruned(W, columns.to(bits.dtype).neg_())
+        for T, dormant, columns in zip(aux.effective(), aux.dormant, self._kept_columns(aux), strict=True):
+            W = latent_weights(T, dormant)
+            zero_pruned(W, columns.to(as_bits(W).dtype).neg_())
             T.copy_(W)
         self._has_activations = True
 

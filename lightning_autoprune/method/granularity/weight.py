@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_autoprune.method.exact_topk import check_count, minimum_counts
 from lightning_autoprune.method.granularity.base import Granularity, StepPiece, sensitivity
 from lightning_autoprune.method.initialization import InitialM, initial_m
-from lightning_autoprune.method.masked_weights import latent_weights
 from lightning_autoprune.method.update_rules import UpdateRule
 from lightning_autoprune.tensors.dtypes import at_least_float32
 from lightning_autoprune.tensors.flat_buckets import split_pieces
@@ -46,10 +45,11 @@ class WeightGranularity(Granularity):
         which, effective = aux.trained_buckets(dL_dT), aux.effective()
         for k in which:
             bucket, start = aux.buckets[k], 0
-            flat = bucket.flatten(dL_dT), bucket.flatten(effective), aux.flat_bits[k], aux.flat_dormant[k]  # type: ignore[arg-type]
-            for gradient, T, bits, dormant in split_pieces(*flat):
+            flat = bucket.flatten(dL_dT), bucket.flatten(effective), aux.flat_dormant[k]  # type: ignore[arg-type]
+            for gradient, T, dormant in split_pieces(*flat):
                 span = slice(start, start + len(T))
-                yield StepPiece(sensitivity(rule, gradient, latent_weights(T, bits, dormant)), k, span)
+                W = T + dormant  # one of them is 0 or -0.0
+                yield StepPiece(sensitivity(rule, gradient, W), k, span)
                 start = span.stop
 
     def update_masks(self, aux: AuxiliaryParameters) -> None:
