@@ -204,7 +204,7 @@ def test_model_checkpoint_and_early_stopping_can_monitor_sparsity():
     _, t = fit([callback, checkpoint, stop], enable_checkpointing=True, epochs=10)
     assert 0.4 < callback.sparsity < 0.95
     assert t.current_epoch < 9
-    assert checkpoint.best_model_score == pytest.approx(callback.sparsity, abs=0.05)
+    assert checkpoint.best_model_score == pytest.approx(callback.sparsity, abs=0.1)
 
 
 def test_the_progress_bar_shows_the_sparsity():

@@ -214,7 +214,7 @@ def test_a_layer_that_is_gone_is_not_counted(change, epoch):
         " is computed now. It is dense from now on, and not counted in the sparsity."
     ]
     assert list(callback.layer_sparsity()) == ["first"]
-    assert callback.sparsity == sparsity(model.first.weight) == pytest.approx(0.8, abs=0.06)
+    assert callback.sparsity == sparsity(model.first.weight) == pytest.approx(0.8, abs=0.1)
 
 
 def test_a_run_without_any_layer_left_reports_no_sparsity():

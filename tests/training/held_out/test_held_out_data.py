@@ -196,7 +196,7 @@ def test_an_error_in_a_held_out_pass_names_it_and_the_step():
             return super().training_step(batch)
 
     message = (
-        r"^At training step 11, the held-out pass \(`held_out`\) raised KeyError: 'mask'. To hold nothing out, pass"
+        r"^At training step 12, the held-out pass \(`held_out`\) raised KeyError: 'mask'. To hold nothing out, pass"
     )
     with pytest.raises(AutoPruneError, match=message) as error:
         fit(AutoPruneCallback(), model=Fails())

@@ -283,8 +283,8 @@ def test_an_error_while_a_held_out_batch_is_loaded_names_it_and_the_step():
             return super().__getitem__(index)
 
     class Shrinks(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            dataset.is_short = trainer.global_step == 6
+        def on_after_backward(self, trainer, pl_module):
+            dataset.is_short = trainer.global_step == 5
 
     dataset = Shrinking()
     callback = AutoPruneCallback(warmup=0.1)
