@@ -230,12 +230,16 @@ class AuxiliaryParameters(MaskedWeights):
         """
         self.granularity.update_masks(self)
 
-    def approach(self, density: float) -> None:
-        """Shift all M alike so that a density is met within 0.2%, and update the masks: one large step of the pressure.
+    def approach(self, density: float, layers: Sequence[int] | None = None) -> None:
+        """Shift M so that a density is met within 0.2%, and update the masks: one large step of the pressure.
 
         Units of several weights are left to the pressure.
+
+        Args:
+            density: fraction of their weights that the layers should keep together.
+            layers: numbers of the layers whose M is shifted, all by the same amount; None: all layers.
         """
-        self.granularity.approach(self, density)
+        self.granularity.approach(self, density, range(len(self.weights)) if layers is None else sorted(layers))
 
     def meet(self, density: float) -> None:
         """Move M so that the density is met: exactly with single weights, else as closely as possible from below."""

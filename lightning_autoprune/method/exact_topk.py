@@ -19,7 +19,7 @@ from lightning_autoprune.errors import AutoPruneError
 
 __all__ = ["check_count", "keep_largest", "largest_count", "lift_largest", "minimum_counts", "threshold_near"]
 
-_MOST_BISECTIONS = 40
+_MOST_BISECTIONS, _MOST_EXPANSIONS = 40, 50
 
 _BARELY_KEPT = 1e-8  # an m that must be kept is raised to this, and is the first to be pruned again
 
@@ -122,7 +122,8 @@ def threshold_near(
 ) -> float:
     """Return a threshold above which nearly ``count`` entries of M lie.
 
-    Bisection counts the entries above some ten thresholds, which is faster than a sort. If equal entries leave no
+    Bisection counts the entries above some ten thresholds, which is faster than a sort. All thresholds are the same
+    however M is sharded. If equal entries leave no
     better choice, the number above the threshold is the nearest one that is possible.
 
     Args:
@@ -132,18 +133,21 @@ def threshold_near(
         sum_over_ranks: turns numbers of this rank into sums over all ranks.
 
     Example:
-        >>> 3 < threshold_near([torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0])], count=2) < 4
-        True
+        >>> threshold_near([torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.1])], count=2)
+        4.0
     """
 
     def count_above(threshold: float) -> float:
         [above] = sum_over_ranks([float(sum(int(torch.count_nonzero(m > threshold)) for m in M))])
         return above
 
-    largest = [float(torch.where(m.isfinite(), m, 0.0).abs().max()) for m in M if m.numel()]
-    [bound] = sum_over_ranks([max(largest, default=0.0)])  # of several ranks, at least the largest
-    low, high = -1.001 * bound - 1e-30, bound
+    low, high = -1.0, 1.0
     at_low, at_high = count_above(low), count_above(high)
+    for _ in range(_MOST_EXPANSIONS):
+        if at_low >= count >= at_high:
+            break
+        low, high = 4 * low, 4 * high
+        at_low, at_high = count_above(low), count_above(high)
     for _ in range(_MOST_BISECTIONS):
         middle = (low + high) / 2
         above = count_above(middle)

@@ -94,7 +94,7 @@ class Pruner:
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target, self._path = settings.target_density, make_schedule(settings.schedule)
-        self._m_was_stepped = False  # in the training step under way
+        self._stepped_layers: set[int] = set()  # those whose M was stepped in the training step under way
         self._fisher = FisherInformation()
         self._first_density = 1.0  # when pruning begins, less than 1 if some weights are 0 already
         self._check_target(self.weights)
@@ -264,7 +264,7 @@ class Pruner:
     @property
     def observes(self) -> bool:
         """True if the gradients of the training step under way decide about the M that pruning starts with."""
-        if self.settings.initial_m != "fisher" or not GRANULARITIES[self.settings.granularity].uses_fisher:
+        if self.settings.initial_m != "fisher" or not self._prunes_single_weights:
             return False
         start = self._early_phases.start if self._early_phases else self.phases.start
         return self.auxiliary is None and 0 < start - self.step <= _OBSERVED_STEPS
@@ -345,14 +345,20 @@ class Pruner:
         """
         assert self.auxiliary is not None, "no auxiliary step in the dense phase: see `due`"
         taken = self.auxiliary.step(dL_dT, self._step_size, self.mu)
-        self._m_was_stepped = taken and any(gradient is not None for gradient in dL_dT)
+        if taken:
+            self._stepped_layers.update(i for i, gradient in enumerate(dL_dT) if gradient is not None)
         return taken
 
     @property
     def _step_size(self) -> float:
         """η of each auxiliary step: its share of ``auxiliary_lr``, or less in a short run."""
         steps = self._number_of_auxiliary_steps
-        return self.settings.auxiliary_lr / steps * make_rule(self.settings.update_rule).reach(steps)
+        reach = make_rule(self.settings.update_rule).reach(steps) if self._prunes_single_weights else 1.0
+        return self.settings.auxiliary_lr / steps * reach
+
+    @property
+    def _prunes_single_weights(self) -> bool:
+        return GRANULARITIES[self.settings.granularity].prunes_single_weights
 
     @property
     def _number_of_auxiliary_steps(self) -> float:
@@ -369,11 +375,11 @@ class Pruner:
         if self.due:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
-            if self._target is not None and self._m_was_stepped:
+            if self._target is not None and self._stepped_layers:
                 self._follow_path()
         else:
             self.after_backward()
-        self._m_was_stepped = False
+        self._stepped_layers.clear()
         if self.decides_start:
             self.decide_start(self.first_losses.means())
         self.step += 1
@@ -382,13 +388,14 @@ class Pruner:
     def _follow_path(self) -> None:
         """Move the pressure so that the density stays on its path, and M where the density has left it.
 
-        The pressure answers to the density before the shift, so that it needs no shift in the long run.
+        The pressure answers to the density before the shift, so that it needs no shift in the long run. Layers whose M
+        was not stepped, because they are not trained now, are not shifted either.
         """
         assert self.auxiliary is not None
         path = self._path_density(self.step + 1)
         self._controller.update(self.auxiliary.density, path)
         if abs(self._controller.error) > _TOLERANCE:
-            self.auxiliary.approach(path)
+            self.auxiliary.approach(path, sorted(self._stepped_layers))
 
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:

@@ -129,7 +129,7 @@ def test_the_learning_rate_finder_leaves_no_trace():
 
 
 def test_a_learning_rate_finder_in_the_next_fit_does_not_bring_back_the_last_one():
-    callback, curve = AutoPruneCallback(target_sparsity=0.8), []
+    callback, curve = AutoPruneCallback(target_sparsity=0.8, warmup=0.25), []
 
     class Watch(Callback):
         def on_train_batch_end(self, *_):

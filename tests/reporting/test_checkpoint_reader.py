@@ -33,7 +33,7 @@ class Example(Net):
 def pruned(tmp_path_factory):
     """A run with a checkpoint per epoch, in the phases dense, pruning, frozen, frozen, frozen."""
     folder = tmp_path_factory.mktemp("run")
-    callback = AutoPruneCallback(target_sparsity=0.8)
+    callback = AutoPruneCallback(target_sparsity=0.8, warmup=0.25)
     saving = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}", monitor="val_loss")
     fit(
         [callback, saving],

@@ -210,7 +210,7 @@ RUNS: dict[str, Callable[[Path], Any]] = {
     "artifact": lambda folder: refused(folder, options={"log_artifact": True}),
     "averages": lambda folder: refused(folder, callbacks=[EMAWeightAveraging()]),
 }
-FLOORS: dict[str, Any] = {"layer_floor": 0.25, "pressure": 5.0, "target_sparsity": None}
+FLOORS: dict[str, Any] = {"layer_floor": 0.25, "pressure": 5.0, "target_sparsity": None, "auxiliary_lr": 30_000}
 
 
 if __name__ == "__main__":

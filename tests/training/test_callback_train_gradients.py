@@ -8,6 +8,7 @@ from helpers import Net, fit, held_out_loss, loader
 from lightning.pytorch import Callback
 
 from lightning_autoprune import AutoPruneCallback
+from lightning_autoprune.method.update_rules import AdaptiveRule
 
 
 def train_m(**options):
@@ -20,7 +21,8 @@ def train_m(**options):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    callback = AutoPruneCallback(auxiliary_lr=0.1, warmup=0.0, finetune=0.0, **options)  # so that no mask changes
+    reach = AdaptiveRule().reach(8)
+    callback = AutoPruneCallback(auxiliary_lr=0.1 / reach, warmup=0.0, finetune=0.0, **options)  # so no mask changes
     recorded = []
 
     class MRecorder(Callback):

@@ -41,7 +41,7 @@ CUSTOM_OBJECTS = {"update_rule": Momentum(), "estimator": bell, "schedule": drop
 def test_a_custom_object_changes_the_run_and_meets_the_target(setting):
     runs = {}
     for name, options in (("custom", {setting: CUSTOM_OBJECTS[setting]}), ("default", {})):
-        callback = AutoPruneCallback(target_sparsity=0.8, **options)
+        callback = AutoPruneCallback(target_sparsity=0.8, auxiliary_lr=30_000, **options)  # the run is short
         model, _ = fit(callback)
         assert callback.sparsity == pytest.approx(0.8, abs=0.01)
         runs[name] = {key: value.clone() for key, value in model.state_dict().items()}

@@ -50,7 +50,8 @@ class Granularity(ABC):
 
     Attributes:
         name: as in the setting ``granularity``.
-        uses_fisher: True if the initial M can use what the dense phase measures.
+        prunes_single_weights: True if each weight has an m, which starts by what the dense phase measures, and is
+            shifted where the density has left its path. So short runs can rely on both and step M less.
         prunes_channels: True if whole channels are pruned. They are found by tracing the model and can be cut out, so a
             target can count operations.
         can_extend: True if layers that are unfrozen during the run can be pruned too.
@@ -58,7 +59,7 @@ class Granularity(ABC):
     """
 
     name: ClassVar[str]
-    uses_fisher: ClassVar[bool] = False
+    prunes_single_weights: ClassVar[bool] = False
     prunes_channels: ClassVar[bool] = False
     can_extend: ClassVar[bool] = True
     replicated: ClassVar[bool] = False
@@ -149,8 +150,8 @@ class Granularity(ABC):
     def before_forward(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
         """Write the values of pruned weights that M's gradients need in the passes to come; no output may change."""
 
-    def approach(self, aux: AuxiliaryParameters, density: float) -> None:  # noqa: B027
-        """Shift all M alike so that a density is met nearly, if that is possible, and update the masks."""
+    def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int]) -> None:  # noqa: B027
+        """Shift the M of some layers alike so that they meet a density nearly, if possible, and update the masks."""
 
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:

@@ -28,7 +28,7 @@ class WeightGranularity(Granularity):
     """Single weights: M has the shape of W, and lies in buckets as W does, entry by entry."""
 
     name = "weight"
-    uses_fisher = True
+    prunes_single_weights = True
 
     def make_M(self, aux: AuxiliaryParameters) -> list[Tensor]:  # noqa: N802
         """Return one flat tensor of zeros per bucket, as large as the bucket."""
@@ -90,10 +90,13 @@ class WeightGranularity(Granularity):
         if low:
             aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], aux.flat_M)
 
-    def approach(self, aux: AuxiliaryParameters, density: float) -> None:
-        """Shift all M alike so that a density is met nearly, and update the masks."""
-        shift = threshold_near(aux.flat_M, round(density * aux.total), sum_over_ranks=aux.placement.sum)
-        for M in aux.flat_M:
+    def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int]) -> None:
+        """Shift the M of some layers alike so that they meet a density nearly, and update the masks."""
+        is_whole = len(layers) == len(aux.M)
+        some_M = aux.flat_M if is_whole else [aux.M[i] for i in layers]
+        count = round(density * sum(aux.totals[i] for i in layers))
+        shift = threshold_near(some_M, count, sum_over_ranks=aux.placement.sum)
+        for M in some_M:
             M.sub_(shift)
         self.update_masks(aux)
 

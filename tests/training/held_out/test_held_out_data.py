@@ -199,7 +199,7 @@ def test_an_error_in_a_held_out_pass_names_it_and_the_step():
         r"^At training step 12, the held-out pass \(`held_out`\) raised KeyError: 'mask'. To hold nothing out, pass"
     )
     with pytest.raises(AutoPruneError, match=message) as error:
-        fit(AutoPruneCallback(), model=Fails())
+        fit(AutoPruneCallback(warmup=0.25), model=Fails())
     assert isinstance(error.value.__cause__, KeyError)
 
 

@@ -22,7 +22,7 @@ HELD_OUT = {"held_out": 0.25}  # does not fall back
 
 def run(train, callbacks=(), read=KINDS["object"].read, settings=None, **options):
     """Fit; return the calls of ``training_step``, the model's state, the callback and the trainer."""
-    callback = AutoPruneCallback(target_sparsity=0.8, **{**HELD_OUT, **(settings or {})})
+    callback = AutoPruneCallback(target_sparsity=0.8, **{"warmup": 0.25, **HELD_OUT, **(settings or {})})
     torch.manual_seed(0)
     model = Recorder(read)
     model, t = fit([callback, *callbacks], model=model, train=train, **options)

@@ -62,12 +62,17 @@ class Worse(Net):
         self.log("val_age", float(self.current_epoch))
 
 
+def overshoot(progress, start, target):
+    """Return a path on which the density falls below its target."""
+    return 0.3 * target if progress < 0.8 else target
+
+
 @pytest.mark.parametrize("weights_only", [False, True], ids=["whole files", "weights only"])
 def test_a_checkpoint_with_more_zeros_than_the_final_ones_does_not_count_as_pruned(tmp_path, weights_only):
     saving = ModelCheckpoint(
         tmp_path / "c", monitor="val_age", save_top_k=-1, filename="{epoch}", save_weights_only=weights_only
     )
-    pruning = {"target_sparsity": 0.5, "finetune": 0.1}
+    pruning = {"target_sparsity": 0.5, "finetune": 0.1, "schedule": overshoot}
     [artifact] = artifacts(tmp_path, [saving], Worse(), pruning, epochs=8, seed=3)
     names = ["first.weight", "last.weight"]
     *early, last = (read_masks(tmp_path / "c" / f"epoch={epoch}.ckpt") for epoch in range(8))
