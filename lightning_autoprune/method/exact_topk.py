@@ -134,7 +134,7 @@ def threshold_near(
 
     Example:
         >>> threshold_near([torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.1])], count=2)
-        4.0
+        3.0
     """
 
     def count_above(threshold: float) -> float:
