@@ -15,7 +15,16 @@ from typing import Literal, TypeAlias
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.registry import describe, look_up
 
-__all__ = ["SCHEDULES", "Phases", "Schedule", "ScheduleName", "check_schedule", "make_schedule", "target_path"]
+__all__ = [
+    "SCHEDULES",
+    "Phases",
+    "Schedule",
+    "ScheduleName",
+    "check_schedule",
+    "make_schedule",
+    "steps_advised",
+    "target_path",
+]
 
 ScheduleName = Literal["polynomial", "cubic", "linear"]
 
@@ -95,6 +104,19 @@ def check_schedule(schedule: ScheduleName | Schedule, target: float) -> None:
                 f"`schedule` {describe(schedule)} returned {density!r} at progress {percent / 100:g} for a target"
                 f" density of {target:g}; it must return a density, a number in (0, 1]."
             )
+
+
+def steps_advised(density: float) -> int:
+    """Return the length in steps below which a run loses much accuracy by pruning to a density.
+
+    A rule of thumb from ``benchmarks/finetuning.py``, whose networks are trained already: 2 / density², but at most
+    40 / density.
+
+    Example:
+        >>> [steps_advised(density) for density in (0.5, 0.2, 0.1, 0.05)]
+        [8, 50, 200, 800]
+    """
+    return round(min(2 / density**2, 40 / density))
 
 
 @dataclass(frozen=True)

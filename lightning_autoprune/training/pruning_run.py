@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.pruner import Pruner
+from lightning_autoprune.method.schedule import steps_advised
 from lightning_autoprune.model.pruning_mark import mark_as_being_pruned, remove_mark
 from lightning_autoprune.reporting.layer_table import LayerSummary, summarize_layers
 from lightning_autoprune.tensors.collectives import all_ranks_agree, mean_over_ranks
@@ -96,6 +97,7 @@ class PruningRun:
                 f" {phases.start} steps and ends after {phases.end}, so {max(phases.end - step, 0)} steps are left for"
                 " it. For all of them, start a new fit from the weights alone, without `ckpt_path`."
             )
+        self._warn_of_short_run()
         self.pruner.start()
         if self.pruner.masks_final:
             self._held_out.source.on_masks_final()
@@ -106,6 +108,17 @@ class PruningRun:
         reshard(self.module)  # running the example may have left gathered copies of the old weights
         self._hooks.attach()
         self.validated_weights.remember_places()
+
+    def _warn_of_short_run(self) -> None:
+        """Warn at the first step of a run whose target is high for its length."""
+        target, total = self._settings.target_sparsity, self.pruner.phases.total
+        if target is None or self.pruner.step > 0 or self._settings.granularity != "weight":
+            return
+        if total < (advised := steps_advised(1 - target)):
+            rank_zero_warn(
+                f"`target_sparsity` is {target:g}, and the run has {total} steps. Pruning so much so fast costs"
+                f" accuracy: {advised} steps or more are advised. Train longer, or ask for less."
+            )
 
     @property
     def is_training(self) -> bool:

@@ -27,6 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = (
     "settings",
     "held_out_data",
+    "finetuning",
     "logging",
     "smaller_models",
     "benchmarks",

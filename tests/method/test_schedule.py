@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_autoprune import AutoPruneError, Pruner, Settings
-from lightning_autoprune.method.schedule import SCHEDULES, Phases, make_schedule, target_path
+from lightning_autoprune.method.schedule import SCHEDULES, Phases, make_schedule, steps_advised, target_path
 
 targets = st.floats(0.001, 1)
 
@@ -109,3 +109,9 @@ def test_a_schedule_that_does_not_return_densities_is_refused(schedule, message)
 
 def test_a_schedule_name_gives_its_function():
     assert make_schedule("polynomial") is target_path
+
+
+def test_higher_targets_need_longer_runs():
+    advised = [steps_advised(1 - target) for target in (0.3, 0.5, 0.8, 0.9, 0.95, 0.99, 0.998)]
+    assert advised == sorted(advised)
+    assert (advised[0], advised[-1]) == (4, 20_000)
