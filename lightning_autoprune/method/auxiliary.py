@@ -165,6 +165,10 @@ class AuxiliaryParameters(MaskedWeights):
         """Fraction of prunable weights that are pruned, in [0, 1)."""
         return self.granularity.sparsity(self)
 
+    def density_of(self, layers: Sequence[int]) -> float:
+        """Return the fraction of their weights that some layers keep together, given their numbers."""
+        return sum(self.kept[i] for i in layers) / sum(self.totals[i] for i in layers)
+
     def layer_sparsity(self) -> dict[str, float]:
         """Return the fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
         return self.granularity.layer_sparsity(self)

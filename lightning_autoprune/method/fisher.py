@@ -40,16 +40,15 @@ class FisherInformation:
         self._counts: dict[str, int] = {}
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add one gradient of some layers; gradients that are not finite are left out."""
-        squares = {name: at_least_float32(gradient).square() for name, gradient in gradients.items()}
-        for name, square in squares.items():
-            if not bool(square.sum().isfinite()):
-                continue
-            if name in self._sums and self._sums[name].shape == square.shape:
-                self._sums[name] += square
-                self._counts[name] += 1
-            else:
+        """Add one gradient of some layers; entries whose square is not finite count as 0."""
+        for name, gradient in gradients.items():
+            square = at_least_float32(gradient).square().nan_to_num_(nan=0.0, posinf=0.0)
+            total = self._sums.get(name)
+            if total is None or total.shape != square.shape:
                 self._sums[name], self._counts[name] = square, 1
+            else:
+                self._sums[name] = square.add_(total.to(square.device))
+                self._counts[name] += 1
 
     def of(self, name: str, weight: Tensor) -> Tensor | None:
         """Return the mean square of a layer's gradients, in the shape of its (local) weight; None if there was none."""

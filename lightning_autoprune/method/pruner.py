@@ -35,7 +35,9 @@ class Pruner:
     Call ``start`` first, after ``load_state_dict`` if a run is resumed. Then, in each training step, call
     ``before_forward`` (needed with neurons only), the forward and backward pass, ``before_weight_step``, the
     optimizer's step, ``after_weight_step``, ``auxiliary_step`` if it is ``due`` and there are gradients (it may also
-    come before the weight step), and ``end_step``.
+    come before the weight step), and ``end_step``. In the dense phase, ``observe`` takes in gradients while it
+    ``observes``, and ``add_loss`` the training loss; without them, M starts by magnitude, and a quarter of the run is
+    dense.
 
     Args:
         weights: the parameters to prune, by layer name; there may be none until ``extend`` gives some.
@@ -388,14 +390,15 @@ class Pruner:
     def _follow_path(self) -> None:
         """Move the pressure so that the density stays on its path, and M where the density has left it.
 
-        The pressure answers to the density before the shift, so that it needs no shift in the long run. Layers whose M
-        was not stepped, because they are not trained now, are not shifted either.
+        The pressure answers to the density before the shift, so that it needs no shift in the long run. With single
+        weights, both look at the layers whose M was stepped, and leave out those that are not trained now.
         """
         assert self.auxiliary is not None
-        path = self._path_density(self.step + 1)
-        self._controller.update(self.auxiliary.density, path)
+        path, layers = self._path_density(self.step + 1), sorted(self._stepped_layers)
+        density = self.auxiliary.density_of(layers) if self._prunes_single_weights else self.auxiliary.density
+        self._controller.update(density, path)
         if abs(self._controller.error) > _TOLERANCE:
-            self.auxiliary.approach(path, sorted(self._stepped_layers))
+            self.auxiliary.approach(path, layers)
 
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:
