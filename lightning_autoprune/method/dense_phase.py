@@ -7,6 +7,7 @@ below it. A network in between still learns what its weights are for, and starts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def begins_early(first: float, now: float) -> bool:
         >>> begins_early(0.30, 0.28), begins_early(2.3, 0.1), begins_early(4.7, 2.6)
         (True, True, False)
     """
-    if not (first > 0 and now > 0):
+    if not (0 < first < math.inf and 0 < now < math.inf):
         return False
     return not _LEARNED < now / first < _TRAINED
 

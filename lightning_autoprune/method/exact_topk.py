@@ -127,7 +127,8 @@ def threshold_near(
     better choice, the number above the threshold is the nearest one that is possible.
 
     Args:
-        M: auxiliary parameters, or this rank's shards of them. NaN lies above no threshold.
+        M: auxiliary parameters, or this rank's shards of them. NaN lies above no threshold; if none has so many entries
+            above it, 0 is returned.
         count: number of entries that should lie above the threshold.
         tolerance: by how much the number may differ, as a fraction of ``count``; less than one entry always may.
         sum_over_ranks: turns numbers of this rank into sums over all ranks.
@@ -148,6 +149,8 @@ def threshold_near(
             break
         low, high = 4 * low, 4 * high
         at_low, at_high = count_above(low), count_above(high)
+    else:
+        return 0.0  # so many entries are not finite that there is no such threshold
     for _ in range(_MOST_BISECTIONS):
         middle = (low + high) / 2
         above = count_above(middle)

@@ -51,9 +51,8 @@ class Pruner:
         layouts: their layouts when they were taken in.
         step: number of training steps that are over.
         auxiliary: the auxiliary parameters; None in the dense phase.
-        phases: the phases of the run; pruning may begin earlier than first planned (see :meth:`decide_start`).
-        late_start: the training step at which pruning begins unless the training loss asks for an early start.
-        first_losses: the training losses that decide about that.
+        begins_early: whether pruning begins early; None until the training loss decides (see :meth:`decide_start`).
+        first_losses: the training losses that decide.
 
     Raises:
         AutoPruneError: if the target can't be met because of the layers' floors.
@@ -88,17 +87,18 @@ class Pruner:
         self.settings, self.step, self.neurons = settings, step, neurons
         self._set_weights(weights)
         warmup = LATE if settings.warmup is None else settings.warmup
-        self.phases = Phases.of(total_steps, warmup, settings.finetune)
-        self.late_start = self.phases.start
-        early = Phases.of(total_steps, EARLY, settings.finetune)
-        self._early_phases = early if settings.warmup is None and 1 < early.start < self.late_start else None
-        self.first_losses = FirstLosses(early.start)
+        self._late_phases = Phases.of(total_steps, warmup, settings.finetune)
+        self._early_phases = Phases.of(total_steps, EARLY, settings.finetune)
+        self._loss_decides = settings.warmup is None and 1 < self._early_phases.start < self._late_phases.start
+        self.begins_early: bool | None = None if self._loss_decides and step < self._early_phases.start else False
+        self.first_losses = FirstLosses(self._early_phases.start)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target, self._path = settings.target_density, make_schedule(settings.schedule)
         self._stepped_layers: set[int] = set()  # those whose M was stepped in the training step under way
         self._fisher = FisherInformation()
         self._first_density = 1.0  # when pruning begins, less than 1 if some weights are 0 already
+        self._highest_density = 1.0  # that the path may ask for; less than 1 after resuming with another length
         self._check_target(self.weights)
 
     def start(self) -> None:
@@ -196,11 +196,22 @@ class Pruner:
     def _path_density(self, step: int) -> float:
         """Return the density that pruning to the target should have reached once so many steps are over."""
         assert self._target is not None
-        return self._path(self.phases.progress(step), self._first_density, self._target)
+        path = self._path(self.phases.progress(step), self._first_density, self._target)
+        return min(path, self._highest_density)
 
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
         if self._target is not None and weights:
             self._make_granularity().check_density(weights, self._target, self.settings.layer_floor)
+
+    @property
+    def phases(self) -> Phases:
+        """The phases of the run, as far as they are known: pruning may still begin earlier."""
+        return self._early_phases if self.begins_early else self._late_phases
+
+    @property
+    def late_start(self) -> int:
+        """The training step at which pruning begins unless the training loss asks for an early start."""
+        return self._late_phases.start
 
     @property
     def mu(self) -> float:
@@ -261,14 +272,15 @@ class Pruner:
         """
         has_begun = self.auxiliary is not None or step >= self.phases.start
         is_pruning = has_begun and step < self.phases.end and not self.masks_final
-        return is_pruning and (step - self.phases.start + 1) % self.settings.mask_every_n_steps == 0
+        # counted from the planned start, which loaders that ask ahead of time know
+        return is_pruning and (step - self.late_start + 1) % self.settings.mask_every_n_steps == 0
 
     @property
     def observes(self) -> bool:
         """True if the gradients of the training step under way decide about the M that pruning starts with."""
         if self.settings.initial_m != "fisher" or not self._prunes_single_weights:
             return False
-        start = self._early_phases.start if self._early_phases else self.phases.start
+        start = self._early_phases.start if self.begins_early is None else self.phases.start
         return self.auxiliary is None and 0 < start - self.step <= _OBSERVED_STEPS
 
     def observe(self, dL_dT: Mapping[str, Tensor]) -> None:
@@ -282,13 +294,13 @@ class Pruner:
 
     def add_loss(self, loss: Tensor) -> None:
         """Take in the training loss of a batch, which may decide when pruning begins; see :meth:`decide_start`."""
-        if self._early_phases and self.step < self._early_phases.start:
+        if self.begins_early is None:
             self.first_losses.add(self.step, loss)
 
     @property
     def decides_start(self) -> bool:
         """True in the last training step before pruning may begin early, if the user leaves that to the loss."""
-        return self._early_phases is not None and self.step + 1 == self._early_phases.start
+        return self.begins_early is None and self.step + 1 == self._early_phases.start
 
     def decide_start(self, losses: tuple[float, float] | None) -> None:
         """Begin pruning at the end of the training step under way, or go on as planned; see :attr:`decides_start`.
@@ -296,12 +308,9 @@ class Pruner:
         Args:
             losses: the training loss of the first step, and the mean of recent ones, over all ranks; None: not known.
         """
-        assert self._early_phases is not None
-        if losses and begins_early(*losses):
-            self.phases = self._early_phases
-        else:
+        self.begins_early = losses is not None and begins_early(*losses)
+        if not self.begins_early:
             self._fisher = FisherInformation()  # of gradients that are long past when pruning begins
-        self._early_phases = None
 
     def before_forward(self) -> None:
         """Prepare the weights for passes whose gradients M follows; needed with neurons only.
@@ -442,20 +451,22 @@ class Pruner:
             "step": self.step,
             "pressure": (self.mu, self._controller.error),
             "first_density": self._first_density,
-            "start": None if self._early_phases else self.phases.start,
-            "first_losses": self.first_losses.state_dict() if self._early_phases else None,
+            "total": self.phases.total,
+            "begins_early": self.begins_early,
+            "first_losses": self.first_losses.state_dict() if self.begins_early is None else None,
+            "highest_density": self._highest_density,
             "fisher": None if self.auxiliary else self._fisher.state_dict(self.weights),
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
         }
 
     def _restore_start(self, state: Mapping[str, Any]) -> None:
         """Restore when pruning begins, or what has been measured so far to decide it."""
-        if self._early_phases and state.get("first_losses"):
+        self.begins_early = state.get("begins_early", False) if self._loss_decides else False
+        self.first_losses = FirstLosses(self._early_phases.start)
+        if self.begins_early is None and self.step < self._early_phases.start:
             self.first_losses.load_state_dict(state["first_losses"])
-        elif self._early_phases:
-            if state.get("start", self.late_start) < self.late_start:
-                self.phases = self._early_phases
-            self._early_phases = None
+        else:
+            self.begins_early = bool(self.begins_early)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on weights from the same step.
@@ -472,6 +483,9 @@ class Pruner:
         if state.get("fisher"):
             self._fisher.load_state_dict(state["fisher"], self.weights)
         self.auxiliary = None
+        self._highest_density = state.get("highest_density", 1.0)
         if state["auxiliary"] is not None:
             self.auxiliary = self._attach(self.weights, None)
             self.auxiliary.load_state_dict(state["auxiliary"])
+            if state.get("total", self.phases.total) != self.phases.total:  # the path is another: don't go back on it
+                self._highest_density = min(self._highest_density, self.auxiliary.density)

@@ -175,13 +175,14 @@ def held_out_gradients(
 def _without_shared_memory(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return gradients that can be written to: copies of those that share memory with others, or are expanded.
 
-    Autograd gives the same tensor for both weights of a sum, and an expanded one for a weight that is summed up.
+    Autograd gives the same tensor for both weights of a sum, an expanded one for a weight that is summed up, and views
+    with gaps for weights that are concatenated, which collectives do not take.
     """
     found, known = [], set[int]()
     for gradient in gradients:
         storage = gradient.untyped_storage()
-        is_expanded = storage.nbytes() < gradient.numel() * gradient.element_size()
-        found.append(gradient.clone() if is_expanded or storage._cdata in known else gradient)
+        is_dense = gradient.stride() == torch.empty_like(gradient, device="meta").stride()
+        found.append(gradient if is_dense and storage._cdata not in known else gradient.clone())
         known.add(storage._cdata)  # not the address of the data, which not every device tells
     return found
 

@@ -33,6 +33,9 @@ def make_losses(values, steps=None):
         (1.0, -5.0, False),
         (torch.nan, 1.0, False),
         (1.0, torch.nan, False),
+        (1.0, torch.inf, False),
+        (torch.inf, 1.0, False),
+        (torch.inf, torch.inf, False),
     ],
 )
 def test_pruning_begins_early_if_the_loss_has_stayed_or_is_low(first, now, early):
@@ -116,3 +119,41 @@ def test_a_resumed_run_begins_to_prune_when_the_run_that_never_stopped_does(stop
 @pytest.mark.parametrize("steps", [1, 5, 14])
 def test_runs_too_short_to_tell_begin_after_a_quarter(steps):
     assert run([1.0] * steps, steps=steps).phases.start == round(steps / 4)
+
+
+def resume(stopped, steps):
+    pruner = Pruner({"layer": torch.ones(8)}, stopped.settings, steps)
+    pruner.load_state_dict(stopped.state_dict())
+    pruner.start()
+    return pruner
+
+
+@pytest.mark.parametrize(("loss", "start"), [(1.0, 20), (0.5, 50)])
+def test_a_decision_holds_if_the_run_is_resumed_with_another_length(loss, start):
+    assert resume(run([1.0] + [loss] * 11), 200).phases.start == start
+
+
+def test_an_undecided_run_that_is_resumed_past_the_early_start_begins_late():
+    resumed = resume(run([1.0] * 8), 50)  # whose early start is at 5
+    assert resumed.phases.start == 12
+    resumed.step = 11
+    assert resumed.observes
+
+
+def test_going_back_to_a_state_before_the_decision_takes_it_back():
+    state, pruner = run([1.0] * 5).state_dict(), run([1.0] * 12)
+    assert pruner.begins_early
+    pruner.load_state_dict(state)
+    assert pruner.begins_early is None
+    for _ in range(5, 10):
+        pruner.add_loss(torch.tensor(0.5))
+        pruner.end_step()
+    assert pruner.phases.start == 25
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_an_early_start_does_not_move_the_later_auxiliary_steps(every):
+    early, late = run([1.0] * 20, mask_every_n_steps=every), run([1.0, *[0.5] * 19], mask_every_n_steps=every)
+    assert early.begins_early
+    assert not late.begins_early
+    assert [early.is_due(step) for step in range(25, 65)] == [late.is_due(step) for step in range(25, 65)]

@@ -164,3 +164,7 @@ def test_equal_entries_are_all_above_the_threshold_or_none_is_whichever_is_neare
 def test_entries_that_are_not_finite_do_not_disturb_the_threshold():
     M = [torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0, 2.0, 3.0])]
     assert int((M[0] > threshold_near(M, 3)).sum()) == 3
+
+
+def test_without_enough_finite_entries_the_threshold_is_0():
+    assert threshold_near([torch.tensor([torch.nan, 0.1, 0.2, 0.3])], 4) == 0

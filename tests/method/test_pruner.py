@@ -353,3 +353,15 @@ def test_short_runs_move_m_less_than_long_ones():
     assert totals[0] < 0.01
     assert totals[-2:] == [1.0, 1.0]
     assert AutoPruneRule().reach(24) == 1.0
+
+
+def test_a_run_that_is_resumed_with_a_greater_length_does_not_go_back_on_its_path():
+    model, x, y = make_problem()
+    pruner = start_pruner(model, 100, target_sparsity=0.5, warmup=0.25)
+    *_, reached = train(pruner, model, x, y, 55)
+    resumed = Pruner(prunable_weights(model), pruner.settings, 200)
+    resumed.load_state_dict(pruner.state_dict())
+    resumed.start()
+    curve = list(train(resumed, model, x, y, 60))
+    assert reached > 0.3
+    assert min(curve) > reached - 0.02

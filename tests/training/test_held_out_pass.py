@@ -242,3 +242,41 @@ def test_a_training_step_that_writes_to_trained_weights_through_data_is_warned_a
 
     with pytest.warns(UserWarning, match="writes to weights that are trained, and did so in the held-out pass too"):
         fit(AutoPruneCallback(target_sparsity=0.5), model=ClampingNet(), epochs=1)
+
+
+JOINS = {
+    "concatenated": lambda a, b: torch.cat([a, b], 1),
+    "stacked": lambda a, b: torch.stack([a, b], -1),
+    "added": lambda a, b: a + b,
+    "summed": lambda a, b: torch.cat([a.sum(1), b.sum(1)]),
+}
+
+
+class JoinedWeights(Net):
+    """A model with two weights whose gradients are, as autograd makes them, views, expanded, or one tensor."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.a, self.b, self.join = nn.Linear(2, 10, bias=False), nn.Linear(2, 10, bias=False), JOINS[name]
+
+    def training_step(self, batch):
+        joined = self.join(self.a.weight, self.b.weight)
+        return super().training_step(batch) + (joined * torch.arange(joined.numel()).view_as(joined)).mean()
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_gradients_are_dense_tensors_of_their_own_which_can_be_written_to(name):
+    def check(trainer, model):
+        weights = [model.a.weight, model.b.weight]
+        first, second = held_out_gradients(trainer, make_batch(), weights, None, 1).gradients
+        before = second.clone()
+        assert first.is_contiguous()
+        assert second.is_contiguous()
+        first.mul_(3)
+        assert first.any()
+        assert torch.equal(second, before)
+        return True
+
+    callback = CallInTraining(check)
+    fit(callback, model=JoinedWeights(name), epochs=1)
+    assert callback.result

@@ -131,7 +131,9 @@ class HeldOutData:
         If pruning begins early, M follows the weight steps alone until the planned start: loaders ask ahead of time, so
         they can't be told.
         """
-        return self._pruner is not None and step >= self._pruner.late_start and self._pruner.is_due(step)
+        if self._pruner is None or (self._pruner.begins_early and step < self._pruner.late_start):
+            return False
+        return self._pruner.is_due(step)
 
     def all_ranks_agree(self, ok: bool) -> bool:
         """Return True on every rank if the argument is True on all of them, else False on every rank."""
