@@ -1,8 +1,7 @@
 """How long to train dense if the user does not say: the training loss decides. Torch only.
 
-A network that is trained already gains nothing from a long dense phase, and one that learns fast gains little: the
-steps are better spent on pruning. Both show in the training loss: it stays near its first value, or has fallen far
-below it. A network in between still learns what its weights are for, and starts later.
+A network that is trained already gains nothing from a long dense phase: the steps are better spent on pruning. It shows
+in the training loss, which stays near its first value. Any other network still learns what its weights are for.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor
 __all__ = ["EARLY", "LATE", "FirstLosses", "begins_early"]
 
 EARLY = 0.1
-"""Fraction of the run after which pruning begins if the network is trained already or learns fast."""
+"""Fraction of the run after which pruning begins if the network is trained already."""
 
 LATE = 0.25
 """Fraction of the run after which pruning begins otherwise."""
 
-_TRAINED, _LEARNED = 0.8, 0.1  # of the first loss: at least the former or at most the latter, and pruning begins early
+_TRAINED = 0.8  # of the first loss: if the loss is at least so high, the network was trained before
 
 
 def begins_early(first: float, now: float) -> bool:
@@ -36,11 +35,11 @@ def begins_early(first: float, now: float) -> bool:
 
     Example:
         >>> begins_early(0.30, 0.28), begins_early(2.3, 0.1), begins_early(4.7, 2.6)
-        (True, True, False)
+        (True, False, False)
     """
     if not (0 < first < math.inf and 0 < now < math.inf):
         return False
-    return not _LEARNED < now / first < _TRAINED
+    return now / first >= _TRAINED
 
 
 class FirstLosses:

@@ -144,8 +144,7 @@ class Settings:
     warmup: float | None = setting(
         None,
         """fraction of the run that is dense, in [0, 1]; 1 switches pruning off. None: 0.1 for a network that is trained
-        already or learns fast, which the training loss shows: by then it is at least 0.8 or at most 0.1 times its first
-        value. Otherwise 0.25.""",
+        already, which the training loss shows: by then it is at least 0.8 times its first value. Otherwise 0.25.""",
         in_range(0, 1),
     )
     finetune: float = setting(

@@ -90,8 +90,8 @@ class AutoPruneCallback(BaseCallback):
         mask_every_n_steps: interval of the auxiliary steps in training steps, >= 1. Each is followed by an update of
             the masks.
         warmup: fraction of the run that is dense, in [0, 1]; 1 switches pruning off. None: 0.1 for a network that is
-            trained already or learns fast, which the training loss shows: by then it is at least 0.8 or at most 0.1
-            times its first value. Otherwise 0.25.
+            trained already, which the training loss shows: by then it is at least 0.8 times its first value.
+            Otherwise 0.25.
         finetune: fraction of the run with final masks, in [0, 1); ``warmup + finetune`` must be below 1.
         include: patterns (``fnmatch``) of the layers or parameters to prune. None: all linear, bilinear, convolution,
             recurrent, attention and expert layers. Embeddings and other parameters with two or more dimensions are

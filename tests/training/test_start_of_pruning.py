@@ -41,7 +41,7 @@ def fit_and_get_start(model, callbacks=(), train=None, **options):
     return callback._run.pruner.phases.start
 
 
-@pytest.mark.parametrize(("loss", "start"), [(0.9, EARLY), (0.05, EARLY), (0.4, LATE), (-0.9, LATE)])
+@pytest.mark.parametrize(("loss", "start"), [(0.9, EARLY), (0.05, LATE), (0.4, LATE), (-0.9, LATE)])
 @pytest.mark.parametrize("held_out", [None, "train"])
 def test_the_training_loss_decides_when_pruning_begins(held_out, loss, start):
     assert fit_and_get_start(KnownLoss(loss), held_out=held_out) == start
