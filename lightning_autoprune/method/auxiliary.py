@@ -166,8 +166,11 @@ class AuxiliaryParameters(MaskedWeights):
         return self.granularity.sparsity(self)
 
     def density_of(self, layers: Sequence[int]) -> float:
-        """Return the fraction of their weights that some layers keep together, given their numbers."""
-        return sum(self.kept[i] for i in layers) / sum(self.totals[i] for i in layers)
+        """Return the fraction of their weights that some layers keep together, given their numbers.
+
+        With neurons, whose layers depend on each other, it is the :attr:`density` of all layers.
+        """
+        return self.granularity.density_of(self, layers)
 
     def layer_sparsity(self) -> dict[str, float]:
         """Return the fraction of each layer's weights that are pruned, in [0, 1), by layer name."""
@@ -234,16 +237,16 @@ class AuxiliaryParameters(MaskedWeights):
         """
         self.granularity.update_masks(self)
 
-    def approach(self, density: float, layers: Sequence[int] | None = None) -> None:
+    def approach(self, density: float, layers: Sequence[int]) -> None:
         """Shift M so that a density is met within 0.2%, and update the masks: one large step of the pressure.
 
         Units of several weights are left to the pressure.
 
         Args:
             density: fraction of their weights that the layers should keep together.
-            layers: numbers of the layers whose M is shifted, all by the same amount; None: all layers.
+            layers: numbers of the layers whose M is shifted, all by the same amount.
         """
-        self.granularity.approach(self, density, range(len(self.weights)) if layers is None else sorted(layers))
+        self.granularity.approach(self, density, layers)
 
     def meet(self, density: float) -> None:
         """Move M so that the density is met: exactly with single weights, else as closely as possible from below."""

@@ -123,8 +123,8 @@ def threshold_near(
     """Return a threshold above which nearly ``count`` entries of M lie.
 
     Bisection counts the entries above some ten thresholds, which is faster than a sort. All thresholds are the same
-    however M is sharded. If equal entries leave no
-    better choice, the number above the threshold is the nearest one that is possible.
+    however M is sharded. If equal entries leave no better choice, the number above the threshold is the nearest one
+    that is possible.
 
     Args:
         M: auxiliary parameters, or this rank's shards of them. NaN lies above no threshold; if none has so many entries

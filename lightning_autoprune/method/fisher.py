@@ -57,6 +57,10 @@ class FisherInformation:
             return None
         return total.to(weight.device) / self._counts[name]
 
+    def clear(self) -> None:
+        """Forget all gradients."""
+        self._sums, self._counts = {}, {}
+
     def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return what resuming needs: sums over whole layers, and counts."""
         names = [name for name in weights if self.of(name, weights[name]) is not None]
@@ -65,7 +69,7 @@ class FisherInformation:
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` gave, for the layers that are still there in the same shape."""
-        self._sums, self._counts = {}, {}
+        self.clear()
         for name, whole in state["sums"].items():
             if name in weights and whole.shape == weights[name].shape:
                 self._sums[name] = shard_like(whole.to(local_shard(weights[name]).device), weights[name]).clone()

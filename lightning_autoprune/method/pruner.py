@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightning_autoprune.errors import AutoPruneError, quote_names
 from lightning_autoprune.method.auxiliary import AuxiliaryParameters
-from lightning_autoprune.method.dense_phase import EARLY, LATE, FirstLosses, begins_early
-from lightning_autoprune.method.fisher import FisherInformation
+from lightning_autoprune.method.dense_phase import DensePhase
 from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.joining import start_like
@@ -23,8 +22,6 @@ from lightning_autoprune.method.update_rules import make_rule
 from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
-
-_OBSERVED_STEPS = 100  # the last ones of the dense phase, whose gradients decide where M starts
 
 _TOLERANCE = 0.02  # by how much, relative to the path, the density may leave it before M is shifted
 
@@ -51,8 +48,7 @@ class Pruner:
         layouts: their layouts when they were taken in.
         step: number of training steps that are over.
         auxiliary: the auxiliary parameters; None in the dense phase.
-        begins_early: whether pruning begins early; None until the training loss decides (see :meth:`decide_start`).
-        first_losses: the training losses that decide.
+        dense_phase: when pruning begins, and what is measured before it does.
 
     Raises:
         AutoPruneError: if the target can't be met because of the layers' floors.
@@ -86,17 +82,11 @@ class Pruner:
     ) -> None:
         self.settings, self.step, self.neurons = settings, step, neurons
         self._set_weights(weights)
-        warmup = LATE if settings.warmup is None else settings.warmup
-        self._late_phases = Phases.of(total_steps, warmup, settings.finetune)
-        self._early_phases = Phases.of(total_steps, EARLY, settings.finetune)
-        self._loss_decides = settings.warmup is None and 1 < self._early_phases.start < self._late_phases.start
-        self.begins_early: bool | None = None if self._loss_decides and step < self._early_phases.start else False
-        self.first_losses = FirstLosses(self._early_phases.start)
+        self.dense_phase = DensePhase(total_steps, step, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
         self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
         self._target, self._path = settings.target_density, make_schedule(settings.schedule)
         self._stepped_layers: set[int] = set()  # those whose M was stepped in the training step under way
-        self._fisher = FisherInformation()
         self._first_density = 1.0  # when pruning begins, less than 1 if some weights are 0 already
         self._highest_density = 1.0  # that the path may ask for; less than 1 after resuming with another length
         self._check_target(self.weights)
@@ -206,12 +196,7 @@ class Pruner:
     @property
     def phases(self) -> Phases:
         """The phases of the run, as far as they are known: pruning may still begin earlier."""
-        return self._early_phases if self.begins_early else self._late_phases
-
-    @property
-    def late_start(self) -> int:
-        """The training step at which pruning begins unless the training loss asks for an early start."""
-        return self._late_phases.start
+        return self.dense_phase.phases
 
     @property
     def mu(self) -> float:
@@ -273,15 +258,13 @@ class Pruner:
         has_begun = self.auxiliary is not None or step >= self.phases.start
         is_pruning = has_begun and step < self.phases.end and not self.masks_final
         # counted from the planned start, which loaders that ask ahead of time know
-        return is_pruning and (step - self.late_start + 1) % self.settings.mask_every_n_steps == 0
+        return is_pruning and (step - self.dense_phase.late_start + 1) % self.settings.mask_every_n_steps == 0
 
     @property
     def observes(self) -> bool:
         """True if the gradients of the training step under way decide about the M that pruning starts with."""
-        if self.settings.initial_m != "fisher" or not self._prunes_single_weights:
-            return False
-        start = self._early_phases.start if self.begins_early is None else self.phases.start
-        return self.auxiliary is None and 0 < start - self.step <= _OBSERVED_STEPS
+        wanted = self.settings.initial_m == "fisher" and self._prunes_single_weights
+        return wanted and self.auxiliary is None and self.dense_phase.observes(self.step)
 
     def observe(self, dL_dT: Mapping[str, Tensor]) -> None:
         """Take in gradients of the dense phase, by layer name, before the weight step; see :attr:`observes`.
@@ -290,27 +273,11 @@ class Pruner:
             dL_dT: this rank's shards of the gradients; layers without one are left out. Only their sizes relative to
                 each other matter.
         """
-        self._fisher.add(dL_dT)
+        self.dense_phase.fisher.add(dL_dT)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take in the training loss of a batch, which may decide when pruning begins; see :meth:`decide_start`."""
-        if self.begins_early is None:
-            self.first_losses.add(self.step, loss)
-
-    @property
-    def decides_start(self) -> bool:
-        """True in the last training step before pruning may begin early, if the user leaves that to the loss."""
-        return self.begins_early is None and self.step + 1 == self._early_phases.start
-
-    def decide_start(self, losses: tuple[float, float] | None) -> None:
-        """Begin pruning at the end of the training step under way, or go on as planned; see :attr:`decides_start`.
-
-        Args:
-            losses: the training loss of the first step, and the mean of recent ones, over all ranks; None: not known.
-        """
-        self.begins_early = losses is not None and begins_early(*losses)
-        if not self.begins_early:
-            self._fisher = FisherInformation()  # of gradients that are long past when pruning begins
+        """Take in the training loss of a batch, which may decide when pruning begins."""
+        self.dense_phase.add_loss(self.step, loss)
 
     def before_forward(self) -> None:
         """Prepare the weights for passes whose gradients M follows; needed with neurons only.
@@ -391,8 +358,8 @@ class Pruner:
         else:
             self.after_backward()
         self._stepped_layers.clear()
-        if self.decides_start:
-            self.decide_start(self.first_losses.means())
+        if self.dense_phase.decides_after(self.step):
+            self.dense_phase.decide(self.dense_phase.losses.means())
         self.step += 1
         return self._enter_phase(before_forgetting)
 
@@ -404,8 +371,7 @@ class Pruner:
         """
         assert self.auxiliary is not None
         path, layers = self._path_density(self.step + 1), sorted(self._stepped_layers)
-        density = self.auxiliary.density_of(layers) if self._prunes_single_weights else self.auxiliary.density
-        self._controller.update(density, path)
+        self._controller.update(self.auxiliary.density_of(layers), path)
         if abs(self._controller.error) > _TOLERANCE:
             self.auxiliary.approach(path, layers)
 
@@ -413,7 +379,7 @@ class Pruner:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
             self._first_density = self.auxiliary.density
-            self._fisher = FisherInformation()
+            self.dense_phase.fisher.clear()
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False
         if self._target is not None:
@@ -438,7 +404,7 @@ class Pruner:
             leaky_slope=s.leaky_slope,
             layer_floor=s.layer_floor,
             decay=make_rule(s.update_rule).decay(self._number_of_auxiliary_steps),
-            fisher={name: F for name, w in weights.items() if (F := self._fisher.of(name, w)) is not None},
+            fisher={name: F for name, w in weights.items() if (F := self.dense_phase.fisher.of(name, w)) is not None},
         )
 
     def described(self) -> dict[str, Any]:
@@ -452,21 +418,10 @@ class Pruner:
             "pressure": (self.mu, self._controller.error),
             "first_density": self._first_density,
             "total": self.phases.total,
-            "begins_early": self.begins_early,
-            "first_losses": self.first_losses.state_dict() if self.begins_early is None else None,
             "highest_density": self._highest_density,
-            "fisher": None if self.auxiliary else self._fisher.state_dict(self.weights),
+            "dense_phase": self.dense_phase.state_dict(self.weights),
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
         }
-
-    def _restore_start(self, state: Mapping[str, Any]) -> None:
-        """Restore when pruning begins, or what has been measured so far to decide it."""
-        self.begins_early = state.get("begins_early", False) if self._loss_decides else False
-        self.first_losses = FirstLosses(self._early_phases.start)
-        if self.begins_early is None and self.step < self._early_phases.start:
-            self.first_losses.load_state_dict(state["first_losses"])
-        else:
-            self.begins_early = bool(self.begins_early)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, on weights from the same step.
@@ -477,11 +432,8 @@ class Pruner:
         self.step = state["step"]
         if self._target is not None:  # otherwise the pressure is that of the settings
             self._controller.mu, self._controller.error = state["pressure"]
-        self._restore_start(state)
+        self.dense_phase.load_state_dict(state.get("dense_phase", {}), self.step, self.weights)  # older files lack it
         self._first_density = state.get("first_density", 1.0)
-        self._fisher = FisherInformation()
-        if state.get("fisher"):
-            self._fisher.load_state_dict(state["fisher"], self.weights)
         self.auxiliary = None
         self._highest_density = state.get("highest_density", 1.0)
         if state["auxiliary"] is not None:

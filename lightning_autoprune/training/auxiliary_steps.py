@@ -110,8 +110,8 @@ class AuxiliarySteps:
 
     def _observe(self, stepped: Container[int], scale: float) -> None:
         """Pass on gradients of the dense phase, which decide about the M that pruning starts with."""
-        trained = {name: weight for name, weight in self._trained_weights().items() if id(weight) in stepped}
-        found = {name: local_shard(weight.grad) for name, weight in trained.items() if weight.grad is not None}
+        weights = self._trained_weights(stepped)
+        found = {name: local_shard(weight.grad) for name, weight in weights.items() if weight.grad is not None}
         self._pruner.observe({name: gradient / scale for name, gradient in found.items()} if scale != 1 else found)
 
     def _weights_to_step(self, optimizer: Optimizer, stepped: Container[int]) -> dict[str, Tensor]:
@@ -123,13 +123,14 @@ class AuxiliarySteps:
         if id(optimizer) in self._stepped:
             return {}
         self._stepped.add(id(optimizer))
-        return {name: weight for name, weight in self._trained_weights().items() if id(weight) in stepped}
+        return self._trained_weights(stepped)
 
     def after_weight_step(self) -> None:
         """Pass a held-out batch through the network and step M, if a step is due and the batch was not used before."""
         was_used, self._batch_was_used = self._batch_was_used, False
-        weights = self._trained_weights()
-        if self._held_out.source.has_batches and self._pruner.due and weights and not was_used:
+        if was_used or not (self._held_out.source.has_batches and self._pruner.due):
+            return
+        if weights := self._trained_weights():
             self._step_on_held_out_batch(weights)
 
     def _step_on_held_out_batch(self, weights: Mapping[str, Tensor], train_gradients: Sequence[Tensor] = ()) -> None:
@@ -239,9 +240,14 @@ class AuxiliarySteps:
 
     # What the steps need
 
-    def _trained_weights(self) -> dict[str, Tensor]:
-        """Return the weights that are trained now, by layer name; others may be frozen for a while."""
-        return {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
+    def _trained_weights(self, stepped: Container[int] | None = None) -> dict[str, Tensor]:
+        """Return the weights that are trained now, by layer name; others may be frozen for a while.
+
+        Args:
+            stepped: the ``id`` of each parameter that a step trains; None: any may be trained.
+        """
+        trained = {name: weight for name, weight in self._pruner.weights.items() if weight.requires_grad}
+        return {name: weight for name, weight in trained.items() if stepped is None or id(weight) in stepped}
 
     @property
     def _is_sharded(self) -> bool:

@@ -186,21 +186,21 @@ class PruningRun:
 
     def _decide_start(self) -> None:
         """Let the training loss, over all ranks, decide whether pruning begins early."""
-        losses, source = self.pruner.first_losses.means(), self._held_out.source
+        losses, source = self.pruner.dense_phase.losses.means(), self._held_out.source
         has_gradients = self._held_out.follows_training or not source.splits_batches  # until batches are split
         ranks, device = self._trainer.world_size, self._trainer.strategy.root_device
         if not all_ranks_agree(losses is not None and has_gradients, ranks, device):
-            self.pruner.decide_start(None)
+            self.pruner.dense_phase.decide(None)
             return
         assert losses is not None
         first, now = mean_over_ranks([torch.tensor(loss, device=device) for loss in losses], 1.0, ranks)
-        self.pruner.decide_start((float(first), float(now)))
+        self.pruner.dense_phase.decide((float(first), float(now)))
 
     def end_step(self) -> None:
         """Step M, update the masks, move on to the next phase, and report."""
         self._hooks.end_training_step()
         self.auxiliary_steps.after_weight_step()
-        if self.pruner.decides_start:
+        if self.pruner.dense_phase.decides_after(self.pruner.step):
             self._decide_start()
         if self.pruner.auxiliary is None and self.pruner.step + 1 == self.pruner.phases.start:
             self._unfrozen.end_dense_phase(self.auxiliary_steps.unused_layers())

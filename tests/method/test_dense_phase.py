@@ -142,9 +142,9 @@ def test_an_undecided_run_that_is_resumed_past_the_early_start_begins_late():
 
 def test_going_back_to_a_state_before_the_decision_takes_it_back():
     state, pruner = run([1.0] * 5).state_dict(), run([1.0] * 12)
-    assert pruner.begins_early
+    assert pruner.dense_phase.begins_early
     pruner.load_state_dict(state)
-    assert pruner.begins_early is None
+    assert pruner.dense_phase.begins_early is None
     for _ in range(5, 10):
         pruner.add_loss(torch.tensor(0.5))
         pruner.end_step()
@@ -154,6 +154,6 @@ def test_going_back_to_a_state_before_the_decision_takes_it_back():
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_an_early_start_does_not_move_the_later_auxiliary_steps(every):
     early, late = run([1.0] * 20, mask_every_n_steps=every), run([1.0, *[0.5] * 19], mask_every_n_steps=every)
-    assert early.begins_early
-    assert not late.begins_early
+    assert early.dense_phase.begins_early
+    assert not late.dense_phase.begins_early
     assert [early.is_due(step) for step in range(25, 65)] == [late.is_due(step) for step in range(25, 65)]

@@ -173,6 +173,10 @@ class Granularity(ABC):
         """Return the fraction that a target refers to, in (0, 1]: kept weights / all weights."""
         return sum(aux.kept) / aux.total
 
+    def density_of(self, aux: AuxiliaryParameters, layers: Sequence[int]) -> float:
+        """Return the density of some layers, given their numbers, if their M can be shifted; else that of all."""
+        return self.density(aux)
+
     def sparsity(self, aux: AuxiliaryParameters) -> float:
         """Return the fraction of all prunable weights that are pruned, in [0, 1)."""
         return (aux.total - sum(aux.kept)) / aux.total

@@ -62,8 +62,8 @@ class WeightGranularity(Granularity):
         norms = fetch_numbers([torch.linalg.vector_norm(S) for S in saliencies])
         squares = aux.placement.sum([norm * norm for norm in norms])
         usable = [math.isfinite(square) and square > 0 for square in squares]
-        sizes = [total for total, use in zip(aux.totals, usable, strict=True) if use]
-        unit = math.sqrt(sum(q for q, use in zip(squares, usable, strict=True) if use) / max(sum(sizes), 1))
+        sizes = sum(size for size, use in zip(aux.totals, usable, strict=True) if use)
+        unit = math.sqrt(sum(q for q, use in zip(squares, usable, strict=True) if use) / max(sizes, 1))
         warn_of_constant([layer for layer, use in zip(aux.weights, usable, strict=True) if not use])
         return [S.mul_(scale / unit) if use else S.fill_(scale) for S, use in zip(saliencies, usable, strict=True)]
 
@@ -89,6 +89,10 @@ class WeightGranularity(Granularity):
             aux.placement.lift_largest(aux.M[i], aux.floors[i])
         if low:
             aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], aux.flat_M)
+
+    def density_of(self, aux: AuxiliaryParameters, layers: Sequence[int]) -> float:
+        """Return kept weights / all weights of some layers."""
+        return sum(aux.kept[i] for i in layers) / sum(aux.totals[i] for i in layers)
 
     def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int]) -> None:
         """Shift the M of some layers alike so that they meet a density nearly, and update the masks."""

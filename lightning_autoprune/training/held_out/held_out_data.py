@@ -131,9 +131,11 @@ class HeldOutData:
         If pruning begins early, M follows the weight steps alone until the planned start: loaders ask ahead of time, so
         they can't be told.
         """
-        if self._pruner is None or (self._pruner.begins_early and step < self._pruner.late_start):
+        if self._pruner is None:
             return False
-        return self._pruner.is_due(step)
+        dense_phase = self._pruner.dense_phase
+        is_told = step >= dense_phase.late_start or not dense_phase.begins_early
+        return is_told and self._pruner.is_due(step)
 
     def all_ranks_agree(self, ok: bool) -> bool:
         """Return True on every rank if the argument is True on all of them, else False on every rank."""
