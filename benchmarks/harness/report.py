@@ -137,6 +137,66 @@ def finetuning_table(rows: list[dict[str, str]], task: Task, labels: Mapping[str
     return markdown_table([*head, *labels.values(), "not pruned"], lines)
 
 
+def length_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str]) -> str:
+    """Return a table with a line per method and compression, and a column per length of the run in epochs.
+
+    The best cell of each compression and length is bold; a cell with fewer seeds than the most in the table has their
+    number in parentheses, and is never the best.
+    """
+    metric = TASKS[task].metric
+    found = group_means([row for row in rows if row["task"] == task], metric, ("method", "target", "epochs"))
+    most_seeds = max((len(mean.values) for mean in found.values()), default=0)
+    lengths = sorted({epochs for *_, epochs in found}, key=int)
+    lines = []
+    for target in sorted({target for _, target, _ in found}, key=lambda target: float(target or 0)):
+        rivals = {
+            epochs: [
+                mean.mean
+                for (_, other, length), mean in found.items()
+                if target and (other, length) == (target, epochs) and len(mean.values) == most_seeds
+            ]
+            for epochs in lengths
+        }
+        for method, label in labels.items():
+            cells = {epochs: found.get((method, target, epochs)) for epochs in lengths}
+            if any(cells.values()):
+                best = {epochs: min(rivals[epochs], default=None) for epochs in lengths}
+                formatted = (_format_cell(mean, metric, most_seeds, best[epochs]) for epochs, mean in cells.items())
+                lines.append([label, f"{target}×" if target else "–", *formatted])
+    head = [f"{task}: {UNITS[metric]}", "compression", *(f"{epochs} epochs" for epochs in lengths)]
+    return markdown_table(head, lines)
+
+
+def length_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Mapping[str, str]) -> Figure:
+    """Draw the metric against the length of the run: a panel per task and compression, a line per method."""
+    panels = [
+        (task, target)
+        for task in tasks
+        for target in sorted({row["target"] for row in rows if row["task"] == task and row["target"]}, key=float)
+    ]
+    picture = Figure(figsize=(4.2 * len(panels) + 2.6, 4.2), layout="constrained")
+    for axes, (task, target) in zip(picture.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        metric = TASKS[task].metric
+        chosen = [row for row in rows if row["task"] == task and row["target"] in (target, "")]
+        found = group_means(chosen, metric, ("method", "epochs"))
+        for i, (method, label) in enumerate(labels.items()):
+            points = sorted((int(epochs), mean) for (name, epochs), mean in found.items() if name == method)
+            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
+            if method == "autoprune":
+                style |= {"color": "black", "lw": 2.4}
+            elif method == "dense":
+                style |= {"color": "gray", "ls": "--"}
+            means, spreads = [mean.mean for _, mean in points], [mean.spread for _, mean in points]
+            axes.errorbar([epochs for epochs, _ in points], means, spreads, label=label, ms=5, capsize=2, **style)
+        _style(axes, f"{task}, {target}×", "epochs", UNITS[metric])
+        axes.set_xscale("log")
+        lengths = sorted({int(epochs) for _, epochs in found})
+        axes.set_xticks(lengths, [str(epochs) for epochs in lengths])
+        axes.set_xticks([], minor=True)
+    _add_shared_legend(picture)
+    return picture
+
+
 def _format_cell(mean: Mean | None, metric: str, most_seeds: int, best: float | None) -> str:
     """Return a cell of a table: bold if it has the best mean, or with its number of seeds if that is not the most."""
     text = format_mean(mean, metric)

@@ -237,16 +237,17 @@ class AuxiliaryParameters(MaskedWeights):
         """
         self.granularity.update_masks(self)
 
-    def approach(self, density: float, layers: Sequence[int]) -> None:
-        """Shift M so that a density is met within 0.2%, and update the masks: one large step of the pressure.
+    def approach(self, density: float, layers: Sequence[int], share: float = 1.0) -> None:
+        """Let the masks meet a density within 0.2% until the next update: they are h(M - θ) with a common threshold θ.
 
         Units of several weights are left to the pressure.
 
         Args:
             density: fraction of their weights that the layers should keep together.
-            layers: numbers of the layers whose M is shifted, all by the same amount.
+            layers: numbers of the layers whose masks are h(M - θ).
+            share: how much of θ is taken off their M for good, in [0, 1].
         """
-        self.granularity.approach(self, density, layers)
+        self.granularity.approach(self, density, layers, share)
 
     def meet(self, density: float) -> None:
         """Move M so that the density is met: exactly with single weights, else as closely as possible from below."""

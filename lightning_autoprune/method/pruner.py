@@ -23,7 +23,9 @@ from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
 
-_TOLERANCE = 0.02  # by how much, relative to the path, the density may leave it before M is shifted
+_TOLERANCE = 0.02  # by how much, relative to the path, the density may leave it before a threshold brings it back
+
+_THRESHOLD_STEPS = 40  # a run of so many auxiliary steps is too short for the pressure: the threshold prunes instead
 
 
 class Pruner:
@@ -364,16 +366,19 @@ class Pruner:
         return self._enter_phase(before_forgetting)
 
     def _follow_path(self) -> None:
-        """Move the pressure so that the density stays on its path, and M where the density has left it.
+        """Move the pressure so that the density stays on its path, and the masks where the density has left it.
 
-        The pressure answers to the density before the shift, so that it needs no shift in the long run. With single
-        weights, both look at the layers whose M was stepped, and leave out those that are not trained now.
+        They are h(M - θ) until the next step, with the threshold θ at which the density is on its path. The pressure
+        answers to the density at 0, so that θ falls back to 0. It prunes better than a threshold, because it weighs
+        less on weights that the loss is sensitive to; in a short run there is no time for that, and M moves by θ. With
+        single weights, both look at the layers whose M was stepped, and leave out those that are not trained now.
         """
         assert self.auxiliary is not None
         path, layers = self._path_density(self.step + 1), sorted(self._stepped_layers)
         self._controller.update(self.auxiliary.density_of(layers), path)
         if abs(self._controller.error) > _TOLERANCE:
-            self.auxiliary.approach(path, layers)
+            share = min((_THRESHOLD_STEPS / self._number_of_auxiliary_steps) ** 2, 1.0)
+            self.auxiliary.approach(path, layers, share)
 
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:

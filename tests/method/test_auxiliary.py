@@ -242,15 +242,39 @@ def test_a_layer_without_fisher_information_starts_as_if_its_weights_were_like_t
     torch.testing.assert_close(torch.cat(aux.M), expected)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0])
 @pytest.mark.parametrize("density", [0.9, 0.5, 0.03])
-def test_m_is_shifted_so_that_a_density_is_nearly_met(density):
+def test_masks_with_a_common_threshold_nearly_meet_a_density_and_m_moves_by_a_share_of_it(density, share):
     torch.manual_seed(0)
     aux = AuxiliaryParameters({"a": torch.randn(200, 100), "b": torch.randn(500)}, layer_floor=0)
     before = torch.cat([M.flatten() for M in aux.M])
-    aux.approach(density, [0, 1])
-    shifts = before - torch.cat([M.flatten() for M in aux.M])
+    aux.approach(density, [0, 1], share)
+    masks = torch.cat([mask.flatten() for mask in aux.masks()])
     assert aux.density == pytest.approx(density, rel=0.003)
-    torch.testing.assert_close(shifts, shifts[:1].expand_as(shifts), rtol=0, atol=1e-6)
+    assert before[masks].min() > before[~masks].max(), "one threshold for all layers"
+    shifts = before - torch.cat([M.flatten() for M in aux.M])
+    threshold = float(before[~masks].max())  # between it and the next larger m
+    torch.testing.assert_close(shifts, torch.full_like(shifts, share * threshold), rtol=0.02, atol=2e-4)
+
+
+def test_masks_with_a_threshold_are_saved_as_they_are():
+    weights = {"a": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))}
+    aux = AuxiliaryParameters(weights)
+    aux.approach(0.3, [0], share=0.0)
+    resumed = AuxiliaryParameters({"a": weights["a"].clone()}, initial_m=None)
+    resumed.load_state_dict(aux.state_dict())
+    assert same(resumed.masks(), aux.masks())
+    assert same(resumed.M, aux.M)
+    assert same(resumed.W, aux.W)
+
+
+def test_the_next_update_of_the_masks_forgets_the_threshold():
+    aux = AuxiliaryParameters({"a": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))})
+    masks = aux.masks()
+    aux.approach(0.3, [0], share=0.0)
+    assert aux.density == pytest.approx(0.3, rel=0.003)
+    aux.update_masks()
+    assert same(aux.masks(), masks)
 
 
 def test_a_layer_that_was_never_written_and_gets_no_gradient_stops_no_step():

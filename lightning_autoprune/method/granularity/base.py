@@ -50,8 +50,8 @@ class Granularity(ABC):
 
     Attributes:
         name: as in the setting ``granularity``.
-        prunes_single_weights: True if each weight has an m, which starts by what the dense phase measures, and is
-            shifted where the density has left its path. So short runs can rely on both and step M less.
+        prunes_single_weights: True if each weight has an m, which starts by what the dense phase measures, and a
+            threshold keeps the density on its path. So short runs can rely on both and step M less.
         prunes_channels: True if whole channels are pruned. They are found by tracing the model and can be cut out, so a
             target can count operations.
         can_extend: True if layers that are unfrozen during the run can be pruned too.
@@ -150,8 +150,10 @@ class Granularity(ABC):
     def before_forward(self, aux: AuxiliaryParameters) -> None:  # noqa: B027
         """Write the values of pruned weights that M's gradients need in the passes to come; no output may change."""
 
-    def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int]) -> None:  # noqa: B027
-        """Shift the M of some layers alike so that they meet a density nearly, if possible, and update the masks."""
+    def approach(  # noqa: B027
+        self, aux: AuxiliaryParameters, density: float, layers: Sequence[int], share: float
+    ) -> None:
+        """Let the masks of some layers meet a density nearly, if possible: h(M - θ), where M moves by a share of θ."""
 
     @abstractmethod
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
@@ -174,7 +176,7 @@ class Granularity(ABC):
         return sum(aux.kept) / aux.total
 
     def density_of(self, aux: AuxiliaryParameters, layers: Sequence[int]) -> float:
-        """Return the density of some layers, given their numbers, if their M can be shifted; else that of all."""
+        """Return the density of some layers, given their numbers, if a threshold can change it; else that of all."""
         return self.density(aux)
 
     def sparsity(self, aux: AuxiliaryParameters) -> float:

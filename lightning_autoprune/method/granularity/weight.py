@@ -94,15 +94,17 @@ class WeightGranularity(Granularity):
         """Return kept weights / all weights of some layers."""
         return sum(aux.kept[i] for i in layers) / sum(aux.totals[i] for i in layers)
 
-    def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int]) -> None:
-        """Shift the M of some layers alike so that they meet a density nearly, and update the masks."""
+    def approach(self, aux: AuxiliaryParameters, density: float, layers: Sequence[int], share: float) -> None:
+        """Let the masks of some layers meet a density nearly: they are h(M - θ), and M moves by a share of θ."""
         is_whole = len(layers) == len(aux.M)
         some_M = aux.flat_M if is_whole else [aux.M[i] for i in layers]
         count = round(density * sum(aux.totals[i] for i in layers))
-        shift = threshold_near(some_M, count, sum_over_ranks=aux.placement.sum)
+        threshold = threshold_near(some_M, count, sum_over_ranks=aux.placement.sum)
         for M in some_M:
-            M.sub_(shift)
+            M.sub_(threshold)
         self.update_masks(aux)
+        for M in some_M:
+            M.add_(threshold, alpha=1 - share)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep exactly the wanted number of weights: those with the largest m, each layer's floor first."""
