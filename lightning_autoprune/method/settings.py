@@ -108,7 +108,7 @@ class Settings:
         30.0,
         """η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of typical
         size. Each step takes an equal share. With single weights and the rule ``"adaptive"``, a run of K auxiliary
-        steps moves it (K / 1500)^1.5 times as far, at most 5 times: see ``AdaptiveRule.reach``.""",
+        steps moves it (K / 1500)^1.5 times as far, at most 10 times: see ``AdaptiveRule.reach``.""",
         in_range(0, low_open=True),
     )
     estimator: EstimatorName | Estimator = setting(

@@ -183,16 +183,16 @@ class AdaptiveRule(UpdateRule):
         return dL_dT * W
 
     def reach(self, steps: float) -> float:
-        """Return (steps / 1500)^1.5, at most 5.
+        """Return (steps / 1500)^1.5, at most 10.
 
         The division by √v makes each step about ±η, even where the gradient is noise. ``benchmarks/finetuning.py`` has
         runs of 24 to 1100 auxiliary steps, and ``benchmarks/accuracy.py`` runs of up to 7100.
 
         Example:
             >>> AdaptiveRule().reach(15_000), AdaptiveRule().reach(15)
-            (5.0, 0.001)
+            (10.0, 0.001)
         """
-        return min(float((steps / 1500) ** 1.5), 5.0)
+        return min(float((steps / 1500) ** 1.5), 10.0)
 
     def direction(self, g0: Tensor, state: Mapping[str, Tensor], updates: int, decay: float) -> Tensor:
         """Return g₀ / √v, in place of g₀."""

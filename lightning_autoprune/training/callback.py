@@ -65,7 +65,7 @@ class AutoPruneCallback(BaseCallback):
             target density that returns a density in (0, 1]. Without a target it has no effect.
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
             typical size. Each step takes an equal share. With single weights and the rule ``"adaptive"``, a run of K
-            auxiliary steps moves it (K / 1500)^1.5 times as far, at most 5 times: see ``AdaptiveRule.reach``.
+            auxiliary steps moves it (K / 1500)^1.5 times as far, at most 10 times: see ``AdaptiveRule.reach``.
         estimator: straight-through estimator h'(m), which stands in for the mask's derivative: ``"linear"``,
             ``"hard_sigmoid"``, ``"leaky_relu"``, ``"softplus"``, or a function of M.
         leaky_slope: slope of the estimator ``"leaky_relu"`` at m <= 0, in [0, 1].
