@@ -14,18 +14,14 @@ from lightning_autoprune.method.granularity import GRANULARITIES, Granularity
 from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
-from lightning_autoprune.method.pressure_controller import PressureController
+from lightning_autoprune.method.path_following import PathFollower
 from lightning_autoprune.method.saved_state import select_layers
-from lightning_autoprune.method.schedule import Phases, make_schedule
+from lightning_autoprune.method.schedule import Phases
 from lightning_autoprune.method.settings import Settings
 from lightning_autoprune.method.update_rules import make_rule
 from lightning_autoprune.tensors.sharding import Layout, gather_whole, layout
 
 __all__ = ["Pruner"]
-
-_TOLERANCE = 0.02  # by how much, relative to the path, the density may leave it before a threshold brings it back
-
-_THRESHOLD_STEPS = 40  # a run of so many auxiliary steps is too short for the pressure: the threshold prunes instead
 
 
 class Pruner:
@@ -86,11 +82,8 @@ class Pruner:
         self._set_weights(weights)
         self.dense_phase = DensePhase(total_steps, step, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
-        self._controller = PressureController(settings.pressure, gain=min(0.05 * settings.mask_every_n_steps, 0.5))
-        self._target, self._path = settings.target_density, make_schedule(settings.schedule)
+        self._follower = PathFollower(settings)
         self._stepped_layers: set[int] = set()  # those whose M was stepped in the training step under way
-        self._first_density = 1.0  # when pruning begins, less than 1 if some weights are 0 already
-        self._highest_density = 1.0  # that the path may ask for; less than 1 after resuming with another length
         self._check_target(self.weights)
 
     def start(self) -> None:
@@ -114,7 +107,7 @@ class Pruner:
         self._check_target(weights)
         if self.step >= self.phases.start:
             new = {name: weight for name, weight in weights.items() if name not in self.weights}
-            by_magnitude = self.auxiliary and self._target is not None
+            by_magnitude = self.auxiliary and self._follower.target is not None
             joining = self._attach(new, "magnitude" if by_magnitude else self.settings.initial_m)
             if self.auxiliary is None:
                 self.auxiliary = joining
@@ -185,15 +178,9 @@ class Pruner:
             return False
         return bool(weights)
 
-    def _path_density(self, step: int) -> float:
-        """Return the density that pruning to the target should have reached once so many steps are over."""
-        assert self._target is not None
-        path = self._path(self.phases.progress(step), self._first_density, self._target)
-        return min(path, self._highest_density)
-
     def _check_target(self, weights: Mapping[str, Tensor]) -> None:
-        if self._target is not None and weights:
-            self._make_granularity().check_density(weights, self._target, self.settings.layer_floor)
+        if self._follower.target is not None and weights:
+            self._make_granularity().check_density(weights, self._follower.target, self.settings.layer_floor)
 
     @property
     def phases(self) -> Phases:
@@ -203,7 +190,7 @@ class Pruner:
     @property
     def mu(self) -> float:
         """The pressure μ now."""
-        return self._controller.mu
+        return self._follower.mu
 
     @property
     def masks_final(self) -> bool:
@@ -355,8 +342,9 @@ class Pruner:
         if self.due:
             assert self.auxiliary is not None
             self.auxiliary.update_masks()
-            if self._target is not None and self._stepped_layers:
-                self._follow_path()
+            if self._follower.target is not None and self._stepped_layers:
+                progress = self.phases.progress(self.step + 1)
+                self._follower.follow(self.auxiliary, self._stepped_layers, progress, self._number_of_auxiliary_steps)
         else:
             self.after_backward()
         self._stepped_layers.clear()
@@ -365,30 +353,15 @@ class Pruner:
         self.step += 1
         return self._enter_phase(before_forgetting)
 
-    def _follow_path(self) -> None:
-        """Move the pressure so that the density stays on its path, and the masks where the density has left it.
-
-        They are h(M - θ) until the next step, with the threshold θ at which the density is on its path. The pressure
-        answers to the density at 0, so that θ falls back to 0. It prunes better than a threshold, because it weighs
-        less on weights that the loss is sensitive to; in a short run there is no time for that, and M moves by θ. With
-        single weights, both look at the layers whose M was stepped, and leave out those that are not trained now.
-        """
-        assert self.auxiliary is not None
-        path, layers = self._path_density(self.step + 1), sorted(self._stepped_layers)
-        self._controller.update(self.auxiliary.density_of(layers), path)
-        if abs(self._controller.error) > _TOLERANCE:
-            share = min((_THRESHOLD_STEPS / self._number_of_auxiliary_steps) ** 2, 1.0)
-            self.auxiliary.approach(path, layers, share)
-
     def _enter_phase(self, before_forgetting: Callable[[Mapping[str, Tensor]], None] | None = None) -> bool:
         if self.auxiliary is None and self.weights and self.step >= self.phases.start:
             self.auxiliary = self._attach(self.weights, self.settings.initial_m)
-            self._first_density = self.auxiliary.density
+            self._follower.first_density = self.auxiliary.density
             self.dense_phase.fisher.clear()
         if self.auxiliary is None or self.auxiliary.masks_final or self.step < self.phases.end:
             return False
-        if self._target is not None:
-            self.auxiliary.meet(self._target)
+        if self._follower.target is not None:
+            self.auxiliary.meet(self._follower.target)
         if before_forgetting:
             before_forgetting(self.M)
         self.auxiliary.finalize_masks()
@@ -420,10 +393,8 @@ class Pruner:
         """Return all that resuming needs besides the weights."""
         return {
             "step": self.step,
-            "pressure": (self.mu, self._controller.error),
-            "first_density": self._first_density,
             "total": self.phases.total,
-            "highest_density": self._highest_density,
+            **self._follower.state_dict(),
             "dense_phase": self.dense_phase.state_dict(self.weights),
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
         }
@@ -435,14 +406,11 @@ class Pruner:
             AutoPruneError: if the state was made for other layers or shapes; names them.
         """
         self.step = state["step"]
-        if self._target is not None:  # otherwise the pressure is that of the settings
-            self._controller.mu, self._controller.error = state["pressure"]
+        self._follower.load_state_dict(state)
         self.dense_phase.load_state_dict(state.get("dense_phase", {}), self.step, self.weights)  # older files lack it
-        self._first_density = state.get("first_density", 1.0)
         self.auxiliary = None
-        self._highest_density = state.get("highest_density", 1.0)
         if state["auxiliary"] is not None:
             self.auxiliary = self._attach(self.weights, None)
             self.auxiliary.load_state_dict(state["auxiliary"])
             if state.get("total", self.phases.total) != self.phases.total:  # the path is another: don't go back on it
-                self._highest_density = min(self._highest_density, self.auxiliary.density)
+                self._follower.stay_below(self.auxiliary.density)
