@@ -4,6 +4,7 @@ LeNet-300-100 at 80× has 38, 114 and 380 epochs; LeNet-5 at 310× and 500× has
 the two best ones at 38 epochs, with the settings that they have there. Rows go to ``results/lengths.csv``:
 
     python benchmarks/lengths.py --data-dir DIR --tasks lenet-300-100 --seeds 0
+    python benchmarks/lengths.py --data-dir DIR --tasks lenet-5 --seeds 0 --epochs 152
 """
 
 from __future__ import annotations
@@ -25,26 +26,23 @@ COMPRESSIONS = {"lenet-300-100": (80.0,), "lenet-5": (310.0, 500.0)}
 EPOCHS = {"lenet-300-100": (38, 114, 380), "lenet-5": (38, 76, 152, 300)}
 
 
-def list_runs(tasks: list[str], methods: list[str], seeds: list[int], longest: int | None) -> list[Run]:
-    """Return all runs, the shortest ones first.
+def list_runs(tasks: list[str], methods: list[str], seeds: list[int], epochs: int | None = None) -> list[Run]:
+    """Return all runs, the shortest ones of each task first.
 
     Args:
         tasks: names of the tasks.
         methods: names of the methods.
         seeds: one run of each kind per seed.
-        longest: the most epochs of a run; None: no limit.
+        epochs: the length of all runs; None: each length of the task.
     """
-    runs = []
-    for task in tasks:
-        for epochs in EPOCHS[task]:
-            if longest and epochs > longest:
-                continue
-            for seed in seeds:
-                for method in methods:
-                    for compression in (None,) if method == "dense" else COMPRESSIONS[task]:
-                        options = json.dumps(best_settings(task, method, compression))
-                        runs.append(Run(task, method, compression, epochs, seed, options))
-    return runs
+    return [
+        Run(task, method, compression, length, seed, json.dumps(best_settings(task, method, compression)))
+        for task in tasks
+        for length in ([epochs] if epochs else EPOCHS[task])
+        for seed in seeds
+        for method in methods
+        for compression in ((None,) if method == "dense" else COMPRESSIONS[task])
+    ]
 
 
 def main() -> None:

@@ -181,6 +181,8 @@ def length_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Map
         found = group_means(chosen, metric, ("method", "epochs"))
         for i, (method, label) in enumerate(labels.items()):
             points = sorted((int(epochs), mean) for (name, epochs), mean in found.items() if name == method)
+            if not points:
+                continue
             style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
             if method == "autoprune":
                 style |= {"color": "black", "lw": 2.4}
