@@ -15,6 +15,7 @@ from lightning_autoprune.method.initialization import InitialM
 from lightning_autoprune.method.joining import start_like
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.method.path_following import PathFollower
+from lightning_autoprune.method.pull import Pull
 from lightning_autoprune.method.saved_state import select_layers
 from lightning_autoprune.method.schedule import Phases
 from lightning_autoprune.method.settings import Settings
@@ -83,6 +84,7 @@ class Pruner:
         self.dense_phase = DensePhase(total_steps, step, settings.warmup, settings.finetune)
         self.auxiliary: AuxiliaryParameters | None = None
         self._follower = PathFollower(settings)
+        self._pull = Pull(settings.pull, settings.target_density or 1.0)
         self._stepped_layers: set[int] = set()  # those whose M was stepped in the training step under way
         self._check_target(self.weights)
 
@@ -287,14 +289,17 @@ class Pruner:
         """True if the end of the training step under way begins the pruning, or makes the masks final."""
         return self.step + 1 in (self.phases.start, self.phases.end)
 
-    def before_weight_step(self, stepped: Container[int] | None = None) -> None:
-        """Mask the gradients. Call it before they are clipped, so that their norm covers only the weights that train.
+    def before_weight_step(self, stepped: Container[int] | None = None, gradient_scale: float = 1.0) -> None:
+        """Mask the gradients, and add the pull. Call it before they are clipped: their norm should be that of the step.
 
         Args:
             stepped: the ``id`` of each parameter that the coming step trains; None: all of them.
+            gradient_scale: the factor of a gradient scaler that is still in the gradients.
         """
         if self.auxiliary:
             self.auxiliary.mask_gradients(stepped)
+        if self.step < self.phases.end and self.phases.start < self.phases.total:
+            self._pull.add_to_gradients(self.weights, stepped, gradient_scale)
 
     def after_weight_step(self) -> None:
         """Set pruned weights back to 0, after each optimizer step."""
@@ -395,6 +400,7 @@ class Pruner:
             "step": self.step,
             "total": self.phases.total,
             **self._follower.state_dict(),
+            "pull": self._pull.state_dict(),
             "dense_phase": self.dense_phase.state_dict(self.weights),
             "auxiliary": self.auxiliary.state_dict() if self.auxiliary else None,
         }
@@ -407,6 +413,8 @@ class Pruner:
         """
         self.step = state["step"]
         self._follower.load_state_dict(state)
+        if "pull" in state:  # older files lack it
+            self._pull.load_state_dict(state["pull"])
         self.dense_phase.load_state_dict(state.get("dense_phase", {}), self.step, self.weights)  # older files lack it
         self.auxiliary = None
         if state["auxiliary"] is not None:

@@ -111,6 +111,14 @@ class Settings:
         steps moves it (K / 1500)^1.5 times as far, at most 10 times: see ``AdaptiveRule.reach``.""",
         in_range(0, low_open=True),
     )
+    pull: float = setting(
+        0.0,
+        """strength of an L1 penalty on W until the masks are final, >= 0; 0: none. With BatchNorm, 0.004 is a good
+        value. Only layers whose scale the loss does not depend on have it, which their first 20 steps show.
+        λ · sgn(w) is added to their gradients, where λ is ``pull`` / target density · root mean square of all
+        gradients; M follows the gradients without it. For ``target_sparsity`` with single weights.""",
+        in_range(0),
+    )
     estimator: EstimatorName | Estimator = setting(
         "linear",
         """straight-through estimator h'(m), which stands in for the mask's derivative: ``"linear"``,
@@ -165,6 +173,11 @@ class Settings:
                 entry.metadata["check"](entry.name, value)
             object.__setattr__(self, entry.name, plain_value(value))
         self._check_targets()
+        if self.pull and (self.target_sparsity is None or not GRANULARITIES[self.granularity].prunes_single_weights):
+            raise AutoPruneError(
+                f"`pull` is {self.pull:g}, and it needs a `target_sparsity` and single weights: give both"
+                ' (`granularity="weight"`), or leave `pull` out.'
+            )
         check_schedule(self.schedule, 0.1 if self.target_density is None else self.target_density)
         warmup = LATE if self.warmup is None else self.warmup
         if warmup < 1 <= warmup + self.finetune:

@@ -66,6 +66,10 @@ class AutoPruneCallback(BaseCallback):
         auxiliary_lr: η, > 0: how far all auxiliary steps of the run together move an m whose gradient is steady and of
             typical size. Each step takes an equal share. With single weights and the rule ``"adaptive"``, a run of K
             auxiliary steps moves it (K / 1500)^1.5 times as far, at most 10 times: see ``AdaptiveRule.reach``.
+        pull: strength of an L1 penalty on W until the masks are final, >= 0; 0: none. With BatchNorm, 0.004 is a good
+            value. Only layers whose scale the loss does not depend on have it, which their first 20 steps show. λ ·
+            sgn(w) is added to their gradients, where λ is ``pull`` / target density · root mean square of all
+            gradients; M follows the gradients without it. For ``target_sparsity`` with single weights.
         estimator: straight-through estimator h'(m), which stands in for the mask's derivative: ``"linear"``,
             ``"hard_sigmoid"``, ``"leaky_relu"``, ``"softplus"``, or a function of M.
         leaky_slope: slope of the estimator ``"leaky_relu"`` at m <= 0, in [0, 1].
@@ -143,6 +147,7 @@ class AutoPruneCallback(BaseCallback):
         pressure: float = 0.05,
         schedule: ScheduleName | Schedule = "polynomial",
         auxiliary_lr: float = 30.0,
+        pull: float = 0.0,
         estimator: EstimatorName | Estimator = "linear",
         leaky_slope: float = 0.1,
         update_rule: UpdateRuleName | UpdateRule = "adaptive",

@@ -22,6 +22,8 @@ from lightning_autoprune.training.callback_settings import CallbackSettings
 from lightning_autoprune.training.followed_metric import best_values
 from lightning_autoprune.training.held_out.held_out_data import HeldOutData
 from lightning_autoprune.training.lightning_internals import (
+    grad_scaler,
+    gradient_scale,
     log_is_due,
     steps_done,
     total_steps,
@@ -172,7 +174,8 @@ class PruningRun:
         trains_weights = any(optimizer is followed for followed in self._hooks.optimizers)
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.auxiliary_steps.before_weight_step(optimizer, stepped, trains_weights)
-        self.pruner.before_weight_step(stepped)
+        scaler = grad_scaler(self._trainer)
+        self.pruner.before_weight_step(stepped, gradient_scale(scaler, optimizer) if scaler else 1.0)
 
     def _finish_weight_step(self) -> None:
         self.pruner.after_weight_step()

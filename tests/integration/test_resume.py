@@ -78,7 +78,14 @@ def test_the_same_run_without_the_callback_resumes_bit_equal(step):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("options", [{}, {"target_sparsity": 0.9, "estimator": "softplus", "mask_every_n_steps": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_sparsity": 0.9, "estimator": "softplus", "mask_every_n_steps": 3},
+        {"target_sparsity": 0.5, "pull": 0.1, "finetune": 0.1},
+    ],
+)
 def test_other_optimizers_and_settings_resume_bit_equal(optimizer, options):
     check_resumed(lambda: AutoPruneCallback(**options), 19, optimizer, every_n_train_steps=1)
 
