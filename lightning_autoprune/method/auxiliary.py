@@ -95,6 +95,7 @@ class AuxiliaryParameters(MaskedWeights):
         rule_name: its name, or the name of the user's own class.
         averages: the rule's running averages, by name, in the shapes of ``M``.
         updates: number of auxiliary steps of each bucket of layers.
+        threshold: θ of the masks h(M - θ); 0 but for :meth:`approach`.
         masks_final: True once the masks do not change any more.
 
     Raises:
@@ -143,7 +144,7 @@ class AuxiliaryParameters(MaskedWeights):
         self.rule, self.rule_name = make_rule(update_rule), describe(update_rule)
         self.estimator, self.leaky_slope = estimator, leaky_slope
         self.scale = GradientScale(decay)
-        self._layer_floor = layer_floor
+        self._layer_floor, self.threshold = layer_floor, 0.0
         self.granularity.check_sharding(weights)
         super().__init__(weights)
         self.floors = self.granularity.floors(self.weights, layer_floor)
@@ -235,7 +236,15 @@ class AuxiliaryParameters(MaskedWeights):
 
         A layer that would keep fewer than its floor keeps those with the largest m, which are raised just above 0.
         """
+        self.threshold = 0.0
         self.granularity.update_masks(self)
+
+    def absorb_threshold(self) -> None:
+        """Take the threshold of the masks off all M, so that the next masks are those of now but for the steps."""
+        if self.threshold:
+            for M in self.flat_M:
+                M.sub_(self.threshold)
+        self.threshold = 0.0
 
     def approach(self, density: float, layers: Sequence[int], share: float = 1.0) -> None:
         """Let the masks meet a density within 0.2% until the next update: they are h(M - θ) with a common threshold θ.
@@ -326,6 +335,8 @@ class AuxiliaryParameters(MaskedWeights):
             other: of the same granularity and rule; neither has final masks. It must not be used afterwards.
             names: the order of all weights from now on.
         """
+        self.absorb_threshold()
+        other.absorb_threshold()
         old = [*self.weights, *other.weights]
         order, count = [old.index(name) for name in names], len(self.weights)
 

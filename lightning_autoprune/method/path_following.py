@@ -62,7 +62,8 @@ class PathFollower:
         """Answer to the density that M has led to: with the pressure, and with a threshold if it is far off its path.
 
         The pressure answers to the density at the threshold 0, so that θ falls back to 0. A short run leaves it no time
-        for that, so M moves by a share of θ: min((40 / K)², 1) in a run of K auxiliary steps. With single weights, both
+        for that, so M moves by a share of θ: min((40 / K)², 1) in a run of K auxiliary steps. If only some layers were
+        stepped, their M moves by all of θ. With single weights, both
         look at the layers whose M was stepped, and leave out those that are not trained now.
 
         Args:
@@ -74,7 +75,9 @@ class PathFollower:
         path, ordered = self.path_density(progress), sorted(layers)
         self._controller.update(auxiliary.density_of(ordered), path)
         if abs(self._controller.error) > _TOLERANCE:
-            auxiliary.approach(path, ordered, share=min((_THRESHOLD_STEPS / steps) ** 2, 1.0))
+            are_all = len(ordered) == len(auxiliary.weights)
+            share = min((_THRESHOLD_STEPS / steps) ** 2, 1.0) if are_all else 1.0
+            auxiliary.approach(path, ordered, share)
 
     def stay_below(self, density: float) -> None:
         """Let the path ask for no higher density from now on."""

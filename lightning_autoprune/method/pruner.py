@@ -115,6 +115,7 @@ class Pruner:
                 self.auxiliary = joining
             else:
                 if by_magnitude:
+                    self.auxiliary.absorb_threshold()
                     start_like(joining, self.auxiliary)
                 self.auxiliary.join(joining, list(weights))
         self._set_weights(weights)
@@ -344,10 +345,12 @@ class Pruner:
         Args:
             before_forgetting: called with M once, when M is final and before it is forgotten.
         """
-        if self.due:
+        if self.due and self._stepped_layers:
             assert self.auxiliary is not None
+            if len(self._stepped_layers) < len(self.weights):  # the others keep their masks
+                self.auxiliary.absorb_threshold()
             self.auxiliary.update_masks()
-            if self._follower.target is not None and self._stepped_layers:
+            if self._follower.target is not None:
                 progress = self.phases.progress(self.step + 1)
                 self._follower.follow(self.auxiliary, self._stepped_layers, progress, self._number_of_auxiliary_steps)
         else:

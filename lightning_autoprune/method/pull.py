@@ -32,14 +32,16 @@ __all__ = ["Pull"]
 
 _MEASURED_STEPS = 20  # in which the gradients show whether a layer's scale matters
 
-_LARGEST = 0.1  # mean of n · cos² in these steps where it does not; about 1 or more where it does
+_DECAY = 0.99  # of the mean square of the gradients
+
+_LARGEST = 1e-3  # mean of n · cos² in these steps where it does not: rounding and the eps of the normalization
 
 
 class Pull:
     """Adds λ · sgn(w) to the gradients of the layers whose scale the loss does not depend on.
 
-    λ = strength / density · root mean square of the gradients of all weights, with the density that is to be reached.
-    So the strength depends neither on the scale of the loss nor much on the target.
+    λ = strength / density · root mean square of the gradients of all prunable weights that an optimizer trains, with
+    the density that is to be reached. The gradient of a pruned weight counts as 0.
 
     A layer is measured in its first 20 steps. Let cos be the cosine between its n weights and their gradients. Then
     n · cos² is 0 where the scale does not matter, and 1 on average for random directions.
@@ -61,7 +63,7 @@ class Pull:
         self._strength = strength / density
         self._sums: dict[str, float] = {}  # of n · cos²
         self._counts: dict[str, int] = {}  # of measured steps
-        self._scale = GradientScale(decay=0.99)
+        self._scales: dict[str, GradientScale] = {}  # by the first layer that an optimizer trains
 
     def add_to_gradients(
         self, weights: Mapping[str, Tensor], stepped: Container[int] | None = None, gradient_scale: float = 1.0
@@ -99,7 +101,7 @@ class Pull:
                 self._counts[name] = self._counts.get(name, 0) + 1
 
     def _add(self, pulled: Mapping[str, Tensor], gradients: Mapping[str, Tensor], gradient_scale: float) -> None:
-        norms = fetch_numbers([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+        norms = fetch_numbers([torch.linalg.vector_norm(at_least_float32(gradient)) for gradient in gradients.values()])
         sums = [
             math.fsum((norm / gradient_scale) ** 2 for norm in norms),
             float(sum(map(Tensor.numel, gradients.values()))),
@@ -107,16 +109,17 @@ class Pull:
         square, count = placement_of(pulled.values()).sum(sums)
         if not math.isfinite(square):
             return
-        factor = self._strength * self._scale.update(square / count) * gradient_scale
+        scale = self._scales.setdefault(next(iter(gradients)), GradientScale(_DECAY))
+        factor = self._strength * scale.update(square / count) * gradient_scale
         for name, weight in pulled.items():
             gradients[name].add_(local_shard(weight.detach()).sign(), alpha=factor)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs."""
-        scale = (self._scale.mean_square, self._scale.updates)
-        return {"sums": dict(self._sums), "counts": dict(self._counts), "scale": scale}
+        scales = {name: (scale.mean_square, scale.updates) for name, scale in self._scales.items()}
+        return {"sums": dict(self._sums), "counts": dict(self._counts), "scales": scales}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
-        self._scale.mean_square, self._scale.updates = state["scale"]
+        self._scales = {name: GradientScale(_DECAY, *scale) for name, scale in state["scales"].items()}

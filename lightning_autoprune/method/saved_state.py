@@ -35,7 +35,7 @@ def save_state(aux: AuxiliaryParameters) -> dict[str, Any]:
         state["buckets"] = [list(bucket.numbers) for bucket in aux.buckets]
         state["M"] = aux.granularity.whole(aux, aux.M)
         state["averages"] = {name: aux.granularity.whole(aux, views) for name, views in aux.averages.items()}
-        state["updates"] = list(aux.updates)
+        state["updates"], state["threshold"] = list(aux.updates), aux.threshold
         state["dormant"] = [d[~mask] for d, mask in zip(dormant, masks, strict=True)]
     return state
 
@@ -55,6 +55,7 @@ def restore_state(aux: AuxiliaryParameters, state: Mapping[str, Any]) -> None:
     if not state["frozen"]:
         aux.lay_out(state["buckets"], state["updates"])  # the same buckets, so that sums are taken in the same order
         _restore_units(aux, state)
+        aux.threshold = state.get("threshold", 0.0)  # older files lack it
     for i, (weight, mask) in enumerate(zip(layers, whole_masks, strict=True)):
         dormant = torch.zeros(mask.shape, dtype=weight.dtype, device="cpu")
         if not state["frozen"]:

@@ -257,6 +257,25 @@ def test_masks_with_a_common_threshold_nearly_meet_a_density_and_m_moves_by_a_sh
     torch.testing.assert_close(shifts, torch.full_like(shifts, share * threshold), rtol=0.02, atol=2e-4)
 
 
+def test_a_threshold_leaves_m_as_it_is_even_where_a_layer_keeps_its_floor():
+    weights = {"x": torch.linspace(3, 4, 1000), "y": torch.linspace(1, 2, 1000)}
+    aux = AuxiliaryParameters(weights, layer_floor=0.1)
+    before = [M.clone() for M in aux.M]
+    aux.approach(0.3, [0, 1], share=0.0)
+    assert same(aux.M, before)
+    assert aux.kept[1] == 100
+    assert bool(aux.masks()[1][-100:].all())
+
+
+def test_a_threshold_that_is_absorbed_leaves_the_masks_as_they_are():
+    aux = AuxiliaryParameters({"a": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))})
+    aux.approach(0.3, [0], share=0.25)
+    masks = aux.masks()
+    aux.absorb_threshold()
+    aux.update_masks()
+    assert same(aux.masks(), masks)
+
+
 def test_masks_with_a_threshold_are_saved_as_they_are():
     weights = {"a": torch.randn(200, 100, generator=torch.Generator().manual_seed(0))}
     aux = AuxiliaryParameters(weights)
@@ -266,6 +285,7 @@ def test_masks_with_a_threshold_are_saved_as_they_are():
     assert same(resumed.masks(), aux.masks())
     assert same(resumed.M, aux.M)
     assert same(resumed.W, aux.W)
+    assert resumed.threshold == aux.threshold > 0
 
 
 def test_the_next_update_of_the_masks_forgets_the_threshold():

@@ -365,3 +365,38 @@ def test_a_run_that_is_resumed_with_a_greater_length_does_not_go_back_on_its_pat
     curve = list(train(resumed, model, x, y, 60))
     assert reached > 0.3
     assert min(curve) > reached - 0.02
+
+
+def run_two_layers(pruner, weights, steps, trained):
+    """Run steps in which no weight moves; return the layers' sparsities after each."""
+    generator, curve = torch.Generator().manual_seed(1), []
+    for step in range(steps):
+        if pruner.due and (names := trained(step)):
+            gradients = {name: torch.randn(weight.shape, generator=generator) for name, weight in weights.items()}
+            pruner.auxiliary_step([gradients[name] if name in names else None for name in weights])
+        pruner.end_step()
+        curve.append(list(pruner.layer_sparsity().values()))
+    return curve
+
+
+@pytest.mark.parametrize("later", [(), ("a",)])
+def test_layers_whose_m_is_not_stepped_keep_their_masks_in_a_long_run(later):
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(100, 100), "b": torch.randn(100, 100)}
+    pruner = Pruner(weights, Settings(target_sparsity=0.95, warmup=0, finetune=0.5), 4000)
+    pruner.start()
+    curve = run_two_layers(pruner, weights, 70, lambda step: ("a", "b") if step < 60 else later)
+    assert curve[59][1] > 0.05
+    assert all(b == pytest.approx(curve[59][1], abs=0.002) for _, b in curve[60:])
+
+
+def test_a_layer_that_joins_a_long_run_is_not_pruned_further_than_the_others():
+    torch.manual_seed(0)
+    weights = {"a": torch.randn(100, 100), "b": torch.randn(100, 100)}
+    pruner = Pruner(dict(weights), Settings(target_sparsity=0.95, warmup=0, finetune=0.5), 4000)
+    pruner.start()
+    run_two_layers(pruner, weights, 60, lambda step: ("a", "b"))
+    weights["c"] = torch.randn(100, 100)
+    pruner.extend(weights)
+    *_, last = run_two_layers(pruner, weights, 10, lambda step: ("a", "b", "c"))
+    assert last[2] == pytest.approx(sum(last[:2]) / 2, abs=0.05)

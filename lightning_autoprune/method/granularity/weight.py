@@ -83,12 +83,16 @@ class WeightGranularity(Granularity):
 
     def update_masks(self, aux: AuxiliaryParameters) -> None:
         """Keep the weights with m > 0; a layer below its floor keeps those with the largest m, raised just above 0."""
-        aux.write_masks(range(len(aux.buckets)), aux.flat_M)
+        self._write_masks(aux, aux.flat_M, aux.M)
+
+    def _write_masks(self, aux: AuxiliaryParameters, flat: Sequence[Tensor], by_layer: Sequence[Tensor]) -> None:
+        """Write the masks of scores, given flat in buckets and as views by layer; those below floors are raised."""
+        aux.write_masks(range(len(aux.buckets)), flat)
         low = {i for i, (kept, floor) in enumerate(zip(aux.kept, aux.floors, strict=True)) if kept < floor}
         for i in sorted(low):
-            aux.placement.lift_largest(aux.M[i], aux.floors[i])
+            aux.placement.lift_largest(by_layer[i], aux.floors[i])
         if low:
-            aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], aux.flat_M)
+            aux.write_masks([k for k, bucket in enumerate(aux.buckets) if low & set(bucket.numbers)], flat)
 
     def density_of(self, aux: AuxiliaryParameters, layers: Sequence[int]) -> float:
         """Return kept weights / all weights of some layers."""
@@ -100,11 +104,14 @@ class WeightGranularity(Granularity):
         some_M = aux.flat_M if is_whole else [aux.M[i] for i in layers]
         count = round(density * sum(aux.totals[i] for i in layers))
         threshold = threshold_near(some_M, count, sum_over_ranks=aux.placement.sum)
+        scores = [M.clone() for M in aux.flat_M]
+        by_layer = self.views(aux, scores)
+        for i in layers:
+            by_layer[i].sub_(threshold)
+        self._write_masks(aux, scores, by_layer)
         for M in some_M:
-            M.sub_(threshold)
-        self.update_masks(aux)
-        for M in some_M:
-            M.add_(threshold, alpha=1 - share)
+            M.sub_(threshold, alpha=share)
+        aux.threshold = threshold * (1 - share)
 
     def meet(self, aux: AuxiliaryParameters, density: float) -> None:
         """Keep exactly the wanted number of weights: those with the largest m, each layer's floor first."""
