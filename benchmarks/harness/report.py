@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -147,21 +148,18 @@ def length_table(rows: list[dict[str, str]], task: str, labels: Mapping[str, str
     found = group_means([row for row in rows if row["task"] == task], metric, ("method", "target", "epochs"))
     most_seeds = max((len(mean.values) for mean in found.values()), default=0)
     lengths = sorted({epochs for *_, epochs in found}, key=int)
+    best: dict[tuple[str, ...], float] = {}
+    for (_, *cell), mean in found.items():
+        if cell[0] and len(mean.values) == most_seeds:
+            best[tuple(cell)] = min(mean.mean, best.get(tuple(cell), mean.mean))
     lines = []
     for target in sorted({target for _, target, _ in found}, key=lambda target: float(target or 0)):
-        rivals = {
-            epochs: [
-                mean.mean
-                for (_, other, length), mean in found.items()
-                if target and (other, length) == (target, epochs) and len(mean.values) == most_seeds
-            ]
-            for epochs in lengths
-        }
         for method, label in labels.items():
             cells = {epochs: found.get((method, target, epochs)) for epochs in lengths}
             if any(cells.values()):
-                best = {epochs: min(rivals[epochs], default=None) for epochs in lengths}
-                formatted = (_format_cell(mean, metric, most_seeds, best[epochs]) for epochs, mean in cells.items())
+                formatted = (
+                    _format_cell(mean, metric, most_seeds, best.get((target, epochs))) for epochs, mean in cells.items()
+                )
                 lines.append([label, f"{target}×" if target else "–", *formatted])
     head = [f"{task}: {UNITS[metric]}", "compression", *(f"{epochs} epochs" for epochs in lengths)]
     return markdown_table(head, lines)
@@ -179,22 +177,8 @@ def length_picture(rows: list[dict[str, str]], tasks: Iterable[str], labels: Map
         metric = TASKS[task].metric
         chosen = [row for row in rows if row["task"] == task and row["target"] in (target, "")]
         found = group_means(chosen, metric, ("method", "epochs"))
-        for i, (method, label) in enumerate(labels.items()):
-            points = sorted((int(epochs), mean) for (name, epochs), mean in found.items() if name == method)
-            if not points:
-                continue
-            style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
-            if method == "autoprune":
-                style |= {"color": "black", "lw": 2.4}
-            elif method == "dense":
-                style |= {"color": "gray", "ls": "--"}
-            means, spreads = [mean.mean for _, mean in points], [mean.spread for _, mean in points]
-            axes.errorbar([epochs for epochs, _ in points], means, spreads, label=label, ms=5, capsize=2, **style)
+        _draw_against_length(axes, found, labels)
         _style(axes, f"{task}, {target}×", "epochs", UNITS[metric])
-        axes.set_xscale("log")
-        lengths = sorted({int(epochs) for _, epochs in found})
-        axes.set_xticks(lengths, [str(epochs) for epochs in lengths])
-        axes.set_xticks([], minor=True)
     _add_shared_legend(picture)
     return picture
 
@@ -226,31 +210,35 @@ def finetuning_picture(
             task.metric,
             ("method", "steps"),
         )
-        styles = {
-            method: {"label": label, "color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
-            for i, (method, label) in enumerate(labels.items())
-        }
-        styles["autoprune"] |= {"color": "black", "lw": 2.4}
-        styles["dense"] = {"label": "not pruned", "color": "gray", "ls": "--"}
-        for method, style in styles.items():
-            points = sorted(
-                (int(steps), mean) for (name, steps), mean in found.items() if name == method and steps != "0"
-            )
-            if points:
-                means, spreads = [mean.mean for _, mean in points], [mean.spread for _, mean in points]
-                axes.errorbar([steps for steps, _ in points], means, spreads, ms=5, capsize=2, **style)
+        tuned = {key: mean for key, mean in found.items() if key[1] != "0"}
+        _draw_against_length(axes, tuned, {**labels, "dense": "not pruned"})
         if ("dense", "0") in found:
             axes.axhline(found["dense", "0"].mean, color="gray", ls=":", label="before the fine-tuning")
         _style(axes, f"{task.name}, {float(target):.0%} sparse", "steps of fine-tuning", UNITS[task.metric])
-        axes.set(xscale="log", yscale="log")
-        steps = sorted({int(steps) for _, steps in found if steps != "0"})
-        axes.set_xticks(steps, [f"{x:,}" for x in steps])
-        axes.set_xticks([], minor=True)
+        axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
     _add_shared_legend(picture)
     return picture
+
+
+def _draw_against_length(axes: Axes, found: Mapping[tuple[str, ...], Mean], labels: Mapping[str, str]) -> None:
+    """Draw means by (method, length of the run): a line per method, over a logarithmic axis."""
+    for i, (method, label) in enumerate(labels.items()):
+        style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i], "lw": 1.4}
+        if method == "autoprune":
+            style |= {"color": "black", "lw": 2.4}
+        elif method == "dense":
+            style = {"color": "gray", "ls": "--"}
+        points = sorted((int(length), mean) for (name, length), mean in found.items() if name == method)
+        if points:
+            means, spreads = [mean.mean for _, mean in points], [mean.spread for _, mean in points]
+            axes.errorbar([length for length, _ in points], means, spreads, label=label, ms=5, capsize=2, **style)
+    axes.set_xscale("log")
+    lengths = sorted({int(length) for _, length in found})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_xticks([], minor=True)
 
 
 def _add_shared_legend(picture: Figure) -> None:

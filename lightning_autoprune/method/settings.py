@@ -173,11 +173,6 @@ class Settings:
                 entry.metadata["check"](entry.name, value)
             object.__setattr__(self, entry.name, plain_value(value))
         self._check_targets()
-        if self.pull and (self.target_sparsity is None or not GRANULARITIES[self.granularity].prunes_single_weights):
-            raise AutoPruneError(
-                f"`pull` is {self.pull:g}, and it needs a `target_sparsity` and single weights: give both"
-                ' (`granularity="weight"`), or leave `pull` out.'
-            )
         check_schedule(self.schedule, 0.1 if self.target_density is None else self.target_density)
         warmup = LATE if self.warmup is None else self.warmup
         if warmup < 1 <= warmup + self.finetune:
@@ -197,6 +192,11 @@ class Settings:
                 )
         if self.target_flops is not None and self.cost == "parameters":
             raise AutoPruneError('`target_flops` is given, so `cost` must be "flops" or None.')
+        if self.pull and (self.target_sparsity is None or not GRANULARITIES[self.granularity].prunes_single_weights):
+            raise AutoPruneError(
+                f"`pull` is {self.pull:g}, and it needs a `target_sparsity` and single weights: give both"
+                ' (`granularity="weight"`), or leave `pull` out.'
+            )
 
     @property
     def counts_flops(self) -> bool:

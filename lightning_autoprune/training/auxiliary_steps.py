@@ -91,7 +91,7 @@ class AuxiliarySteps:
         scaler = grad_scaler(self._trainer)
         self._is_scaled = scaler is not None
         if self._pruner.observes:
-            self._observe(stepped, gradient_scale(scaler, optimizer) if scaler else 1.0)
+            self._observe(stepped, gradient_scale(scaler, optimizer))
         if not (self._held_out.follows_training and self._pruner.due and trains_weights):
             return
         weights = self._weights_to_step(optimizer, stepped)
@@ -100,7 +100,7 @@ class AuxiliarySteps:
         gradients = [
             torch.zeros_like(local_shard(w)) if w.grad is None else local_shard(w.grad) for w in weights.values()
         ]
-        if scaler and (scale := gradient_scale(scaler, optimizer)) != 1:
+        if (scale := gradient_scale(scaler, optimizer)) != 1:
             gradients = list(torch._foreach_div(gradients, scale))
         if self._held_out.source.has_batches:
             self._batch_was_used = True

@@ -193,12 +193,14 @@ def grad_scaler(trainer: Trainer) -> GradScaler | None:
     return scaler if isinstance(scaler, GradScaler) and scaler.is_enabled() else None
 
 
-def gradient_scale(scaler: GradScaler, optimizer: Optimizer) -> float:
+def gradient_scale(scaler: GradScaler | None, optimizer: Optimizer) -> float:
     """Return the factor that is still in the gradients of an optimizer when its step begins.
 
-    It is usually 1. Fused optimizers divide by the scale themselves, and Lightning leaves it in if the last
-    ``training_step`` of an accumulation gave no loss.
+    It is usually 1, and always 1 without a scaler. Fused optimizers divide by the scale themselves, and Lightning
+    leaves it in if the last ``training_step`` of an accumulation gave no loss.
     """
+    if scaler is None:
+        return 1.0
     stage = scaler._per_optimizer_states[id(optimizer)]["stage"]
     return 1.0 if stage is OptState.UNSCALED else scaler.get_scale()
 

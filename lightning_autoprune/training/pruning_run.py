@@ -175,7 +175,7 @@ class PruningRun:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.auxiliary_steps.before_weight_step(optimizer, stepped, trains_weights)
         scaler = grad_scaler(self._trainer) if self._settings.pull else None
-        self.pruner.before_weight_step(stepped, gradient_scale(scaler, optimizer) if scaler else 1.0)
+        self.pruner.before_weight_step(stepped, gradient_scale(scaler, optimizer))
 
     def _finish_weight_step(self) -> None:
         self.pruner.after_weight_step()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import train
 from torch import nn
 
 from lightning_autoprune.errors import AutoPruneError
@@ -124,28 +125,19 @@ def test_what_was_measured_is_resumed(stop):
     assert resumed.state_dict() == whole.state_dict()
 
 
-def train(pull, total_steps=100, steps=100, **settings):
-    """Train a network with a pruner; return the sum of absolute weights in the convolutions after each step."""
+def sizes_in_training(pull, **settings):
+    """Train a network with a pruner for 100 steps; return it, and the sum of abs(w) of its convolutions after each."""
     model = make_network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     settings = {"target_sparsity": 0.5, "warmup": 0.4, "finetune": 0.3} | settings
-    pruner = Pruner(prunable_weights(model), Settings(pull=pull, **settings), total_steps)
+    pruner = Pruner(prunable_weights(model), Settings(pull=pull, **settings), 100)
     pruner.start()
-    sizes = []
-    for step in range(steps):
-        backward(model, step)
-        if pruner.due:
-            pruner.auxiliary_step([weight.grad for weight in pruner.weights.values()])
-        pruner.before_weight_step()
-        optimizer.step()
-        pruner.after_weight_step()
-        pruner.end_step()
-        sizes.append(float(model[0].weight.detach().abs().sum() + model[3].weight.detach().abs().sum()))
-    return model, sizes
+    x, y = torch.randn(64, 1, 8, 8), torch.arange(64) % 4
+    steps = train(pruner, model, x, y, 100, torch.optim.SGD(model.parameters(), lr=0.2))
+    return model, [sum(float(model[i].weight.detach().abs().sum()) for i in (0, 3)) for _ in steps]
 
 
 def test_weights_are_pulled_from_the_dense_phase_until_the_masks_are_final():
-    (_, without), (_, with_pull) = train(0.0), train(0.5)
+    (_, without), (_, with_pull) = sizes_in_training(0.0), sizes_in_training(2.0)
     assert with_pull[:20] == without[:20]
     assert with_pull[39] < 0.9 * without[39], "the dense phase ends after 40 steps"
     assert with_pull[69] < 0.8 * without[69]
@@ -153,7 +145,7 @@ def test_weights_are_pulled_from_the_dense_phase_until_the_masks_are_final():
 
 
 def test_with_pruning_switched_off_nothing_is_pulled():
-    (a, _), (b, _) = train(0.0, warmup=1.0, finetune=0.0), train(0.5, warmup=1.0, finetune=0.0)
+    (a, _), (b, _) = (sizes_in_training(pull, warmup=1.0, finetune=0.0) for pull in (0.0, 0.5))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
