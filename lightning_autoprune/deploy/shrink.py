@@ -18,6 +18,7 @@ from lightning_autoprune.model.channels import Channel, find_channels
 from lightning_autoprune.model.example_inputs import every_value_varies, run_batch_sizes, run_variations
 from lightning_autoprune.model.forward import ExampleInput, copy_model, run_model
 from lightning_autoprune.model.pruning_mark import is_being_pruned
+from lightning_autoprune.model.removal_trial import RemovalTrial
 from lightning_autoprune.model.same_outputs import find_mismatch
 
 __all__ = ["shrink"]
@@ -85,7 +86,8 @@ def shrink(model: Model, example_input: ExampleInput, *, tolerance: float = 1e-4
             f"{type(model).__name__} is still being pruned: shrink it when fitting has ended, or once the masks are"
             " final, or shrink a copy of it as it is now (`copy.deepcopy`)."
         )
-    channels = group_attention_heads(model, find_channels(model, example_input), example_input)
+    channels = find_channels(model, example_input)
+    channels = group_attention_heads(model, channels, RemovalTrial(model, example_input))
     if not channels:
         warnings.warn(
             f"No channel of {type(model).__name__} was found: it has no linear or convolution layer from which a"

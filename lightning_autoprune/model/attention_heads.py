@@ -2,49 +2,60 @@
 
 A head is made by rows of the layers for queries, keys and values, and read by columns of the layer after the attention.
 A graph of operations does not show that. So it is guessed from sizes, for modules that have their number of heads in an
-attribute, and tested: a guess is right if the rows can't change the outputs once the columns are 0, and the module
-computes the same with one head less.
+attribute, and tested: a guess is right if heads can change places, and the module computes the same without some.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import combinations
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_autoprune.model.channel_removal import remove_channels, zero_slices
-from lightning_autoprune.model.channels import Channel, fix_entangled
-from lightning_autoprune.model.example_inputs import run_variations
-from lightning_autoprune.model.forward import ExampleInput, copy_model, run_model
-from lightning_autoprune.model.same_outputs import find_mismatch
+from lightning_autoprune.model.channels import Channel
+from lightning_autoprune.model.removal_trial import RemovalTrial
 
 __all__ = ["HEAD_COUNT_ATTRIBUTES", "group_attention_heads"]
 
 HEAD_COUNT_ATTRIBUTES = ("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads")
 
 
-def group_attention_heads(model: nn.Module, channels: list[Channel], example_input: ExampleInput) -> list[Channel]:
+def group_attention_heads(model: nn.Module, channels: list[Channel], trial: RemovalTrial) -> list[Channel]:
     """Return the channels with each attention head as one channel, in place of the channels that it is made of.
 
     Heads are found in modules that have one of :data:`HEAD_COUNT_ATTRIBUTES`, whose queries, keys and values come from
     linear layers of the module (three, or one for all), and whose ``forward`` runs with fewer heads. This excludes
     ``nn.MultiheadAttention``.
 
+    Modules of one class have the same layout as a rule. So a guess is tested on one of them first, and if it is right,
+    on all others at once.
+
     Args:
         model: the module that the channels are of; it is left as it was.
         channels: the result of :func:`~lightning_autoprune.model.channels.find_channels`; those that share a layer with
             the heads are marked as fixed, in place.
-        example_input: an input on which the model runs.
+        trial: a trial of the same model.
     """
+    guesses: dict[type[nn.Module], dict[str, list[list[Channel]]]] = defaultdict(dict)
     for path, module in model.named_modules():
-        for heads in _candidate_heads(path, module):
-            if _can_be_removed_one_by_one(model, path, heads, example_input):
-                channels = _replace_by_heads(channels, heads, path)
-                break
+        if found := list(_candidate_heads(path, module)):
+            guesses[type(module)][path] = found
+    for pending in guesses.values():
+        while pending:
+            first, *others = pending
+            right = next((k for k, heads in enumerate(pending[first]) if trial.problems([heads]) == [""]), None)
+            tested = [first]
+            if right is not None:
+                tested += [path for path in others if right < len(pending[path])]
+                problems = ["", *trial.problems([pending[path][right] for path in tested[1:]])]
+                tested = [path for path, problem in zip(tested, problems, strict=True) if not problem]
+                for path in tested:
+                    channels = _replace_by_heads(channels, pending[path][right], path)
+            for path in tested:
+                del pending[path]
     return channels
 
 
@@ -76,23 +87,30 @@ class _HeadLayout(NamedTuple):
 
 
 def _candidate_heads(path: str, module: nn.Module) -> Iterator[list[Channel]]:
-    """Yield all heads of a module, for each attribute that may count them and each layout that the sizes allow."""
+    """Yield all heads of a module, for each attribute that may count them and each layout that the sizes allow.
+
+    Each is yielded twice if attributes of the module have the width of all heads: these may count what the heads are
+    part of too.
+    """
     linear = {f"{path}.{name}".lstrip("."): m for name, m in module.named_children() if isinstance(m, nn.Linear)}
     for attribute in HEAD_COUNT_ATTRIBUTES:
         count = vars(module).get(attribute)  # not a property: removing a head sets the attribute
         if not isinstance(count, int) or count < 2:
             continue
         for layout in _candidate_layouts(linear, count):
-            columns = torch.arange(linear[layout.reader].in_features).view(count, -1)
-            yield [
-                Channel(
-                    made_by={name: layout.rows[i, head].flatten().tolist() for i, name in enumerate(layout.makers)},
-                    read_by={layout.reader: columns[head].tolist()},
-                    successors={name: {layout.reader} for name in layout.makers},
-                    counted_in={path: {attribute: 1}},
-                )
-                for head in range(count)
-            ]
+            width = linear[layout.reader].in_features
+            columns = torch.arange(width).view(count, -1)
+            widths = {name: width // count for name, n in vars(module).items() if isinstance(n, int) and n == width}
+            for counted in ({attribute: 1}, {attribute: 1, **widths})[: 2 if widths else 1]:
+                yield [
+                    Channel(
+                        made_by={name: layout.rows[i, head].flatten().tolist() for i, name in enumerate(layout.makers)},
+                        read_by={layout.reader: columns[head].tolist()},
+                        successors={name: {layout.reader} for name in layout.makers},
+                        counted_in={path: dict(counted)},
+                    )
+                    for head in range(count)
+                ]
 
 
 def _candidate_layouts(linear: Mapping[str, nn.Linear], count: int) -> Iterator[_HeadLayout]:
@@ -108,36 +126,3 @@ def _candidate_layouts(linear: Mapping[str, nn.Linear], count: int) -> Iterator[
             yield _HeadLayout(reader, [name], rows.view(1, count, 3, -1))  # q, k and v head by head
         for names in combinations([name for name, size in others.items() if size == width], 3):
             yield _HeadLayout(reader, names, rows[:width].view(1, count, -1).expand(3, -1, -1))
-
-
-# Testing
-
-
-@torch.no_grad()
-def _can_be_removed_one_by_one(model: nn.Module, path: str, heads: list[Channel], example_input: ExampleInput) -> bool:
-    """Return whether the guess is right, tested with the first and the last head.
-
-    If the module does not run with its number of heads reduced alone, the attributes with the width of all heads are
-    reduced as well; they are added to the heads' ``counted_in``.
-    """
-    fix_entangled(model, heads, example_input)
-    if any(head.fixed_reason for head in heads):
-        return False
-    if all(_is_removable(model, head, example_input) for head in (heads[0], heads[-1])):
-        return True
-    head_width = len(next(iter(heads[0].read_by.values())))
-    attributes = vars(model.get_submodule(path)).items()
-    widths = {a: head_width for a, n in attributes if isinstance(n, int) and n == head_width * len(heads)}
-    for head in heads:
-        head.counted_in[path].update(widths)
-    return bool(widths) and all(_is_removable(model, head, example_input) for head in (heads[0], heads[-1]))
-
-
-def _is_removable(model: nn.Module, head: Channel, example_input: ExampleInput) -> bool:
-    """Return whether a model in which the columns of a head are 0 computes the same without the head."""
-    trial = copy_model(model)
-    for name, columns in head.read_by.items():
-        zero_slices(trial.get_submodule(name), columns, 1)
-    expected_runs = run_variations(trial, example_input)
-    remove_channels(trial, [head])
-    return not find_mismatch(partial(run_model, trial), expected_runs, 1e-4)

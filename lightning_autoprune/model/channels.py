@@ -4,7 +4,7 @@ A channel is made by rows of linear layers and filters of convolutions, passes t
 convolutions and functions, and is read by columns of other layers. Additions tie the channels of several layers
 together. The dependency graph is that of the package torch-pruning (Fang et al., "DepGraph", CVPR 2023), which needs
 one example input. A channel that the graph can't follow is fixed: it must stay. The graph may also follow a channel
-wrongly, so the caller must check the result, for example with :func:`fix_entangled`.
+wrongly, so the caller must check the result (``removal_trial``).
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_autoprune.errors import quote_names
 from lightning_autoprune.model.dependency_graph import check_traceable, limit_group_steps, trace_graph
-from lightning_autoprune.model.example_inputs import run_variations
-from lightning_autoprune.model.forward import ExampleInput, copy_model, evaluation_mode, run_model
-from lightning_autoprune.model.same_outputs import describe_mismatch, measure_spread
+from lightning_autoprune.model.forward import ExampleInput, evaluation_mode
 
-__all__ = ["Channel", "find_channels", "fix_entangled", "is_depthwise", "weight_dim"]
+__all__ = ["Channel", "find_channels", "is_depthwise", "weight_dim"]
 
 Slices = dict[str, list[int]]  # indices of rows, columns or entries, by layer name
 
@@ -268,75 +264,3 @@ def _slice_count(traced: _TracedModel, module: Any, role: _Role) -> int:
     else:
         count = module.weight.shape[weight_dim(module, 1 if role == "reads" else 0)]
     return count
-
-
-# Checking the graph
-
-
-@torch.no_grad()
-def fix_entangled(model: nn.Module, channels: list[Channel], example_input: ExampleInput) -> None:
-    """Mark entangled channels as fixed: those that reach the outputs by a way that the graph does not show.
-
-    For example, all channels of ``self.b(self.a(x).flip(-1))`` are entangled: the graph says that column 0 of ``b``
-    reads row 0 of ``a``, but it reads the last row. A softmax over channels entangles them too.
-
-    If a channel is not entangled, its rows can't change the outputs once its columns are 0. This is tested on a copy,
-    for the channels that the same layers make. A test of all of them at once would not notice a changed order. So half
-    of them are tested at a time, and any two channels are in different halves at least once.
-
-    Args:
-        model: the module that the channels are of; it is left as it was.
-        channels: the result of :func:`find_channels`; ``fixed_reason`` is set in place.
-        example_input: an input on which the model runs.
-    """
-    trial, generator = copy_model(model), torch.Generator().manual_seed(0)
-    inputs = run_variations(model, example_input)[-1].inputs
-    groups: dict[frozenset[str], list[Channel]] = defaultdict(list)
-    for channel in channels:
-        if not channel.fixed_reason:
-            groups[frozenset(channel.made_by)].append(channel)
-    for group in groups.values():
-        if any(_rows_bypass_columns(trial, half, inputs, generator) for half in _halves(group) if half):
-            for channel in group:
-                channel.fixed_reason = (
-                    f"{quote_names(channel.made_by)} reaches the outputs in a way that the graph does not show"
-                )
-
-
-def _halves(group: list[Channel]) -> Iterator[list[Channel]]:
-    """Yield, for each bit, the channels whose place in the group has a 0 there, and then those that have a 1."""
-    for bit in range(max((len(group) - 1).bit_length(), 1)):
-        for value in (0, 1):
-            yield [channel for place, channel in enumerate(group) if place >> bit & 1 == value]
-
-
-def _rows_bypass_columns(
-    trial: nn.Module, channels: list[Channel], inputs: ExampleInput, generator: torch.Generator
-) -> bool:
-    """Return whether the rows of some channels change the outputs while the columns of these channels are 0.
-
-    The weights of ``trial`` are overwritten and then restored.
-    """
-    layers = {trial.get_submodule(name) for channel in channels for name in (*channel.made_by, *channel.read_by)}
-    saved = [(layer.weight, layer.weight.clone()) for layer in layers]  # type: ignore[operator]
-    for channel in channels:
-        _overwrite_slices(trial, channel.read_by, 1, 0.0, generator)
-    expected = run_model(trial, inputs)
-    for channel in channels:
-        _overwrite_slices(trial, channel.made_by, 0, 1.0, generator)
-    mismatch = describe_mismatch(run_model(trial, inputs), expected, measure_spread([expected]), 1e-4)
-    for weight, values in saved:
-        weight.copy_(values)  # type: ignore[operator]
-    return bool(mismatch)
-
-
-def _overwrite_slices(model: nn.Module, slices: Slices, dim: int, scale: float, generator: torch.Generator) -> None:
-    """Overwrite rows (``dim=0``) or columns (``dim=1``) of weights with normal numbers times ``scale``."""
-    for name, indices in slices.items():
-        module = model.get_submodule(name)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        index = torch.tensor(indices, device=weight.device)
-        along = weight_dim(module, dim)
-        values = scale * torch.randn(weight.index_select(along, index).shape, generator=generator)
-        weight.index_copy_(along, index, values.to(weight))

@@ -26,6 +26,7 @@ __all__ = [
     "replace_floats_with_nan",
     "run_batch_sizes",
     "run_variations",
+    "run_varied",
 ]
 
 
@@ -106,6 +107,17 @@ def run_variations(model: nn.Module, example_input: ExampleInput) -> list[Record
     variations = (map_values(change, example_input) for change in changes)
     recorded = RecordedRun(example_input, run_model(model, example_input))
     return [recorded, *_run_where_possible(model, variations)]
+
+
+@torch.no_grad()
+def run_varied(model: nn.Module, example_input: ExampleInput, samples: int = 4) -> RecordedRun:
+    """Run a model once, on other values than the example's and few samples, as far as it accepts both."""
+    generator = torch.Generator().manual_seed(0)
+    few = _resize_batch(example_input, samples) if _batch_size(example_input) > samples else example_input
+    candidates = (map_values(partial(_redraw, generator=generator), example) for example in (few, example_input))
+    for run in _run_where_possible(model, candidates):
+        return run
+    return RecordedRun(example_input, run_model(model, example_input))
 
 
 def _redraw(value: Any, generator: torch.Generator, *, change_all: bool = False) -> Any:

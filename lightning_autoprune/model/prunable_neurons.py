@@ -11,8 +11,9 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_autoprune.errors import AutoPruneError
 from lightning_autoprune.method.neurons import Neurons
 from lightning_autoprune.model.attention_heads import group_attention_heads
-from lightning_autoprune.model.channels import Channel, find_channels, fix_entangled, weight_dim
+from lightning_autoprune.model.channels import Channel, find_channels, weight_dim
 from lightning_autoprune.model.forward import ExampleInput
+from lightning_autoprune.model.removal_trial import RemovalTrial, fix_unremovable
 
 __all__ = ["find_neurons"]
 
@@ -53,8 +54,9 @@ def find_neurons(model: nn.Module, weights: Mapping[str, Tensor], example_input:
 def _prunable_channels(model: nn.Module, weights: Mapping[str, Tensor], example_input: ExampleInput) -> list[Channel]:
     """Return the channels that may be removed, and whose makers and readers all have one of the weights."""
     channels = find_channels(model, example_input)
-    fix_entangled(model, channels, example_input)
-    channels = group_attention_heads(model, channels, example_input)
+    trial = RemovalTrial(model, example_input)
+    channels = group_attention_heads(model, channels, trial)
+    fix_unremovable(channels, trial)
     prunable = [c for c in channels if not c.fixed_reason and c.read_by and {*c.made_by, *c.read_by} <= weights.keys()]
     if not prunable:
         unchosen = "its layers are not chosen, or nothing reads it"

@@ -13,6 +13,7 @@ from lightning_autoprune.method.granularity import NeuronGranularity
 from lightning_autoprune.model.attention_heads import group_attention_heads
 from lightning_autoprune.model.channels import find_channels
 from lightning_autoprune.model.prunable_neurons import find_neurons
+from lightning_autoprune.model.removal_trial import RemovalTrial
 
 X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +24,7 @@ def network(kind, seed=0):
 
 
 def channels_of(model, x=X):
-    return group_attention_heads(model, find_channels(model, x), x)
+    return group_attention_heads(model, find_channels(model, x), RemovalTrial(model, x))
 
 
 def heads_of(model, x=X):

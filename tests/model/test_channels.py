@@ -12,7 +12,8 @@ from torch import nn
 from lightning_autoprune import AutoPruneError
 from lightning_autoprune.demo.networks import lenet5
 from lightning_autoprune.deploy.shrink import shrink
-from lightning_autoprune.model.channels import Channel, find_channels, fix_entangled, is_depthwise
+from lightning_autoprune.model.channels import find_channels, is_depthwise
+from lightning_autoprune.model.removal_trial import RemovalTrial, fix_unremovable
 
 
 def network_and_channels(name):
@@ -115,60 +116,6 @@ def test_a_failing_layer_is_named_with_the_shape_of_the_example():
         find_channels(nn.Sequential(nn.Linear(10, 5), nn.Linear(5, 2)), torch.zeros(1, 20))
 
 
-def test_channels_whose_readers_the_graph_gets_wrong_are_fixed():
-    found = {}
-    for name in (*EXACT, "shuffled", "softmax", "gated", "twice", "attention", "upsampler"):
-        network, channels = network_and_channels(name)
-        before = {key: value.clone() for key, value in network.state_dict().items()}
-        fixed = {id(channel) for channel in channels if channel.fixed_reason}
-        fix_entangled(network, channels, torch.zeros(2, *{**EXACT, **DIFFICULT}[name][1]))
-        found[name] = {
-            channel.fixed_reason for channel in channels if channel.fixed_reason and id(channel) not in fixed
-        }
-        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    assert found["shuffled"] == {"'a' reaches the outputs in a way that the graph does not show"}
-    assert found["softmax"] == {"'0' reaches the outputs in a way that the graph does not show"}
-    assert found["attention"] == {"'qkv' reaches the outputs in a way that the graph does not show"}
-    assert not any(found[name] for name in (*EXACT, "gated", "upsampler"))
-
-
-def test_entangled_channels_are_fixed_even_if_the_outputs_have_an_offset():
-    class Centered(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
-            self.b.bias.data.fill_(1e3)
-
-        def forward(self, x):
-            y = 0.1 * self.a(x).relu()
-            return self.b(y - y.mean(-1, keepdim=True))
-
-    network, x = Centered(), torch.randn(4, 5)
-    channels = [Channel(made_by={"a": [i]}, read_by={"b": [i]}) for i in range(8)]
-    fix_entangled(network, channels, x)
-    assert all(channel.fixed_reason for channel in channels)
-
-
-@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [2, 3, 4, 5, 6, 7, 0, 1], [0, 1, 2, 4, 3]])
-def test_every_permutation_of_the_channels_is_detected(order):
-    class Permuted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(5, len(order)), nn.Linear(len(order), 3)
-
-        def forward(self, x):
-            y = self.a(x).relu()
-            return self.b(torch.stack([y[:, i] for i in order], 1))
-
-    network, x = Permuted(), torch.zeros(2, 5)
-    channels = [Channel(made_by={"a": [i]}, read_by={"b": [i]}) for i in range(len(order))]
-    fix_entangled(network, channels, x)
-    assert all(channel.fixed_reason for channel in channels)
-    right = [Channel(made_by={"a": [i]}, read_by={"b": [order.index(i)]}) for i in range(len(order))]
-    fix_entangled(network, right, x)
-    assert not any(channel.fixed_reason for channel in right)
-
-
 class Recurrent(nn.Module):
     def __init__(self, kind, before, **options):
         super().__init__()
@@ -234,18 +181,6 @@ def test_a_compiled_network_has_the_same_channels():
     assert [channel.made_by for channel in find_channels(network, x)] == [channel.made_by for channel in found]
 
 
-def test_a_network_that_stores_an_activation_can_be_checked():
-    class StoresActivation(UsedTwice):
-        def forward(self, x):
-            self.features = self.a(x)
-            return self.c(torch.relu(self.features))
-
-    network, x = StoresActivation(), torch.zeros(2, 5)
-    channels = find_channels(network, x)
-    fix_entangled(network, channels, x)
-    assert not any(channel.fixed_reason for channel in channels if "a" in channel.made_by)
-
-
 def test_torchscript_and_inference_mode_are_refused():
     network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(1, 3)
     with pytest.raises(AutoPruneError, match=r"RecursiveScriptModule is TorchScript.*give the module it was made of"):
@@ -276,7 +211,7 @@ def test_concatenated_inputs_shift_the_columns_after_them(order, first, second):
     network, x = Concatenated(order), torch.randn(2, 3, 4, 4)
     network.a.weight.data[:4] = network.b.weight.data[:3] = 0
     channels = find_channels(network, x)
-    fix_entangled(network, channels, x)
+    fix_unremovable(channels, RemovalTrial(network, x))
     channel_of = {(name, i): c for c in channels for name, rows in c.made_by.items() for i in rows}
     assert channel_of["a", 1].read_by == {"b": [first + 1], "c": [1 + (3 if first else 6)]}
     assert channel_of["b", 1].read_by == {"c": [second + 1]}
