@@ -78,6 +78,7 @@ def find_channels(model: nn.Module, example_input: ExampleInput) -> list[Channel
         UserWarning: if the model runs, but its graph can't be traced: then all channels are fixed.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
         >>> channel = find_channels(model, torch.zeros(1, 1, 4, 4))[1]
         >>> channel.made_by, channel.passes, channel.read_by
